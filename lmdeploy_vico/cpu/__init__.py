@@ -1,0 +1,1 @@
+"""Runs LMDeploy's engine on a machine without a GPU."""

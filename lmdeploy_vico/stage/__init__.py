@@ -1,0 +1,1 @@
+"""Many requests to device batches: preparation threads and the encoding worker, no LMDeploy."""

@@ -1,0 +1,1 @@
+"""Tiny checkpoints with the real layout, for tests and demonstrations."""

@@ -1,0 +1,1 @@
+"""Tiling, InternViT, the ViR router and the projectors: torch and kernels, no LMDeploy."""

@@ -1,0 +1,201 @@
+"""VisionEncoder: images of a prompt in, routed visual tokens out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, VicoConfig
+from lmdeploy_vico.vision.routing import Compression, parse_compression, route
+from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles
+from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.weights import Checkpoint
+
+# Tiles per device batch, by ViT width: enough to fill the device, small enough that padding one tile is cheap. On a
+# CPU a single tile already keeps every core busy.
+CUDA_TILE_BATCH = ((1024, 8), (3200, 2))
+CPU_TILE_BATCH = 1
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of one image.
+
+    Attributes:
+        embeddings: ``[sum(tile_tokens), H]`` in the encoder's dtype, on its device; tiles row by row, then thumbnail.
+        tile_tokens: 64 or 256 for each tile.
+        scores: the router's p[0] of each tile.
+    """
+
+    embeddings: torch.Tensor
+    tile_tokens: list[int]
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class TileFeatures:
+    """ViT-level results of tiles: ``patches`` ``[n, 1024, D]`` and float32 ``scores`` ``[n]``, on the device."""
+
+    patches: torch.Tensor
+    scores: torch.Tensor
+
+
+class VisionEncoder:
+    """Encodes and routes tiles in device batches of one fixed size.
+
+    A matrix product may differ in its last bits between shapes, so every batch has the same number of tiles, padded
+    with black ones: a tile's score and embeddings then depend on its pixels alone, not on its neighbours.
+    """
+
+    def __init__(self, tower: VisionTower, config: VicoConfig, tile_batch: int | None = None) -> None:
+        self.tower = tower
+        self.config = config
+        weight = next(tower.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.tile_batch = tile_batch or default_tile_batch(config, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tile_batch: int | None = None,
+    ) -> 'VisionEncoder':
+        """Load a ViCO checkpoint's vision side.
+
+        Args:
+            path: checkpoint directory with ``config.json`` and safetensors shards.
+            device: by default the current CUDA device, or the CPU without one.
+            dtype: by default bfloat16 on CUDA; always float32 on a CPU, where bfloat16 is both slow and coarse.
+            tile_batch: tiles per device batch; by default chosen for the ViT's width and the device.
+
+        Raises:
+            UnsupportedCheckpointError: not a ViCO checkpoint, or tensors are missing or misshapen (all are named).
+        """
+        config = VicoConfig.from_pretrained(path)
+        checkpoint = Checkpoint(path)
+        device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        dtype = torch.float32 if device.type == 'cpu' else dtype or torch.bfloat16
+        with torch.device('meta'):
+            tower = VisionTower(config)
+        checkpoint.require({name: tuple(value.shape) for name, value in tower.named_parameters()})
+        with torch.device(device):
+            tower = VisionTower(config).to(dtype)
+        checkpoint.load_into(tower)
+        tower.requires_grad_(False).eval()
+        with torch.inference_mode():
+            tower.prepare()
+        return cls(tower, config, tile_batch)
+
+    def encode(self, images: Sequence[Image.Image], compression: Compression = 'auto') -> list[VisualTokens]:
+        """Encode and route the images of **one prompt**; see :meth:`encode_tiles`."""
+        return self.encode_tiles([self.cut(image) for image in images], compression)
+
+    def cut(self, image: Image.Image, max_tiles: int | None = None) -> np.ndarray:
+        """Tiles ``[n, 448, 448, 3]`` of an image, as the checkpoint's config says unless ``max_tiles`` is given."""
+        config = self.config
+        limit = config.max_tiles if max_tiles is None else max_tiles
+        return cut_tiles(image, config.min_tiles, limit, config.use_thumbnail)
+
+    @torch.inference_mode()
+    def encode_tiles(
+        self,
+        tiles: Sequence[np.ndarray],
+        compression: Compression = 'auto',
+        image_compression: Sequence[Compression | None] | None = None,
+    ) -> list[VisualTokens]:
+        """Encode and route the tiled images of **one prompt**.
+
+        Args:
+            tiles: uint8 ``[n_i, 448, 448, 3]`` for each image.
+            compression: for all images without a value of their own, routed together.
+            image_compression: a value for each image, or None; an image with a value is routed by itself.
+
+        Raises:
+            ValueError: an unknown compression, or tiles of a wrong shape.
+        """
+        if not tiles:
+            return []
+        own = list(image_compression or [None] * len(tiles))
+        counts = [len(image) for image in tiles]
+        features = self.features(np.concatenate(tiles))
+        scores = features.scores.cpu()
+        compressed = self.route_prompt(scores, counts, parse_compression(compression), own)
+        return self._pack(features, scores, compressed, counts)
+
+    def features(self, tiles: np.ndarray) -> TileFeatures:
+        """Encode and score uint8 tiles ``[n, 448, 448, 3]`` in fixed batches."""
+        if tiles.shape[1:] != TILE_SHAPE or tiles.dtype != np.uint8:
+            raise ValueError(f'tiles: expected uint8 {["n", *TILE_SHAPE]}, not {tiles.dtype} {list(tiles.shape)}')
+        batches = []
+        for start in range(0, len(tiles), self.tile_batch):
+            batch = torch.from_numpy(tiles[start : start + self.tile_batch]).to(self.device, non_blocking=True)
+            patches, scores = self.tower.encode(_pad(batch, self.tile_batch))
+            batches.append((patches[: len(batch)], scores[: len(batch)]))
+        patches, scores = zip(*batches, strict=True)
+        return TileFeatures(torch.cat(patches), torch.cat(scores))
+
+    def route_prompt(
+        self,
+        scores: torch.Tensor,
+        counts: Sequence[int],
+        compression: Compression,
+        image_compression: Sequence[Compression | None],
+    ) -> torch.Tensor:
+        """Which tiles of a prompt are compressed: bool ``[sum(counts)]``, from scores of the same shape."""
+        config = self.config
+        compressed = torch.zeros(scores.shape, dtype=torch.bool)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        groups = [([i for i, own in enumerate(image_compression) if own is None], compression)]
+        groups += [([i], parse_compression(own)) for i, own in enumerate(image_compression) if own is not None]
+        for members, value in groups:
+            chosen = torch.isin(owner, torch.tensor(members, dtype=owner.dtype))
+            compressed[chosen] = route(scores[chosen], value, config.relative_threshold, config.absolute_threshold)
+        return compressed
+
+    def project(self, features: TileFeatures, compressed: torch.Tensor) -> list[torch.Tensor]:
+        """Visual tokens of each tile, ``[64 or 256, H]``, computing for each only the branch it is routed to."""
+        outputs: list[torch.Tensor] = [torch.empty(0)] * len(compressed)
+        for branch in (False, True):
+            indices = torch.nonzero(compressed == branch).flatten().tolist()
+            for start in range(0, len(indices), self.tile_batch):
+                members = indices[start : start + self.tile_batch]
+                patches = _pad(features.patches[members], self.tile_batch)
+                projected = self.tower.project(patches, branch)
+                for index, tokens in zip(members, projected, strict=False):
+                    outputs[index] = tokens
+        return outputs
+
+    def _pack(
+        self, features: TileFeatures, scores: torch.Tensor, compressed: torch.Tensor, counts: Sequence[int]
+    ) -> list[VisualTokens]:
+        tokens = self.project(features, compressed)
+        results, start = [], 0
+        for count in counts:
+            image = slice(start, start + count)
+            results.append(
+                VisualTokens(
+                    embeddings=torch.cat(tokens[image]),
+                    tile_tokens=[TOKENS_COMPRESSED if hard else TOKENS_FULL for hard in compressed[image].tolist()],
+                    scores=scores[image].tolist(),
+                )
+            )
+            start += count
+        return results
+
+
+def default_tile_batch(config: VicoConfig, device: torch.device) -> int:
+    """Tiles per device batch for a ViT of this width: one size per checkpoint and device type."""
+    if device.type == 'cpu':
+        return CPU_TILE_BATCH
+    return next((batch for width, batch in CUDA_TILE_BATCH if config.vision.hidden_size <= width), 1)
+
+
+def _pad(batch: torch.Tensor, size: int) -> torch.Tensor:
+    if len(batch) == size:
+        return batch
+    return torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])

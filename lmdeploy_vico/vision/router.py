@@ -1,0 +1,110 @@
+"""ViR, the visual resolution router: attention pooling over a tile's patch tokens, then a gate of four MLP blocks.
+
+With one query per tile the key and value projections can be moved to the query's side, so that neither K nor V of the
+1024 patch tokens is formed: for head h, ``q_h . (Wk_h x_t + bk_h) = (Wk_h^T q_h) . x_t + const``, where the constant
+cancels in the softmax, and ``sum_t a_t (Wv_h x_t + bv_h) = Wv_h (sum_t a_t x_t) + bv_h`` since the weights sum to one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmdeploy_vico.kernels.attention_pool import attention_pool
+
+HEADS = 16  # of the pooling, whatever the ViT's width
+EPS = 1e-5
+# The reference implementation applies attn2/norm2 in the second, third and fourth step; the checkpoints were trained
+# that way and carry attn3, attn4, norm3 and norm4 unused.
+STEPS = (1, 2, 2, 2)
+
+
+class AbsorbedAttention(nn.Module):
+    """The parameters of an ``nn.MultiheadAttention``, applied to one query per tile with K = V = x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        self.head_dim = width // HEADS
+
+    def absorb(self, query: torch.Tensor) -> torch.Tensor:
+        """Project the query and carry it through the key projection, scaled.
+
+        Args:
+            query: ``[B or 1, D]``.
+
+        Returns:
+            u ``[B or 1, 16, D]``: ``u_h . x_t`` is head h's attention logit up to a constant.
+        """
+        w_query, w_key, _ = self.in_proj_weight.chunk(3)
+        b_query, _, _ = self.in_proj_bias.chunk(3)
+        projected = F.linear(query, w_query, b_query) * self.head_dim**-0.5
+        heads = projected.view(-1, HEADS, 1, self.head_dim)
+        return (heads @ w_key.view(HEADS, self.head_dim, -1)).squeeze(2)
+
+    def forward(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Attend with absorbed queries u over x ``[B, T, D]``; returns ``[B, D]``."""
+        _, _, w_value = self.in_proj_weight.chunk(3)
+        _, _, b_value = self.in_proj_bias.chunk(3)
+        context = attention_pool(x, u).to(w_value.dtype)  # [B, 16, D]
+        values = context.unsqueeze(2) @ w_value.view(HEADS, self.head_dim, -1).transpose(1, 2)  # [B, 16, 1, D / 16]
+        return self.out_proj(values.flatten(1) + b_value)
+
+
+class AttentionPooling(nn.Module):
+    """Four rounds of ``o = LN(MHA(q=o, k=x, v=x))`` from one learned query.
+
+    Parameter names are those of the checkpoint below ``pooling_before_gating.``
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_token = nn.Parameter(torch.empty(1, width))
+        for step in sorted(set(STEPS)):
+            self.add_module(f'attn{step}', AbsorbedAttention(width))
+            self.add_module(f'norm{step}', nn.LayerNorm(width, eps=EPS))
+        self._first_query: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Absorb the first step's query, the same for every tile; call once the weights are in place."""
+        self._first_query = self.get_submodule('attn1').absorb(self.query_token)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool patch tokens ``[B, T, D]`` to ``[B, D]``."""
+        if self._first_query is None:
+            raise RuntimeError('AttentionPooling.prepare() has to run after loading the weights')
+        pooled = None
+        for step in STEPS:
+            attention = self.get_submodule(f'attn{step}')
+            u = self._first_query if pooled is None else attention.absorb(pooled)
+            pooled = self.get_submodule(f'norm{step}')(attention(x, u))
+        return pooled
+
+
+class Gating(nn.Module):
+    """Four residual MLP blocks and a two-way classifier (paper, Eq. 4). Names as below ``gating.``"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for index in range(1, 5):
+            self.add_module(f'block{index}', _gate_block(width))
+        self.gate = nn.Sequential(nn.LayerNorm(width, eps=EPS), nn.Linear(width, 2))
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Classify ``[B, D]``; returns the probabilities ``[B, 2]`` in float32, p[:, 0] meaning "compress"."""
+        for index in range(1, 5):
+            pooled = pooled + self.get_submodule(f'block{index}')(pooled)
+        return torch.softmax(self.gate(pooled).float(), dim=-1)
+
+
+def _gate_block(width: int) -> nn.Sequential:
+    # Identity where training had dropout, so that the indices are the checkpoint's: 0, 3 and 5.
+    return nn.Sequential(
+        nn.Linear(width, 4 * width),
+        nn.GELU(),
+        nn.Identity(),
+        nn.Linear(4 * width, width),
+        nn.Identity(),
+        nn.LayerNorm(width, eps=EPS),
+    )

@@ -1,0 +1,74 @@
+"""Weights straight from a checkpoint's safetensors shards, checked before anything is read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lmdeploy_vico.config import UnsupportedCheckpointError
+
+INDEX_FILE = 'model.safetensors.index.json'
+SINGLE_FILE = 'model.safetensors'
+
+Shape = tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of a checkpoint directory: where each lies and what shape it has, from the shards' headers alone.
+
+    Raises:
+        UnsupportedCheckpointError: the directory holds no safetensors, or a shard is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._shards: dict[str, Path] = {}
+        self.shapes: dict[str, Shape] = {}
+        for shard in self._shard_files():
+            try:
+                with safe_open(shard, framework='pt') as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                        self._shards[name] = shard
+                        self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise UnsupportedCheckpointError(f'{shard} cannot be read: {error}.') from error
+
+    def _shard_files(self) -> list[Path]:
+        index = self.path / INDEX_FILE
+        if index.is_file():
+            weight_map = json.loads(index.read_text())['weight_map']
+            return [self.path / name for name in sorted(set(weight_map.values()))]
+        if (self.path / SINGLE_FILE).is_file():
+            return [self.path / SINGLE_FILE]
+        raise UnsupportedCheckpointError(f'{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}.')
+
+    def require(self, expected: Mapping[str, Shape]) -> None:
+        """Raise :class:`UnsupportedCheckpointError` naming every expected tensor that is missing or misshapen."""
+        missing = [name for name in expected if name not in self.shapes]
+        misshapen = [
+            f'{name} is {list(self.shapes[name])}, expected {list(shape)}'
+            for name, shape in expected.items()
+            if name in self.shapes and self.shapes[name] != tuple(shape)
+        ]
+        problems = []
+        if missing:
+            problems.append('missing tensors: ' + ', '.join(sorted(missing)))
+        if misshapen:
+            problems.append('misshapen tensors: ' + '; '.join(sorted(misshapen)))
+        if problems:
+            raise UnsupportedCheckpointError(f'{self.path} is incomplete: ' + '; '.join(problems) + '.')
+
+    def load_into(self, module: nn.Module) -> None:
+        """Fill every parameter of ``module``, whose names are the checkpoint's, casting to the parameter's dtype."""
+        parameters = dict(module.named_parameters())
+        self.require({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        by_shard: dict[Path, list[str]] = {}
+        for name in parameters:
+            by_shard.setdefault(self._shards[name], []).append(name)
+        for shard, names in by_shard.items():
+            with safe_open(shard, framework='pt') as tensors, torch.no_grad():
+                for name in names:
+                    parameters[name].copy_(tensors.get_tensor(name))

@@ -1,0 +1,100 @@
+"""Make a complete random checkpoint in the layout of InternVL3.5-Flash."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lmdeploy_vico.testing import configuration
+from lmdeploy_vico.testing.calibration import as_stored, calibrate
+from lmdeploy_vico.testing.configuration import LLMS, SIZES, VITS
+from lmdeploy_vico.testing.tokenizer import VOCABULARY, write_tokenizer
+from lmdeploy_vico.testing.weights import Noise, language_weights, projector_weights, router_weights, vision_weights
+
+MARKER = 'tiny_checkpoint.json'
+SHARDS = 2
+
+
+def is_tiny_checkpoint(path: str | Path) -> bool:
+    """Tell whether ``path`` is a directory that :func:`make_tiny_checkpoint` wrote."""
+    return (Path(path) / MARKER).is_file()
+
+
+def make_tiny_checkpoint(
+    path: str | Path,
+    llm: str = 'dense',
+    vit: str = 'layer_norm',
+    seed: int = 0,
+    size: str = 'tiny',
+    flash: bool = True,
+    force: bool = False,
+) -> Path:
+    """Write a random InternVL3.5-Flash checkpoint (bfloat16, two shards) and return its directory.
+
+    The same arguments give the same bytes. ``llm`` is 'dense' (Qwen3) or 'moe' (Qwen3-MoE, 8 experts, 2 per token);
+    ``vit`` is 'layer_norm' (InternViT-300M's layout) or 'rms_norm' (InternViT-6B's); ``size`` is 'tiny' or 'small';
+    without ``flash`` it is a plain InternVL checkpoint with neither router nor second projector. Raises ValueError for
+    an unknown choice and FileExistsError when ``path`` holds anything but a tiny checkpoint, unless ``force`` is set;
+    files of other names are left alone then.
+    """
+    for name, value, accepted in (('llm', llm, LLMS), ('vit', vit, VITS), ('size', size, tuple(SIZES))):
+        if value not in accepted:
+            raise ValueError(f'{name} is one of {", ".join(accepted)}; got {value!r}')
+    path = Path(path)
+    _prepare(path, force)
+    token_ids = write_tokenizer(path)
+    # As in the published vocabularies, there are more embedding rows than tokens.
+    vocab_size = -(-len(token_ids) // 128) * 128
+    shape = SIZES[size]
+    llm_config = configuration.llm_config(shape, llm, vocab_size, token_ids)
+    config = configuration.model_config(configuration.vision_config(shape, vit), llm_config, flash)
+    _write_json(path / 'config.json', config)
+    _write_json(path / 'generation_config.json', configuration.generation_config(token_ids))
+    _write_json(path / 'preprocessor_config.json', configuration.preprocessor_config())
+
+    noise = Noise(seed)
+    weights = vision_weights(shape, vit, noise) | projector_weights(shape, flash, noise)
+    if flash:
+        weights |= router_weights(shape, noise)
+    calibrate(weights, shape)
+    weights |= as_stored(language_weights(shape, llm, vocab_size, VOCABULARY, noise))
+    _save(path, weights)
+    arguments = {'llm': llm, 'vit': vit, 'seed': seed, 'size': size, 'flash': flash}
+    _write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny', **arguments})
+    return path
+
+
+def _prepare(path: Path, force: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f'{path} is not a directory')
+    if path.exists() and any(path.iterdir()) and not force:
+        if not is_tiny_checkpoint(path):
+            raise FileExistsError(f'{path} is not empty and is not a tiny checkpoint')
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _save(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write the tensors in bfloat16 into shards of about the same size, with their index."""
+    stored = {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}
+    total = sum(tensor.nbytes for tensor in stored.values())
+    shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
+    written = 0
+    for name, tensor in stored.items():
+        shards[min(written * SHARDS // total, SHARDS - 1)][name] = tensor
+        written += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f'model-{i + 1:05d}-of-{SHARDS:05d}.safetensors'
+        save_file(shard, path / file, metadata={'format': 'pt'})
+        (path / file).chmod(0o644)  # safetensors makes files that only their owner can read
+        weight_map |= dict.fromkeys(shard, file)
+    index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(weight_map.items()))}
+    _write_json(path / 'model.safetensors.index.json', index)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')

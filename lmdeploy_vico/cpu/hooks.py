@@ -1,6 +1,148 @@
-"""Post-import hooks of the CPU backend."""
+"""Post-import hooks of the CPU backend: where LMDeploy, on a machine without CUDA, is led to it.
+
+Each hook wraps functions of one LMDeploy module. The wrappers ask :func:`selection.runs_on_cpu` when they are called
+and hand over to the original where CUDA, or another accelerator, serves; what the engine needs is installed when an
+engine starts (:mod:`lmdeploy_vico.cpu.engine`), not when LMDeploy is imported. LMDeploy must not be imported here:
+it may be half imported when this module is.
+"""
 
 from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
-HOOKS: dict[str, Callable[[ModuleType], None]] = {}
+from . import selection
+
+# Sequences batched at most, in place of what LMDeploy derives from the name of the GPU.
+MAX_BATCH_SIZE = 32
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace ``owner.name`` by ``make(original)``, once; a name that this LMDeploy lacks is an error."""
+    held = vars(owner)[name]
+    function = held.__func__ if isinstance(held, staticmethod | classmethod) else held
+    if getattr(function, '_vico_cpu', False):
+        return
+    wrapper = wraps(function)(make(function))
+    wrapper._vico_cpu = True
+    setattr(owner, name, type(held)(wrapper) if isinstance(held, staticmethod | classmethod) else wrapper)
+
+
+def _device_questions(module: ModuleType) -> None:
+    """Answer ``get_max_batch_size`` and ``is_bf16_supported`` without CUDA.
+
+    LMDeploy asks them in the server's process, before an engine exists. Imported by name into several modules, hence
+    a hook on each of them. Can go when LMDeploy asks its backend instead of ``torch.cuda``.
+    """
+
+    def batch_size(original):
+        return lambda device_type: MAX_BATCH_SIZE if selection.runs_on_cpu(device_type) else original(device_type)
+
+    def bf16(original):
+        return lambda device_type='cuda': True if selection.runs_on_cpu(device_type) else original(device_type)
+
+    for name, make in (('get_max_batch_size', batch_size), ('is_bf16_supported', bf16)):
+        if name in vars(module):
+            _wrap(module, name, make)
+
+
+def _turbomind(module: ModuleType) -> None:
+    """Say that TurboMind, which only runs on CUDA, serves no model, so that LMDeploy chooses its PyTorch engine.
+
+    Can go when ``lmdeploy.archs.autoget_backend`` looks for a device.
+    """
+
+    def is_supported(original):
+        return lambda *args, **kwargs: original(*args, **kwargs) if selection.has_cuda() else False
+
+    _wrap(module, 'is_supported', is_supported)
+
+
+def _engine(module: ModuleType) -> None:
+    """Install the CPU backend where an engine starts: in this process, or in the one that it spawns.
+
+    Can go when LMDeploy has a CPU device type.
+    """
+
+    def from_pretrained(original):
+        def wrapper(cls, pretrained_model_name_or_path, engine_config=None, **kwargs):
+            if selection.runs_on_cpu(getattr(engine_config, 'device_type', 'cuda')):
+                selection.announce()
+            return original(cls, pretrained_model_name_or_path, engine_config=engine_config, **kwargs)
+
+        return wrapper
+
+    def init(original):
+        def wrapper(self, model_path, engine_config=None, *args, **kwargs):
+            if selection.runs_on_cpu(getattr(engine_config, 'device_type', 'cuda')):
+                from . import engine
+
+                selection.announce()
+                engine.install()
+            original(self, model_path, engine_config, *args, **kwargs)
+
+        return wrapper
+
+    _wrap(module.Engine, 'from_pretrained', from_pretrained)
+    _wrap(module.Engine, '__init__', init)
+
+
+def _engine_checker(module: ModuleType) -> None:
+    """Leave the CUDA and Triton checks out of LMDeploy's start-up checks, and run the others in this process.
+
+    LMDeploy runs them in a spawned process to keep CUDA out of its own, which costs seconds. Can go when LMDeploy
+    chooses its checks by the device that is there.
+    """
+
+    def handle(original):
+        def wrapper(self):
+            if not selection.runs_on_cpu(self.engine_config.device_type):
+                return original(self)
+            from lmdeploy.pytorch.check_env.torch import TorchChecker
+            from lmdeploy.pytorch.check_env.triton import TritonChecker
+
+            self._required_checker = [c for c in self._required_checker if not isinstance(c, TritonChecker)]
+            for checker in self._required_checker:
+                for required in checker._required_checker:
+                    if isinstance(required, TorchChecker):
+                        required.device = 'cpu'
+            return self._handle_impl()
+
+        return wrapper
+
+    _wrap(module.EngineChecker, 'handle', handle)
+
+
+def _mp_executor(module: ModuleType) -> None:
+    """Install the CPU backend in the tensor-parallel worker processes, and share the processor between them.
+
+    Can go when LMDeploy has a CPU device type.
+    """
+
+    def main_loop(original):
+        def wrapper(self, *args, device_type='cuda', dist_config=None, **kwargs):
+            if selection.runs_on_cpu(device_type):
+                import torch
+
+                from . import engine, memory
+
+                torch.set_num_threads(memory.threads_per_rank(dist_config.world_size))
+                engine.install()
+            original(self, *args, device_type=device_type, dist_config=dist_config, **kwargs)
+
+        return wrapper
+
+    _wrap(module.ExecutorProc, '_main_loop', main_loop)
+
+
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    'lmdeploy.utils': _device_questions,
+    'lmdeploy.cli.serve': _device_questions,
+    'lmdeploy.vl.engine': _device_questions,
+    'lmdeploy.pytorch.config': _device_questions,
+    'lmdeploy.pytorch.engine.config_builder': _device_questions,
+    'lmdeploy.turbomind.supported_models': _turbomind,
+    'lmdeploy.pytorch.engine.engine': _engine,
+    'lmdeploy.pytorch.engine.engine_checker': _engine_checker,
+    'lmdeploy.pytorch.engine.executor.mp_executor': _mp_executor,
+}

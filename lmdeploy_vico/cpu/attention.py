@@ -1,0 +1,251 @@
+"""Attention over LMDeploy's paged KV cache and over packed sequences, in float32, one sequence at a time.
+
+Each sequence is attended by itself, so its output does not depend on what it is batched with. Plain matrix products
+and an explicit softmax: this is the reference that a faster implementation is compared with.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from lmdeploy.messages import QuantPolicy
+from lmdeploy.pytorch.backends.attention import AttentionImpl, AttentionMetadata, PagedAttentionBuildSpec
+from lmdeploy.pytorch.backends.flash_attention import FlashAttentionBuildSpec, FlashAttentionImpl
+
+# Rows of the score matrix computed at once: bounds the memory of a long prompt, [heads, 256, kv] float32.
+QUERY_BLOCK = 256
+
+
+@dataclass
+class CpuAttentionMetadata(AttentionMetadata):
+    """LMDeploy's metadata of one step, with the sequence lengths on the Python side.
+
+    ``slots`` are the (page, offset) pairs of the step's new tokens, both int64 ``[tokens]``; they are computed once
+    and used by every layer.
+    """
+
+    q_lens: tuple[int, ...] = ()
+    kv_lens: tuple[int, ...] = ()
+    slots: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def cache_slots(self, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return page and offset of every new token, for pages of ``page_size`` tokens."""
+        if self.slots is None:
+            pages, offsets = [], []
+            for table, q_len, kv_len in zip(self.block_offsets.long(), self.q_lens, self.kv_lens, strict=True):
+                positions = torch.arange(kv_len - q_len, kv_len)
+                pages.append(table[positions // page_size])
+                offsets.append(positions % page_size)
+            self.slots = torch.cat(pages), torch.cat(offsets)
+        return self.slots
+
+
+def build_metadata(step_context) -> CpuAttentionMetadata:
+    """Build the attention metadata of one step from LMDeploy's ``StepContext``."""
+    q_seqlens, kv_seqlens = step_context.q_seqlens, step_context.kv_seqlens
+    pad = torch.nn.functional.pad
+    return CpuAttentionMetadata(
+        is_decoding=step_context.is_decoding,
+        block_offsets=step_context.block_offsets,
+        q_start_loc=step_context.q_start_loc,
+        q_seqlens=q_seqlens,
+        kv_seqlens=kv_seqlens,
+        cu_seqlens_q=pad(q_seqlens.cumsum(0), (1, 0)).int(),
+        cu_seqlens_k=pad(kv_seqlens.cumsum(0), (1, 0)).int(),
+        quant_policy=step_context.kv_quant_policy,
+        q_lens=tuple(q_seqlens.tolist()),
+        kv_lens=tuple(kv_seqlens.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a query may attend to and how its scores are shaped.
+
+    ``window`` is (left, right) in tokens, -1 for unbounded; ``soft_cap`` 0 for none.
+    """
+
+    scale: float
+    causal: bool
+    window: tuple[int, int] = (-1, -1)
+    soft_cap: float = 0.0
+
+    @classmethod
+    def of(cls, spec: PagedAttentionBuildSpec | FlashAttentionBuildSpec) -> 'Rule':
+        """Read the rule from a build spec of LMDeploy."""
+        window = spec.sliding_window
+        if window is None:
+            window = (-1, -1)
+        elif isinstance(window, int):
+            window = (window - 1, 0) if window > 0 else (-1, -1)
+        scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        return cls(scale, spec.causal, tuple(window), max(0.0, spec.logit_softcapping or 0.0))
+
+    def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+        """Positions ``[q]`` and ``[kv]`` to a boolean ``[q, kv]`` of forbidden pairs, or None if none is."""
+        distance = queries[:, None] - keys[None, :]
+        left, right = self.window
+        if self.causal:
+            right = 0 if right < 0 else min(right, 0)
+        forbidden = None
+        if right >= 0:
+            forbidden = distance < -right
+        if left >= 0:
+            beyond = distance > left
+            forbidden = beyond if forbidden is None else forbidden | beyond
+        return forbidden
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: Rule,
+    sinks: torch.Tensor | None = None,
+    alibi: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one sequence: ``softmax(scale * q k^T) v`` in float32, whose queries are the last of its keys.
+
+    Args:
+        query: ``[q, heads, dim]``.
+        key: ``[kv, kv_heads, dim]``; ``heads`` is a multiple of ``kv_heads``.
+        value: ``[kv, kv_heads, v_dim]``.
+        rule: what may be attended to.
+        sinks: per-head score of a key without a value, ``[heads]``.
+        alibi: per-head slope of a bias linear in the distance, ``[heads]``.
+
+    Returns:
+        ``[q, heads, v_dim]`` in the query's dtype.
+    """
+    q_len, heads, _ = query.shape
+    kv_len, kv_heads, _ = key.shape
+    groups = heads // kv_heads
+    keys = key.float().permute(1, 2, 0)[:, None]  # [kv_heads, 1, dim, kv]
+    values = value.float().transpose(0, 1)[:, None]  # [kv_heads, 1, kv, v_dim]
+    key_positions = torch.arange(kv_len)
+    output = query.new_empty(q_len, heads, value.shape[-1])
+    for start in range(0, q_len, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q_len)
+        rows = query[start:stop].float().unflatten(1, (kv_heads, groups)).permute(1, 2, 0, 3)
+        scores = (rows @ keys) * rule.scale  # [kv_heads, groups, rows, kv]
+        if rule.soft_cap:
+            scores = torch.tanh(scores / rule.soft_cap) * rule.soft_cap
+        positions = torch.arange(start, stop) + (kv_len - q_len)
+        if alibi is not None:
+            distance = (positions[:, None] - key_positions[None, :]).abs()
+            scores = scores - alibi.view(kv_heads, groups, 1, 1) * distance
+        forbidden = rule.mask(positions, key_positions)
+        if forbidden is not None:
+            scores = scores.masked_fill(forbidden, float('-inf'))
+        attended = _softmax(scores, sinks) @ values
+        output[start:stop] = attended.permute(2, 0, 1, 3).flatten(1, 2)
+    return output
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension, with one more key without a value per head if there are sinks."""
+    if sinks is None:
+        return scores.softmax(-1)
+    extra = sinks.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1]
+
+
+class CpuPagedAttention(AttentionImpl[CpuAttentionMetadata]):
+    """Writes new keys and values to the paged cache and attends to all of them."""
+
+    def __init__(self, spec: PagedAttentionBuildSpec) -> None:
+        if spec.use_flash_mla or spec.mla_index_topk is not None:
+            raise NotImplementedError('The CPU reference backend has no multi-head latent attention (MLA).')
+        if spec.block_sparse_size != 1:
+            raise NotImplementedError('The CPU reference backend has no block-sparse attention.')
+        super().__init__(
+            num_heads=spec.num_heads,
+            head_size=spec.head_dim,
+            scale=spec.scale,
+            num_kv_heads=spec.num_kv_heads,
+            v_head_size=spec.v_head_dim,
+            alibi=spec.alibi,
+            sliding_window=spec.sliding_window,
+            logit_softcapping=spec.logit_softcapping,
+            causal=spec.causal,
+        )
+        self.rule = Rule.of(spec)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        attn_metadata: CpuAttentionMetadata,
+        k_scales_zeros: torch.Tensor = None,
+        v_scales_zeros: torch.Tensor = None,
+        learnable_sink: torch.Tensor = None,
+        nsa_indices: torch.Tensor = None,
+        inplace: bool = False,
+    ) -> torch.Tensor:
+        """Attend the step's packed tokens.
+
+        Args:
+            query: ``[tokens, heads, dim]``, the sequences one after the other.
+            key: ``[tokens, kv_heads, dim]`` or None if the cache holds them already.
+            value: ``[tokens, kv_heads, v_dim]`` or None.
+            k_cache: ``[pages, page_size, kv_heads, dim]``, possibly strided.
+            v_cache: ``[pages, page_size, kv_heads, v_dim]``.
+            attn_metadata: the step's sequence lengths and page tables.
+            k_scales_zeros: unused, the cache is not quantized.
+            v_scales_zeros: unused.
+            learnable_sink: ``[heads]`` or None.
+            nsa_indices: not supported.
+            inplace: unused.
+
+        Returns:
+            ``[tokens, heads, v_dim]``.
+        """
+        if attn_metadata.quant_policy != QuantPolicy.NONE or nsa_indices is not None:
+            raise NotImplementedError('The CPU reference backend has no quantized or sparse KV cache.')
+        page_size = k_cache.size(1)
+        if key is not None:
+            pages, offsets = attn_metadata.cache_slots(page_size)
+            k_cache[pages, offsets] = key.to(k_cache.dtype)
+            v_cache[pages, offsets] = value.to(v_cache.dtype)
+
+        query = query.reshape(-1, *query.shape[-2:])
+        outputs = []
+        rows = query.split(attn_metadata.q_lens)
+        for row, table, kv_len in zip(rows, attn_metadata.block_offsets.long(), attn_metadata.kv_lens, strict=True):
+            pages = table[: -(-kv_len // page_size)]
+            keys = k_cache[pages].flatten(0, 1)[:kv_len]
+            values = v_cache[pages].flatten(0, 1)[:kv_len]
+            outputs.append(attend(row, keys, values, self.rule, learnable_sink, self.alibi_slopes))
+        return torch.cat(outputs)
+
+
+class CpuFlashAttention(FlashAttentionImpl):
+    """Attention over packed sequences without a cache, as LMDeploy's vision towers use it."""
+
+    def __init__(self, spec: FlashAttentionBuildSpec) -> None:
+        self.rule = Rule.of(spec)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        q_start_loc: torch.Tensor,
+        q_seqlens: torch.Tensor,
+        kv_start_loc: torch.Tensor,
+        kv_seqlens: torch.Tensor,
+        max_q_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        """Attend ``[tokens, heads, dim]`` queries within their sequences; returns ``[tokens, heads, v_dim]``."""
+        shape = query.shape
+        query, key, value = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (query, key, value))
+        output = query.new_zeros(*query.shape[:-1], value.shape[-1])
+        spans = zip(q_start_loc.tolist(), q_seqlens.tolist(), kv_start_loc.tolist(), kv_seqlens.tolist(), strict=True)
+        for q_start, q_len, kv_start, kv_len in spans:
+            sequence = slice(kv_start, kv_start + kv_len)
+            output[q_start : q_start + q_len] = attend(
+                query[q_start : q_start + q_len], key[sequence], value[sequence], self.rule
+            )
+        return output.reshape(*shape[:-1], value.shape[-1])

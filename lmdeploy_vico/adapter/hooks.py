@@ -1,6 +1,140 @@
-"""Post-import hooks of the adapter."""
+"""Post-import hooks of the adapter: every change to LMDeploy, each with its reason and the condition for its removal.
+
+None of these hooks changes what LMDeploy does for a model that is not a ViCO checkpoint.
+"""
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-HOOKS: dict[str, Callable[[ModuleType], None]] = {}
+import wrapt
+
+from lmdeploy_vico.log import get_logger
+
+_LOADER = 'config_from_pretrained'
+
+
+def load_configs_without_remote_code(module: ModuleType) -> None:
+    """Give ViCO checkpoints our config class.
+
+    Why: published checkpoints point at remote code, which LMDeploy would need ``--trust-remote-code`` to run.
+    Registering the class with transformers instead would also take over plain InternVL checkpoints. Can go when
+    transformers or LMDeploy ship a config for ``internvl_chat``.
+    """
+    if _is_wrapped(getattr(module, _LOADER)):
+        return
+
+    def load(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        del instance
+        from lmdeploy_vico.adapter.hf_config import load_vico_config
+
+        return load_vico_config(*args, **kwargs) or wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(module, _LOADER, load)
+
+
+def choose_pytorch_engine(module: ModuleType) -> None:
+    """Have ``autoget_backend`` choose the PyTorch engine for ViCO checkpoints.
+
+    Why: TurboMind's own InternVL vision model knows nothing of the router and would serve 256 tokens a tile without a
+    word. Can go when TurboMind refuses or routes ViCO checkpoints.
+    """
+    if _is_wrapped(module.is_supported):
+        return
+
+    def is_supported(wrapped: Callable[..., bool], instance: Any, args: Any, kwargs: Any) -> bool:
+        del instance
+        from lmdeploy.archs import get_model_arch
+
+        from lmdeploy_vico.adapter.hf_config import VicoChatConfig
+
+        model_path, trust_remote_code = _is_supported_arguments(*args, **kwargs)
+        if isinstance(get_model_arch(model_path, trust_remote_code=trust_remote_code)[1], VicoChatConfig):
+            get_logger().info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', model_path)
+            return False
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(module, 'is_supported', is_supported)
+
+
+def register_vision_model(module: ModuleType) -> None:
+    """Put our VisionModel before LMDeploy's, where the first that matches a config is taken.
+
+    Can go when LMDeploy lets a plugin register a vision model with priority.
+    """
+    from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+
+    models = module.VISION_MODELS.module_dict
+    others = {name: model for name, model in models.items() if model is not VicoVisionModel}
+    models.clear()
+    models[VicoVisionModel.__name__] = VicoVisionModel
+    models.update(others)
+
+
+def start_vision_model(module: ModuleType) -> None:
+    """Start our VisionModel with the engine's config, and let requests be prepared side by side.
+
+    Why: LMDeploy gives the VisionModel neither ``block_size`` nor ``--hf-overrides``, and prepares one request at a
+    time in a single thread. Can go when LMDeploy passes its config on and awaits an asynchronous ``preprocess``.
+    """
+    encoder_class = module.ImageEncoder
+    if _is_wrapped(encoder_class.__init__):
+        return
+
+    def init(wrapped: Callable[..., None], instance: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+
+        if isinstance(instance.model, VicoVisionModel):
+            instance.model.start(_backend_config(*args, **kwargs))
+            instance.preprocess = instance.model.preprocess_async
+
+    wrapt.wrap_function_wrapper(encoder_class, '__init__', init)
+
+
+def register_chat_models(module: ModuleType) -> None:
+    """Name our engine-side classes in the map that LMDeploy keeps for custom models.
+
+    Can go when LMDeploy offers an entry point for out-of-tree models.
+    """
+    from lmdeploy_vico.adapter.model_config import add_chat_models
+
+    add_chat_models(module.MODULE_MAP, module.CUSTOM_MODULE_MAP)
+
+
+def register_model_config(module: ModuleType) -> None:
+    """Put our model config builder before LMDeploy's, where the first that matches a config is taken.
+
+    Can go when LMDeploy lets a plugin register a builder with priority.
+    """
+    from lmdeploy_vico.adapter.model_config import VicoModelConfigBuilder
+
+    builders = module.AutoModelConfigBuilder._sub_classes
+    builders.remove(VicoModelConfigBuilder)  # it entered itself at the end when it was defined
+    builders.insert(0, VicoModelConfigBuilder)
+
+
+def _is_wrapped(function: Callable[..., Any]) -> bool:
+    return isinstance(function, (wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper))
+
+
+def _backend_config(
+    model_path: str, backend: str, vision_config: Any = None, backend_config: Any = None, **kwargs: Any
+) -> Any:
+    return backend_config
+
+
+def _is_supported_arguments(model_path: str, trust_remote_code: bool = False) -> tuple[str, bool]:
+    return model_path, trust_remote_code
+
+
+HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    'lmdeploy.hf_configs': load_configs_without_remote_code,
+    # Holds the loader under a name of its own, which may have been bound before the hook above ran.
+    'lmdeploy.pytorch.transformers': load_configs_without_remote_code,
+    'lmdeploy.turbomind.supported_models': choose_pytorch_engine,
+    'lmdeploy.vl.model.builder': register_vision_model,
+    'lmdeploy.vl.engine': start_vision_model,
+    'lmdeploy.pytorch.models.module_map': register_chat_models,
+    'lmdeploy.pytorch.configurations': register_model_config,
+}

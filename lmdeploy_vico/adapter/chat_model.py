@@ -1,0 +1,128 @@
+"""The engine side: LMDeploy's own language model, whose prompts may carry visual tokens at given positions.
+
+For a language model class X of LMDeploy (Qwen3ForCausalLM, Qwen3MoeForCausalLM, ...) ``VicoX`` is a subclass of it,
+made on first use. CUDA graphs, LoRA, quantisation and tensor parallelism are therefore X's own, and vision weights are never
+read in the engine process.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from lmdeploy.pytorch.engine.input_process import BaseModelInputProcessor, PreprocessInputResult
+from lmdeploy.pytorch.model_inputs import StepContext
+from lmdeploy.pytorch.models import patch
+from lmdeploy.pytorch.multimodal.data_type import MultiModalData
+
+from lmdeploy_vico.adapter.model_config import ARCHITECTURE_PREFIX
+
+MODALITY = 'image'
+_LANGUAGE_MODEL = 'language_model.'
+
+
+def __getattr__(name: str) -> type:
+    """``VicoX`` for any architecture X that LMDeploy serves; LMDeploy looks the class up by this name."""
+    if not name.startswith(ARCHITECTURE_PREFIX):
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return vico_class(name[len(ARCHITECTURE_PREFIX) :])
+
+
+@cache
+def vico_class(architecture: str) -> type:
+    """The subclass of LMDeploy's ``architecture`` that accepts visual tokens."""
+    qualname = patch._get_module_map().get(architecture)
+    if qualname is None:
+        raise AttributeError(f'LMDeploy has no PyTorch model for the language model architecture {architecture!r}')
+    language_model = patch._class_from_qualname(qualname)
+    return type(f'{ARCHITECTURE_PREFIX}{architecture}', (VisualTokensMixin, language_model), {'__module__': __name__})
+
+
+class VisualTokensMixin:
+    """Adds visual tokens to a language model of LMDeploy."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config.llm_config, *args, **kwargs)
+
+    def get_input_processor(self) -> BaseModelInputProcessor:
+        """What turns a request's spans into LMDeploy's multimodal data."""
+        return SpanProcessor()
+
+    def prepare_inputs_for_generation(
+        self,
+        past_key_values: list[list[torch.Tensor]],
+        inputs_embeds: torch.Tensor | None = None,
+        context: StepContext = None,
+    ) -> dict[str, Any]:
+        """The language model's inputs; in a prefill with visual tokens, embeddings take the place of the token ids."""
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_with_visual_tokens(context)
+        return super().prepare_inputs_for_generation(past_key_values, inputs_embeds=inputs_embeds, context=context)
+
+    def _embed_with_visual_tokens(self, context: StepContext) -> torch.Tensor | None:
+        multimodals = context.input_multimodals or []
+        spans = [(row, span) for row, data in enumerate(multimodals) for span in data.get(MODALITY, [])]
+        if not spans:
+            return None
+        inputs_embeds = self.get_input_embeddings()(context.input_ids)
+        tokens = torch.cat([span.data for _, span in spans])
+        inputs_embeds[0].index_copy_(0, _positions(context, spans), tokens.to(inputs_embeds))
+        return inputs_embeds
+
+    @classmethod
+    def rename_weight(cls, name: str) -> str:
+        """Checkpoint name to parameter name: what lies below ``language_model.`` is ours."""
+        return super().rename_weight(name.removeprefix(_LANGUAGE_MODEL))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load one shard's language model tensors; the vision side is loaded where it runs."""
+        super().load_weights((name, weight) for name, weight in weights if not _is_vision_weight(name))
+
+    def load_lora_weights(self, weights: Iterable[tuple[str, torch.Tensor]], adapter_id: int) -> None:
+        """Load a PEFT adapter trained on the whole model or on the language model alone."""
+        renamed = ((name.replace(f'.{_LANGUAGE_MODEL}', '.', 1), weight) for name, weight in weights)
+        if hasattr(super(), 'load_lora_weights'):
+            super().load_lora_weights(renamed, adapter_id)
+            return
+        from lmdeploy.pytorch.adapter.adapter import load_lora_weights
+
+        load_lora_weights(self, renamed, adapter_id)
+
+
+_VISION_PREFIXES = ('vision_model.', 'mlp1.', 'mlp2.', 'pooling_before_gating.', 'gating.')
+
+
+def _is_vision_weight(name: str) -> bool:
+    return name.startswith(_VISION_PREFIXES)
+
+
+def _positions(context: StepContext, spans: list[tuple[int, MultiModalData]]) -> torch.Tensor:
+    """Where the rows of ``spans`` stand in the flattened batch, ``[rows]``; never read off the token ids.
+
+    A user can type the image token, and a model can generate it. Lengths that live on the device stay there: the host
+    only sends the row index and the position in its sequence of each visual token.
+    """
+    rows = torch.cat([torch.full((span.end - span.start,), row) for row, span in spans])
+    positions = torch.cat([torch.arange(span.start, span.end) for _, span in spans])
+    device = context.input_ids.device
+    sent = torch.stack([rows, positions]).to(device, non_blocking=True)
+    history = context.kv_seqlens - context.q_seqlens
+    offsets = context.q_start_loc - history
+    return sent[1] + offsets[sent[0]]
+
+
+class SpanProcessor(BaseModelInputProcessor):
+    """Wraps the spans that the API process has checked; runs unguarded in the engine's loop, so it must not fail."""
+
+    def preprocess_input(
+        self, input_ids: list[int], input_multimodals: list[dict[str, Any]] | None = None, **kwargs: Any
+    ) -> PreprocessInputResult:
+        """Make LMDeploy's spans of ours; the ids already have their true length."""
+        del kwargs
+        spans = [
+            MultiModalData(
+                data=span['embeddings'], start=span['start'], end=span['end'], content_hash=span['content_hash']
+            )
+            for span in input_multimodals or []
+        ]
+        return PreprocessInputResult(input_ids=input_ids, input_multimodals={MODALITY: spans} if spans else None)

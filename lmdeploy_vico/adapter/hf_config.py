@@ -1,0 +1,59 @@
+"""The Hugging Face config of a ViCO checkpoint, without the checkpoint's remote code."""
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from lmdeploy_vico.config import is_vico
+
+
+class VicoChatConfig(PretrainedConfig):
+    """``config.json`` of a ViCO checkpoint, with the language model's own config class inside.
+
+    Lives at module level because LMDeploy pickles it to its worker processes.
+    """
+
+    model_type = 'internvl_chat'
+
+    def __init__(
+        self, vision_config: dict[str, Any] | None = None, llm_config: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        # Before super().__init__, which validates what get_text_config() returns.
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        self.llm_config = _language_model_config(llm_config or {})
+        # LMDeploy would look its model class up in the checkpoint's auto_map before it reads the architectures.
+        kwargs.pop('auto_map', None)
+        kwargs.setdefault('tie_word_embeddings', getattr(self.llm_config, 'tie_word_embeddings', False))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The language model's config, whatever part of the model is asked for."""
+        del args, kwargs
+        return self.llm_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``config.json``, the sub-configs as dictionaries."""
+        output = super().to_dict()
+        output['vision_config'] = self.vision_config.to_dict()
+        output['llm_config'] = self.llm_config.to_dict()
+        return output
+
+
+def _language_model_config(config: dict[str, Any]) -> PretrainedConfig:
+    config = {key: value for key, value in config.items() if key != 'auto_map'}
+    model_type = config.pop('model_type', None)
+    if model_type is None:
+        return PretrainedConfig(**config)
+    return AutoConfig.for_model(model_type, **config)
+
+
+def load_vico_config(path: str, **kwargs: Any) -> VicoChatConfig | None:
+    """The config of a ViCO checkpoint, or None for any other model (which LMDeploy then loads as always)."""
+    kwargs.pop('trust_remote_code', None)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path, **kwargs)
+    except Exception:  # LMDeploy reports a path that cannot be read in its own words
+        return None
+    if not is_vico(config):
+        return None
+    return VicoChatConfig.from_dict(config)

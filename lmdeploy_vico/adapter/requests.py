@@ -1,0 +1,79 @@
+"""What a request says about its images, checked: everything a client controls passes through here."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from lmdeploy_vico.stage.stage import ImageJob
+from lmdeploy_vico.vision.routing import Compression, parse_compression
+
+# OpenAI's `detail`, as LMDeploy reads it for InternVL; any other value, "auto" among them, means the checkpoint's.
+DETAIL_TILES = {'low': 6, 'medium': 12, 'high': 24}
+IMAGE_TYPES = ('image', 'image_url', 'image_data')
+IMAGE_ROLES = ('user', 'tool')
+
+
+def image_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> list[ImageJob]:
+    """The images of a request in order, with what each item asks for.
+
+    Args:
+        messages: as LMDeploy hands them over, every image item being ``{'type': 'image', 'data': picture, **params}``.
+        max_tiles: the server's limit on the tiles of one image.
+
+    Raises:
+        ValueError: an item is malformed; the message becomes the body of a 400.
+    """
+    jobs = []
+    for message in messages:
+        if not isinstance(message['content'], list):
+            continue
+        for item in message['content']:
+            kind = item.get('type') if isinstance(item, Mapping) else None
+            if kind == 'text':
+                continue
+            if kind not in IMAGE_TYPES:
+                raise ValueError(f'Content items of type {kind!r} are not supported; text and image_url are.')
+            if message['role'] not in IMAGE_ROLES:
+                raise ValueError(f'Images are accepted in user and tool messages, not in {message["role"]!r} messages.')
+            jobs.append(_image_job(item, max_tiles))
+    return jobs
+
+
+def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: Compression) -> Compression:
+    """The compression a request asks for with ``mm_processor_kwargs={"image": {"compression": ...}}``.
+
+    Raises:
+        ValueError: not an object, or not an accepted value.
+    """
+    section = (mm_processor_kwargs or {}).get('image')
+    if section is None:
+        return default
+    if not isinstance(section, Mapping):
+        raise ValueError(f'mm_processor_kwargs["image"] must be an object, not {section!r}.')
+    if section.get('compression') is None:
+        return default
+    return parse_compression(section['compression'], 'mm_processor_kwargs["image"]["compression"]')
+
+
+def _image_job(item: Mapping[str, Any], max_tiles: int) -> ImageJob:
+    image = item.get('data')
+    if not isinstance(image, Image.Image):
+        # LMDeploy lets the keys of a client's item replace its own: a "data" beside "url" arrives here undecoded.
+        raise ValueError('An image item must have either "url" or "data", not both, and no "type" of its own.')
+    compression = item.get('compression')
+    return ImageJob(
+        image=image,
+        max_tiles=_tile_limit(item, max_tiles),
+        compression=None if compression is None else parse_compression(compression, 'image_url["compression"]'),
+    )
+
+
+def _tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:
+    limit = item.get('max_dynamic_patch')
+    if limit is None:
+        detail = item.get('detail')
+        return DETAIL_TILES.get(detail) if isinstance(detail, str) else None
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= max_tiles:
+        raise ValueError(f'max_dynamic_patch must be an integer from 1 to {max_tiles}, not {limit!r}.')
+    return limit

@@ -1,0 +1,93 @@
+"""Server-wide options, from ``LMDEPLOY_VICO_<NAME>`` or ``--hf-overrides '{"vico": {"<name>": ...}}'``."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lmdeploy_vico.vision.routing import Compression, parse_compression
+
+PREFIX = 'LMDEPLOY_VICO_'
+OVERRIDES_KEY = 'vico'
+
+
+class OptionError(ValueError):
+    """An unknown option or a bad value; the message names it and what is accepted."""
+
+
+def _default_threads() -> int:
+    return min(os.cpu_count() or 1, 16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an operator can set.
+
+    Attributes:
+        compression: for requests that do not say: "auto" (the checkpoint's thresholds), "none", "all" or a share.
+        max_tiles: the most tiles an image may be cut into, whatever a client asks for (``max_dynamic_patch``).
+        preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
+        vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", ...
+        tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
+    """
+
+    compression: Compression = 'auto'
+    max_tiles: int = 40
+    preprocess_threads: int = dataclasses.field(default_factory=_default_threads)
+    vision_device: str = 'auto'
+    tile_batch: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, 'compression', parse_compression(self.compression))
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+        for name, least in (('max_tiles', 1), ('preprocess_threads', 1), ('tile_batch', 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f'{name} must be an integer of at least {least}, not {value!r}.')
+        if not isinstance(self.vision_device, str) or not self.vision_device:
+            raise OptionError(f'vision_device must be "auto" or a device like "cuda:0", not {self.vision_device!r}.')
+
+    @classmethod
+    def load(cls, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> 'Options':
+        """Read the options; ``--hf-overrides`` wins over the environment.
+
+        Args:
+            overrides: what ``--hf-overrides`` was given, or None.
+            environ: by default the process's environment.
+
+        Raises:
+            OptionError: an unknown name or a bad value.
+        """
+        values: dict[str, Any] = {}
+        for variable, text in (os.environ if environ is None else environ).items():
+            if variable.startswith(PREFIX):
+                name = variable[len(PREFIX) :].lower()
+                _check_name(name, variable)
+                values[name] = _parse_text(name, text)
+        section = (overrides or {}).get(OVERRIDES_KEY, {})
+        if not isinstance(section, Mapping):
+            raise OptionError(f'--hf-overrides: "{OVERRIDES_KEY}" must be an object, not {section!r}.')
+        for name, value in section.items():
+            _check_name(name, f'--hf-overrides "{OVERRIDES_KEY}" {name!r}')
+            values[name] = value
+        return cls(**values)
+
+
+def _check_name(name: str, given: str) -> None:
+    known = [field.name for field in dataclasses.fields(Options)]
+    if name not in known:
+        raise OptionError(f'{given} is not an option; the options are {", ".join(known)}.')
+
+
+def _parse_text(name: str, text: str) -> Any:
+    if name == 'vision_device':
+        return text
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

@@ -6,6 +6,7 @@ engine starts (:mod:`lmdeploy_vico.cpu.engine`), not when LMDeploy is imported. 
 it may be half imported when this module is.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
@@ -135,6 +136,43 @@ def _mp_executor(module: ModuleType) -> None:
     _wrap(module.ExecutorProc, '_main_loop', main_loop)
 
 
+class _LastRelease:
+    """A manager's condition whose lock may be released after the manager has gone."""
+
+    def __init__(self, condition: Any) -> None:
+        self._condition = condition
+
+    def __enter__(self) -> Any:
+        return self._condition.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        # The reply is lost if the waiting process saw the lock free and shut its manager down already.
+        with contextlib.suppress(EOFError, OSError):
+            self._condition.__exit__(*details)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._condition, name)
+
+
+def _engine_process(module: ModuleType) -> None:
+    """Keep the engine process alive when the server closes their shared condition a moment too early.
+
+    The server shuts the manager down as soon as it holds the lock that the engine process has just released. On a
+    busy host with few cores the manager is gone before it has answered the release, and the engine process dies of an
+    EOFError: seen in two of five starts on two cores. Can go when ``ZMQMPEngine._start_mp_proc`` waits for the answer.
+    """
+
+    def mp_proc(original):
+        def wrapper(shared_dict, condition, *args, **kwargs):
+            if selection.runs_on_cpu(getattr(kwargs.get('engine_config'), 'device_type', 'cuda')):
+                condition = _LastRelease(condition)
+            return original(shared_dict, condition, *args, **kwargs)
+
+        return wrapper
+
+    _wrap(module.ZMQMPEngine, '_mp_proc', mp_proc)
+
+
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.utils': _device_questions,
     'lmdeploy.cli.serve': _device_questions,
@@ -144,5 +182,6 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.turbomind.supported_models': _turbomind,
     'lmdeploy.pytorch.engine.engine': _engine,
     'lmdeploy.pytorch.engine.engine_checker': _engine_checker,
+    'lmdeploy.pytorch.engine.mp_engine.zmq_engine': _engine_process,
     'lmdeploy.pytorch.engine.executor.mp_executor': _mp_executor,
 }

@@ -1,8 +1,8 @@
 """The engine side: LMDeploy's own language model, whose prompts may carry visual tokens at given positions.
 
 For a language model class X of LMDeploy (Qwen3ForCausalLM, Qwen3MoeForCausalLM, ...) ``VicoX`` is a subclass of it,
-made on first use. CUDA graphs, LoRA, quantisation and tensor parallelism are therefore X's own, and vision weights are never
-read in the engine process.
+made on first use. CUDA graphs, LoRA, quantisation and tensor parallelism are therefore X's own, and vision weights are
+never read in the engine process.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from lmdeploy.pytorch.model_inputs import StepContext
 from lmdeploy.pytorch.models import patch
 from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 
-from lmdeploy_vico.adapter.model_config import ARCHITECTURE_PREFIX
+from lmdeploy_vico.adapter.architectures import PREFIX, vico_architecture
 
 MODALITY = 'image'
 _LANGUAGE_MODEL = 'language_model.'
@@ -23,9 +23,9 @@ _LANGUAGE_MODEL = 'language_model.'
 
 def __getattr__(name: str) -> type:
     """``VicoX`` for any architecture X that LMDeploy serves; LMDeploy looks the class up by this name."""
-    if not name.startswith(ARCHITECTURE_PREFIX):
+    if not name.startswith(PREFIX):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return vico_class(name[len(ARCHITECTURE_PREFIX) :])
+    return vico_class(name[len(PREFIX) :])
 
 
 @cache
@@ -35,7 +35,7 @@ def vico_class(architecture: str) -> type:
     if qualname is None:
         raise AttributeError(f'LMDeploy has no PyTorch model for the language model architecture {architecture!r}')
     language_model = patch._class_from_qualname(qualname)
-    return type(f'{ARCHITECTURE_PREFIX}{architecture}', (VisualTokensMixin, language_model), {'__module__': __name__})
+    return type(vico_architecture(architecture), (VisualTokensMixin, language_model), {'__module__': __name__})
 
 
 class VisualTokensMixin:

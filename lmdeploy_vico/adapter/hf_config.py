@@ -1,5 +1,6 @@
 """The Hugging Face config of a ViCO checkpoint, without the checkpoint's remote code."""
 
+import logging
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -56,4 +57,16 @@ def load_vico_config(path: str, **kwargs: Any) -> VicoChatConfig | None:
         return None
     if not is_vico(config):
         return None
+    _quiet_transformers()
     return VicoChatConfig.from_dict(config)
+
+
+def _quiet_transformers() -> None:
+    """Drop transformers' warning that ``internvl_chat`` is unknown to it, repeated at every tokenizer it loads."""
+    logger = logging.getLogger('transformers.configuration_utils')
+    if _about_unknown_type not in logger.filters:
+        logger.addFilter(_about_unknown_type)
+
+
+def _about_unknown_type(record: logging.LogRecord) -> bool:
+    return f'a model of type `{VicoChatConfig.model_type}` to instantiate' not in record.getMessage()

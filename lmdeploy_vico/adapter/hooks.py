@@ -97,7 +97,7 @@ def register_chat_models(module: ModuleType) -> None:
 
     Can go when LMDeploy offers an entry point for out-of-tree models.
     """
-    from lmdeploy_vico.adapter.model_config import add_chat_models
+    from lmdeploy_vico.adapter.architectures import add_chat_models
 
     add_chat_models(module.MODULE_MAP, module.CUSTOM_MODULE_MAP)
 

@@ -17,6 +17,7 @@ SUPPORTED = ((0, 18), (0, 19))
 Hook = Callable[[ModuleType], None]
 
 _registered = False
+_failed: list[str] = []
 
 
 def lmdeploy_version_supported(version: str) -> bool:
@@ -54,12 +55,22 @@ def register(cpu_only: bool = False) -> None:
         wrapt.register_post_import_hook(_guarded(hook, name), name)
 
 
+def require_all_hooks() -> None:
+    """Raise RuntimeError if a hook failed in this process: a ViCO checkpoint would be served wrongly."""
+    if _failed:
+        raise RuntimeError(
+            f'lmdeploy-vico could not attach itself to {", ".join(_failed)}; see the log for the reason.'
+        )
+
+
 def _guarded(hook: Hook, name: str) -> Hook:
     def run(module: ModuleType) -> None:
         try:
             hook(module)
         except Exception:
-            # Raising here would break `import lmdeploy...` in programs that have nothing to do with ViCO.
-            logger.exception('lmdeploy-vico: the hook on %s failed; ViCO checkpoints may not be served right', name)
+            # Raising here would break `import lmdeploy...` in programs that have nothing to do with ViCO; those that
+            # do are stopped by require_all_hooks().
+            _failed.append(name)
+            logger.exception('lmdeploy-vico: the hook on %s failed; ViCO checkpoints cannot be served', name)
 
     return run

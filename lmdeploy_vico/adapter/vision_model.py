@@ -16,6 +16,7 @@ from lmdeploy_vico.adapter.decoding import guard_image_decoding
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, render_chat, render_raw, split_ids
+from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import image_jobs, prompt_compression
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.log import get_logger
@@ -58,6 +59,7 @@ class VicoVisionModel(VisionModel):
         Raises:
             UnsupportedCheckpointError, OptionError: the server must not start; the message says why.
         """
+        require_all_hooks()
         began = time.perf_counter()
         self.block_size = getattr(backend_config, 'block_size', 64)
         self.options = options = Options.load(getattr(backend_config, 'hf_overrides', None))

@@ -1,0 +1,50 @@
+# Every target sets up what it needs; repeating one is safe and quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := lmdeploy_vico kernels benchmarks tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Create .venv and install the plugin with everything for development (8 GB, a few minutes)
+
+$(STAMP): pyproject.toml
+	@echo '==> Checking $(PYTHON)'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is %d.%d: set PYTHON=..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'The venv module is missing: apt-get install python3-venv'; exit 1; }
+	@test -x $(BIN)/python || { echo '==> Creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@echo '==> Installing lmdeploy-vico, LMDeploy and the development tools into $(VENV) (about 8 GB, a few minutes)'
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]' 2>&1 \
+		| grep -E '^(Collecting|Downloading|Building|Successfully|ERROR|error)' | cut -c1-110; exit $${PIPESTATUS[0]}
+	@touch $@
+
+demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a user would
+	@$(BIN)/lmdeploy-vico demo
+
+test: $(STAMP) ## Run the tests
+	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	@$(BIN)/python -m pytest -m 'slow and not gpu'
+
+lint: $(STAMP) ## Check style, types and the arrows between the rooms
+	@echo '==> ruff'; $(BIN)/ruff check $(SOURCES) && $(BIN)/ruff format --check $(SOURCES)
+	@echo '==> mypy'; $(BIN)/mypy
+	@echo '==> import-linter'; $(BIN)/lint-imports
+
+format: $(STAMP) ## Format the code
+	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP) ## Run the benchmarks
+	@$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean: ## Remove the virtual environment and everything generated
+	rm -rf $(VENV) build dist .demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+SHELL := /bin/bash

@@ -3,11 +3,16 @@
 Isolated so that it can be replaced. Tensors are looked up by their checkpoint names; the dtype is that of the pixels.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lmdeploy_vico.testing.configuration import PATCH, TILE
+
+GRID = TILE // PATCH
 
 Weights = Mapping[str, Tensor]
 ROUTER_HEADS = 16
@@ -35,18 +40,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def patch_features(weights: Weights, pixels: Tensor) -> Tensor:
-    """Convolve normalised pixels ``[n, 3, 448, 448]`` into patch embeddings ``[n, 1024, D]`` without positions."""
+    """Convolve normalised pixels ``[n, 3, 14 h, 14 w]`` into patch embeddings ``[n, h w, D]`` without positions."""
     name = 'vision_model.embeddings.patch_embedding'
     weight, bias = (weights[f'{name}.{kind}'].to(pixels.dtype) for kind in ('weight', 'bias'))
     return F.conv2d(pixels, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
 
 
 def vit(weights: Weights, pixels: Tensor, layers: int, heads: int) -> Tensor:
-    """Return the patch tokens ``[n, 1024, D]`` of normalised pixels ``[n, 3, 448, 448]``."""
+    """Return the patch tokens of normalised pixels: ``[n, 1024, D]`` for a tile, ``[n, 256, D]`` for its quarter."""
     x = patch_features(weights, pixels)
     prefix = 'vision_model.embeddings'
-    first = weights[f'{prefix}.class_embedding'].to(x.dtype).expand(len(x), -1, -1)
-    x = torch.cat([first, x], dim=1) + weights[f'{prefix}.position_embedding'].to(x.dtype)
+    first = weights[f'{prefix}.class_embedding'].to(x.dtype)
+    position = weights[f'{prefix}.position_embedding'].to(x.dtype)
+    rows, columns = pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH
+    grid = position[:, 1:].unflatten(1, (GRID, GRID))[:, :rows, :columns].flatten(1, 2)
+    x = torch.cat([(first + position[:, :1]).expand(len(x), -1, -1), x + grid], dim=1)
     for i in range(layers):
         block = f'vision_model.encoder.layers.{i}'
         q, k, v = linear(weights, f'{block}.attn.qkv', norm(weights, f'{block}.norm1', x, 1e-6)).chunk(3, dim=-1)
@@ -61,7 +69,7 @@ def vit(weights: Weights, pixels: Tensor, layers: int, heads: int) -> Tensor:
 
 
 def gate_features(weights: Weights, tokens: Tensor) -> Tensor:
-    """Return what the router's last linear layer sees, ``[n, D]``, for patch tokens ``[n, 1024, D]``."""
+    """Return what the router's last linear layer sees, ``[n, D]``, for patch tokens ``[n, tokens, D]``."""
     pooling = 'pooling_before_gating'
     x = weights[f'{pooling}.query_token'].to(tokens.dtype).expand(len(tokens), 1, -1)
     for step in (1, 2, 2, 2):
@@ -69,7 +77,9 @@ def gate_features(weights: Weights, tokens: Tensor) -> Tensor:
         weight = weights[f'{name}.in_proj_weight'].to(x.dtype).chunk(3)
         bias = weights[f'{name}.in_proj_bias'].to(x.dtype).chunk(3)
         q, k, v = (F.linear(y, weight[i], bias[i]) for i, y in enumerate((x, tokens, tokens)))
-        x = norm(weights, f'{pooling}.norm{step}', linear(weights, f'{name}.out_proj', attend(q, k, v, 16)), 1e-5)
+        x = norm(
+            weights, f'{pooling}.norm{step}', linear(weights, f'{name}.out_proj', attend(q, k, v, ROUTER_HEADS)), 1e-5
+        )
     x = x[:, 0]
     for i in range(1, 5):
         y = F.gelu(linear(weights, f'gating.block{i}.0', x))
@@ -78,14 +88,14 @@ def gate_features(weights: Weights, tokens: Tensor) -> Tensor:
 
 
 def scores(weights: Weights, tokens: Tensor) -> Tensor:
-    """Return p[0], the probability of hard compression, ``[n]``, for patch tokens ``[n, 1024, D]``."""
+    """Return p[0], the probability of hard compression, ``[n]``, for patch tokens ``[n, tokens, D]``."""
     return linear(weights, 'gating.gate.1', gate_features(weights, tokens)).softmax(-1)[:, 0]
 
 
 def project(weights: Weights, tokens: Tensor, ratio: int) -> Tensor:
-    """Return visual tokens ``[n, (32 / ratio)^2, H]``: ``mlp1`` for a ratio of 2, ``mlp2`` for 4."""
-    n, _, width = tokens.shape
-    side = 32 // ratio
+    """Return visual tokens ``[n, tokens / ratio^2, H]``: ``mlp1`` for a ratio of 2, ``mlp2`` for 4."""
+    n, count, width = tokens.shape
+    side = math.isqrt(count) // ratio
     x = tokens.view(n, side, ratio, side, ratio, width).transpose(2, 3).reshape(n, side * side, ratio * ratio * width)
     name, linears = ('mlp1', (1, 3)) if ratio == 2 else ('mlp2', (1, 4, 7))
     x = linear(weights, f'{name}.{linears[0]}', norm(weights, f'{name}.0', x, 1e-5))

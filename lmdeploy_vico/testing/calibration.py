@@ -12,11 +12,11 @@ from lmdeploy_vico.testing import _forward
 from lmdeploy_vico.testing.configuration import Size
 from lmdeploy_vico.testing.tiles import detail, normalize, synthetic_tiles
 
-# The detail at which a tile scores 0.5, and the change in the log odds per unit of log detail.
-DETAIL_CENTER = -3.2
-DETAIL_SLOPE = 2.0
-RIDGE = 1e-2
-CHUNK = 4
+# The log detail at which a tile scores 0.5, and the standard deviation of the scores' log odds over the synthetic tiles.
+DETAIL_CENTER = -3.5
+ODDS_SPREAD = 2.5
+RIDGE = 0.1
+CHUNK = 12
 
 
 def as_stored(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,14 +59,15 @@ def _standardize_projector(weights: dict[str, Tensor], tokens: Tensor, last: str
 
 
 def _fit_gate(weights: dict[str, Tensor], tokens: Tensor, log_detail: Tensor) -> None:
-    """Ridge regression of the log odds of compression on what the last layer sees."""
+    """Ridge regression of a tile's smoothness on what the last layer sees, scaled to log odds of compression."""
     features = torch.cat([_forward.gate_features(weights, x) for x in tokens.split(CHUNK)])
-    odds = (DETAIL_CENTER - log_detail) * DETAIL_SLOPE
-    mean, center = features.mean(dim=0), odds.mean()
+    smoothness = DETAIL_CENTER - log_detail
+    mean, center = features.mean(dim=0), smoothness.mean()
     x = features - mean
     ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    w = torch.linalg.solve(x.T @ x + ridge, x.T @ (odds - center))
+    w = torch.linalg.solve(x.T @ x + ridge, x.T @ (smoothness - center))
+    scale = ODDS_SPREAD / (x @ w).std()
     # Two classes: the log odds are the difference of the two outputs.
-    weight = torch.stack([w / 2, -w / 2]).bfloat16().double()
-    offset = (center - mean @ (weight[0] - weight[1])) / 2
+    weight = torch.stack([scale * w / 2, -scale * w / 2]).bfloat16().double()
+    offset = (scale * center - mean @ (weight[0] - weight[1])) / 2
     _store(weights, 'gating.gate.1', weight, torch.stack([offset, -offset]))

@@ -78,7 +78,25 @@ def vision_weights(size: Size, vit: str, noise: Noise) -> dict[str, Tensor]:
         _linear(out, noise, f'{block}.attn.proj', width, width, gain=1.2)
         _linear(out, noise, f'{block}.mlp.fc1', width, size.vit_mlp, gain=1.5)
         _linear(out, noise, f'{block}.mlp.fc2', size.vit_mlp, width, gain=1.5)
+    _measure_detail(out, 'vision_model.encoder.layers.0.mlp')
     return out
+
+
+def _measure_detail(out: dict[str, Tensor], mlp: str) -> None:
+    """Let the first MLP add up the magnitudes of the higher frequencies into the last channels, for the router to read.
+
+    Their mean over a tile says nothing (it is zero); gelu(x) + gelu(-x) is close to a multiple of abs(x).
+    """
+    width = out[f'{mlp}.fc2.weight'].shape[0]
+    heard = torch.arange(int(0.45 * width), int(0.8 * width))
+    unit = torch.arange(len(heard))
+    for sign, units in ((1, unit), (-1, unit + len(heard))):
+        out[f'{mlp}.fc1.weight'][units] = 0
+        out[f'{mlp}.fc1.weight'][units, heard] = 4.0 * sign
+        out[f'{mlp}.fc1.bias'][units] = 0
+        out[f'{mlp}.fc2.weight'][:, units] = 0
+        for k in range(1, 5):
+            out[f'{mlp}.fc2.weight'][width - k, units] = 4.0 * (-1) ** k / len(heard)
 
 
 def projector_weights(size: Size, flash: bool, noise: Noise) -> dict[str, Tensor]:
@@ -112,6 +130,7 @@ def router_weights(size: Size, noise: Noise) -> dict[str, Tensor]:
         _linear(out, noise, f'gating.block{i}.0', width, 4 * width)
         _linear(out, noise, f'gating.block{i}.3', 4 * width, width)
         _norm(out, noise, f'gating.block{i}.5', width)
+        out[f'gating.block{i}.5.weight'] *= 0.3
     _norm(out, noise, 'gating.gate.0', width)
     _linear(out, noise, 'gating.gate.1', width, 2)
     return out

@@ -1,0 +1,141 @@
+"""What is loaded, and when: each case in a process of its own."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def run(code, **environment):
+    """Run ``code`` in a fresh interpreter outside the checkout; returns its standard output and error."""
+    done = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        cwd='/',
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+OUR_MODULES = "sorted(name for name in sys.modules if name.startswith('lmdeploy_vico'))"
+
+
+def test_import_torch_loads_only_autoload():
+    out, err = run(f'import sys, torch; print({OUR_MODULES})')
+    assert out == "['lmdeploy_vico', 'lmdeploy_vico.autoload']"
+    assert 'lmdeploy' not in err
+
+
+def test_importing_lmdeploy_loads_no_heavy_module_of_ours():
+    out, _ = run(f'import sys, lmdeploy; print({OUR_MODULES})')
+    assert "'lmdeploy_vico.adapter.registration'" in out
+    for module in ('vision', 'stage', 'adapter.vision_model', 'adapter.chat_model', 'cpu.engine'):
+        assert f'lmdeploy_vico.{module}' not in out
+
+
+SHOW_CLASSES = """
+from lmdeploy.archs import get_model_arch
+from lmdeploy.vl.model.builder import VISION_MODELS
+from lmdeploy.pytorch.configurations import AutoModelConfigBuilder
+from lmdeploy.pytorch.models.module_map import CUSTOM_MODULE_MAP
+from lmdeploy.vl.engine import ImageEncoder
+config = get_model_arch({path!r}, trust_remote_code=False)[1]
+match = next(name for name, model in VISION_MODELS.module_dict.items() if model.match(config))
+builders = [b for b in AutoModelConfigBuilder._sub_classes if b.__name__ != 'DefaultModelConfigBuilder']
+builder = next(b for b in builders if b.condition(config))
+print(type(config).__name__, match, builder.__name__, 'VicoQwen3ForCausalLM' in CUSTOM_MODULE_MAP)
+"""
+OURS = 'VicoChatConfig VicoVisionModel VicoModelConfigBuilder True'
+
+
+@pytest.mark.parametrize('first', ['torch', 'lmdeploy', 'lmdeploy.vl.engine', 'lmdeploy.pytorch.models.module_map'])
+def test_every_import_order(make_checkpoint, first):
+    out, err = run(f'import {first}\n' + SHOW_CLASSES.format(path=str(make_checkpoint())))
+    assert out == OURS
+    assert 'Traceback' not in err
+
+
+@pytest.mark.parametrize('switch', ['0', 'cpu'])
+def test_switched_off(make_checkpoint, switch):
+    out, _ = run(SHOW_CLASSES.format(path=str(make_checkpoint())), LMDEPLOY_VICO=switch)
+    assert out.split()[1:] == ['InternVLVisionModel', 'InternVLModelConfigBuilder', 'False']
+
+
+def test_plain_internvl_keeps_lmdeploys_classes(make_checkpoint):
+    out, _ = run(SHOW_CLASSES.format(path=str(make_checkpoint(flash=False))))
+    assert out.split()[1:3] == ['InternVLVisionModel', 'InternVLModelConfigBuilder']
+
+
+def test_switched_off_leaves_the_cpu_backend_out_too():
+    code = f'import sys, lmdeploy, lmdeploy.pytorch.engine.engine; print({OUR_MODULES})'
+    assert run(code, LMDEPLOY_VICO='0')[0] == "['lmdeploy_vico', 'lmdeploy_vico.autoload']"
+
+
+def test_unknown_mode_is_named_once():
+    _, err = run('import torch', LMDEPLOY_VICO='on')
+    assert err.count("LMDEPLOY_VICO='on' is not one of 1, cpu, 0") == 1
+
+
+def test_unsupported_lmdeploy_is_left_alone_with_one_warning(make_checkpoint):
+    pretend = """
+    import importlib.metadata as metadata
+    real = metadata.version
+    metadata.version = lambda name: '0.19.1' if name == 'lmdeploy' else real(name)
+    """
+    out, err = run(textwrap.dedent(pretend) + SHOW_CLASSES.format(path=str(make_checkpoint())))
+    assert out.split()[1:] == ['InternVLVisionModel', 'InternVLModelConfigBuilder', 'False']
+    assert err.count('lmdeploy-vico supports LMDeploy >= 0.18, < 0.19, but 0.19.1 is installed') == 1
+
+
+def test_a_failing_plugin_does_not_break_torch():
+    out, err = run(
+        """
+        import sys
+        sys.modules['wrapt'] = None
+        import torch
+        print(torch.ones(1).item())
+        """
+    )
+    assert out == '1.0'
+    assert 'could not be set up' in err
+
+
+@pytest.mark.parametrize(
+    'version, supported',
+    [('0.18.0', True), ('0.18.3rc1', True), ('0.17.9', False), ('0.19.0', False), ('1.18.0', False), ('0.18', True)],
+)
+def test_supported_versions(version, supported):
+    from lmdeploy_vico.adapter.registration import lmdeploy_version_supported
+
+    assert lmdeploy_version_supported(version) == supported
+
+
+def test_hooks_are_idempotent(make_checkpoint):
+    out, _ = run(
+        """
+        import sys, lmdeploy
+        import lmdeploy.hf_configs, lmdeploy.pytorch.transformers, lmdeploy.turbomind.supported_models
+        import lmdeploy.vl.model.builder, lmdeploy.vl.engine, lmdeploy.pytorch.models.module_map
+        import lmdeploy.pytorch.configurations
+        from lmdeploy_vico.adapter.hooks import HOOKS
+        def state():
+            m = sys.modules
+            return (m['lmdeploy.hf_configs'].config_from_pretrained,
+                    m['lmdeploy.turbomind.supported_models'].is_supported,
+                    list(m['lmdeploy.vl.model.builder'].VISION_MODELS.module_dict),
+                    m['lmdeploy.vl.engine'].ImageEncoder.__dict__['__init__'],
+                    dict(m['lmdeploy.pytorch.models.module_map'].CUSTOM_MODULE_MAP),
+                    list(m['lmdeploy.pytorch.configurations'].AutoModelConfigBuilder._sub_classes))
+        before = state()
+        for name, hook in HOOKS.items():
+            hook(sys.modules[name])
+        after = state()
+        print([a is b or a == b for a, b in zip(before, after)])
+        """
+    )
+    assert out == str([True] * 6)

@@ -1,0 +1,43 @@
+import pytest
+
+from lmdeploy_vico.options import OptionError, Options
+
+
+def load(overrides=None, **environ):
+    return Options.load(overrides, environ)
+
+
+def test_defaults():
+    options = load(PATH='/bin', LMDEPLOY_VICO='1')
+    assert options.compression == 'auto' and options.max_tiles == 40 and options.preprocess_threads >= 1
+
+
+def test_environment():
+    options = load(LMDEPLOY_VICO_COMPRESSION='0.5', LMDEPLOY_VICO_MAX_TILES='24', LMDEPLOY_VICO_VISION_DEVICE='cuda:1')
+    assert (options.compression, options.max_tiles, options.vision_device) == (0.5, 24, 'cuda:1')
+    assert load(LMDEPLOY_VICO_COMPRESSION='none').compression == 'none'
+
+
+def test_overrides_win():
+    overrides = {'rope_theta': 1, 'vico': {'compression': 'all', 'preprocess_threads': 3}}
+    options = load(overrides, LMDEPLOY_VICO_COMPRESSION='none')
+    assert (options.compression, options.preprocess_threads) == ('all', 3)
+
+
+@pytest.mark.parametrize(
+    'overrides, environ, message',
+    [
+        (None, {'LMDEPLOY_VICO_COMPRESION': 'none'}, 'LMDEPLOY_VICO_COMPRESION is not an option; the options are comp'),
+        (None, {'LMDEPLOY_VICO_COMPRESSION': 'most'}, 'compression must be "auto"'),
+        (None, {'LMDEPLOY_VICO_COMPRESSION': '2'}, 'compression must be "auto"'),
+        (None, {'LMDEPLOY_VICO_MAX_TILES': 'many'}, "max_tiles must be an integer of at least 1, not 'many'"),
+        (None, {'LMDEPLOY_VICO_PREPROCESS_THREADS': '0'}, 'preprocess_threads must be an integer of at least 1'),
+        (None, {'LMDEPLOY_VICO_VISION_DEVICE': ''}, 'vision_device must be'),
+        ({'vico': 'none'}, {}, '"vico" must be an object'),
+        ({'vico': {'tiles': 3}}, {}, "'tiles' is not an option"),
+        ({'vico': {'tile_batch': True}}, {}, 'tile_batch must be an integer'),
+    ],
+)
+def test_mistakes_stop_the_start(overrides, environ, message):
+    with pytest.raises(OptionError, match=message):
+        load(overrides, **environ)

@@ -61,36 +61,28 @@ def build_metadata(step_context) -> CpuAttentionMetadata:
 class Rule:
     """What a query may attend to and how its scores are shaped.
 
-    ``window`` is (left, right) in tokens, -1 for unbounded; ``soft_cap`` 0 for none.
+    ``window`` is how many tokens back a query sees, 0 for all of them; ``soft_cap`` is 0 for none.
     """
 
     scale: float
     causal: bool
-    window: tuple[int, int] = (-1, -1)
+    window: int = 0
     soft_cap: float = 0.0
 
     @classmethod
     def of(cls, spec: PagedAttentionBuildSpec | FlashAttentionBuildSpec) -> 'Rule':
-        """Read the rule from a build spec of LMDeploy."""
+        """Read the rule from a build spec of LMDeploy, whose kernels use only the left side of a window."""
         window = spec.sliding_window
-        if window is None:
-            window = (-1, -1)
-        elif isinstance(window, int):
-            window = (window - 1, 0) if window > 0 else (-1, -1)
+        left = window if window is None or isinstance(window, int) else window[0]
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        return cls(scale, spec.causal, tuple(window), max(0.0, spec.logit_softcapping or 0.0))
+        return cls(scale, spec.causal, max(0, left or 0), max(0.0, spec.logit_softcapping or 0.0))
 
     def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """Positions ``[q]`` and ``[kv]`` to a boolean ``[q, kv]`` of forbidden pairs, or None if none is."""
         distance = queries[:, None] - keys[None, :]
-        left, right = self.window
-        if self.causal:
-            right = 0 if right < 0 else min(right, 0)
-        forbidden = None
-        if right >= 0:
-            forbidden = distance < -right
-        if left >= 0:
-            beyond = distance > left
+        forbidden = distance < 0 if self.causal else None
+        if self.window:
+            beyond = distance > self.window
             forbidden = beyond if forbidden is None else forbidden | beyond
         return forbidden
 

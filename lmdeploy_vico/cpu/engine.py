@@ -7,11 +7,13 @@ its backend instead of writing ``'cuda'``.
 
 import dataclasses
 import importlib
+import inspect
 from functools import cache, wraps
 from typing import Any
 
 import torch
 
+from . import memory
 from .stand_ins import TorchView
 
 # Modules that create streams and events, ask CUDA about the device or allocate the caches.
@@ -66,7 +68,15 @@ def _patch_model_agent(agent: Any) -> None:
         init(self, *args, **kwargs)
         self.device = 'cpu'
 
+    start = agent.BaseModelAgent.start
+
+    @wraps(start)
+    def start_on_host(self, *args: Any, **kwargs: Any) -> None:
+        memory.choose_threads(self.patched_model.get_model())
+        start(self, *args, **kwargs)
+
     agent.BaseModelAgent.__init__ = __init__
+    agent.BaseModelAgent.start = start_on_host
     agent.BaseModelAgent.warmup = lambda self: None
     agent._try_to_cuda = _own_copy
     agent.get_gpu_memory = lambda device_id=None: TorchView.cuda.mem_get_info(device_id)
@@ -112,8 +122,6 @@ def _patch_default_devices() -> None:
 
 
 def _with_device(create_weight):
-    import inspect
-
     signature = inspect.signature(create_weight)
 
     @wraps(create_weight)

@@ -29,6 +29,10 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     setattr(owner, name, type(held)(wrapper) if isinstance(held, staticmethod | classmethod) else wrapper)
 
 
+def _on_cpu(engine_config: Any) -> bool:
+    return selection.runs_on_cpu(getattr(engine_config, 'device_type', 'cuda'))
+
+
 def _device_questions(module: ModuleType) -> None:
     """Answer ``get_max_batch_size`` and ``is_bf16_supported`` without CUDA.
 
@@ -45,6 +49,28 @@ def _device_questions(module: ModuleType) -> None:
     for name, make in (('get_max_batch_size', batch_size), ('is_bf16_supported', bf16)):
         if name in vars(module):
             _wrap(module, name, make)
+
+
+def _model_config(module: ModuleType) -> None:
+    """Keep a float32 checkpoint in float32, which LMDeploy would convert to float16, the slowest type of a CPU.
+
+    Also answers the device questions that this module has imported. Can go when LMDeploy takes ``dtype='float32'``.
+    """
+    _device_questions(module)
+
+    def update_dtype(original):
+        def wrapper(config, dtype, device_type='auto'):
+            config = original(config, dtype, device_type=device_type)
+            written = getattr(config.hf_config, 'dtype', None)
+            if dtype == 'auto' and selection.runs_on_cpu(device_type) and str(written).endswith('float32'):
+                import torch
+
+                config.dtype = torch.float32
+            return config
+
+        return wrapper
+
+    _wrap(module, '_update_torch_dtype', update_dtype)
 
 
 def _turbomind(module: ModuleType) -> None:
@@ -66,18 +92,20 @@ def _engine(module: ModuleType) -> None:
     """
 
     def from_pretrained(original):
-        def wrapper(cls, pretrained_model_name_or_path, engine_config=None, **kwargs):
-            if selection.runs_on_cpu(getattr(engine_config, 'device_type', 'cuda')):
+        def wrapper(cls, pretrained_model_name_or_path, engine_config=None, speculative_config=None, **kwargs):
+            if _on_cpu(engine_config):
+                selection.check_supported(engine_config, speculative_config)
                 selection.announce()
-            return original(cls, pretrained_model_name_or_path, engine_config=engine_config, **kwargs)
+            return original(cls, pretrained_model_name_or_path, engine_config, speculative_config, **kwargs)
 
         return wrapper
 
     def init(original):
         def wrapper(self, model_path, engine_config=None, *args, **kwargs):
-            if selection.runs_on_cpu(getattr(engine_config, 'device_type', 'cuda')):
+            if _on_cpu(engine_config):
                 from . import engine
 
+                selection.check_supported(engine_config)
                 selection.announce()
                 engine.install()
             original(self, model_path, engine_config, *args, **kwargs)
@@ -123,11 +151,9 @@ def _mp_executor(module: ModuleType) -> None:
     def main_loop(original):
         def wrapper(self, *args, device_type='cuda', dist_config=None, **kwargs):
             if selection.runs_on_cpu(device_type):
-                import torch
-
                 from . import engine, memory
 
-                torch.set_num_threads(memory.threads_per_rank(dist_config.world_size))
+                memory.share_host(dist_config.world_size)
                 engine.install()
             original(self, *args, device_type=device_type, dist_config=dist_config, **kwargs)
 
@@ -159,12 +185,12 @@ def _engine_process(module: ModuleType) -> None:
 
     The server shuts the manager down as soon as it holds the lock that the engine process has just released. On a
     busy host with few cores the manager is gone before it has answered the release, and the engine process dies of an
-    EOFError: seen in two of five starts on two cores. Can go when ``ZMQMPEngine._start_mp_proc`` waits for the answer.
+    EOFError. Can go when ``ZMQMPEngine._start_mp_proc`` waits for the answer.
     """
 
     def mp_proc(original):
         def wrapper(shared_dict, condition, *args, **kwargs):
-            if selection.runs_on_cpu(getattr(kwargs.get('engine_config'), 'device_type', 'cuda')):
+            if _on_cpu(kwargs.get('engine_config')):
                 condition = _LastRelease(condition)
             return original(shared_dict, condition, *args, **kwargs)
 
@@ -177,7 +203,7 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.utils': _device_questions,
     'lmdeploy.cli.serve': _device_questions,
     'lmdeploy.vl.engine': _device_questions,
-    'lmdeploy.pytorch.config': _device_questions,
+    'lmdeploy.pytorch.config': _model_config,
     'lmdeploy.pytorch.engine.config_builder': _device_questions,
     'lmdeploy.turbomind.supported_models': _turbomind,
     'lmdeploy.pytorch.engine.engine': _engine,

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 from functools import cache
+from typing import Any
 
 logger = logging.getLogger('lmdeploy_vico')
 
@@ -25,6 +26,24 @@ def runs_on_cpu(device_type: str | None = 'cuda') -> bool:
     ``cuda`` is LMDeploy's default; its other device types (``ascend``, ``maca``, ``camb``) are left alone.
     """
     return device_type in (None, 'cuda', 'auto') and not has_cuda()
+
+
+def check_supported(config: Any, speculative_config: Any = None) -> None:
+    """Raise ValueError, in one sentence, if a ``PytorchEngineConfig`` asks for what the CPU backend does not have."""
+    if config is None:
+        return
+    asked = {
+        'a quantized KV cache: leave quant_policy at 0': config.quant_policy,
+        'data parallelism: leave dp at 1': config.dp > 1,
+        'expert parallelism: leave ep at 1': config.ep > 1,
+        'Ray: leave distributed_executor_backend unset or use mp': config.distributed_executor_backend == 'ray',
+        'microbatches: leave enable_microbatch off': config.enable_microbatch,
+        'a KV connector: leave kv_transfer_config unset': config.kv_transfer_config is not None,
+        'speculative decoding: leave the draft model away': speculative_config is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f'The CPU reference backend does not support {what}.')
 
 
 @cache

@@ -1,0 +1,60 @@
+"""LMDeploy's own InternVL classes on the CPU backend, as ``LMDEPLOY_VICO=cpu`` leaves them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+import lmdeploy
+import numpy
+from PIL import Image
+from transformers import AutoConfig, PretrainedConfig, Qwen3Config
+
+
+class VisionConfig(PretrainedConfig):
+    model_type = 'intern_vit_6b'
+
+
+class ChatConfig(PretrainedConfig):
+    # In place of the checkpoint's remote code.
+    model_type = 'internvl_chat'
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        self.vision_config = VisionConfig(**(vision_config or {}))
+        self.llm_config = Qwen3Config(**(llm_config or {}))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args, **kwargs):
+        return self.llm_config
+
+
+AutoConfig.register('internvl_chat', ChatConfig)
+picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (448, 448, 3), numpy.uint8))
+config = lmdeploy.PytorchEngineConfig(session_len=4096)
+greedy = lmdeploy.GenerationConfig(max_new_tokens=6, do_sample=False, ignore_eos=True)
+with lmdeploy.pipeline(sys.argv[1], backend_config=config) as pipe:
+    model = pipe.async_engine.engine.executor.model_agent.patched_model.get_model()
+    assert type(model).__module__ == 'lmdeploy.pytorch.models.internvl', type(model)
+    asked = [('describe', picture), ('what is this', [picture, picture])]
+    alone = [pipe(prompt, gen_config=greedy).token_ids for prompt in asked]
+    together = [answer.token_ids for answer in pipe(asked, gen_config=greedy)]
+    assert alone == together, (alone, together)
+    assert all(len(tokens) == 6 for tokens in alone)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flash', [False, True], ids=['plain', 'flash'])
+def test_lmdeploys_own_class(flash, make_checkpoint):
+    result = subprocess.run(
+        [sys.executable, '-c', SCRIPT, str(make_checkpoint(flash=flash))],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=os.environ | {'LMDEPLOY_VICO': 'cpu'},
+    )
+    assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ from lmdeploy_vico.testing import _forward
 from lmdeploy_vico.testing.configuration import Size
 from lmdeploy_vico.testing.tiles import detail, normalize, synthetic_tiles
 
-# The log detail at which a tile scores 0.5, and the standard deviation of the scores' log odds over the synthetic tiles.
+# The log detail at which a tile scores 0.5; the standard deviation of the scores' log odds over the synthetic tiles.
 DETAIL_CENTER = -3.5
 ODDS_SPREAD = 2.5
 RIDGE = 0.1

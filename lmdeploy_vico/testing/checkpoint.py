@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lmdeploy_vico.testing import configuration
 from lmdeploy_vico.testing.calibration import as_stored, calibrate
-from lmdeploy_vico.testing.configuration import LLMS, SIZES, VITS
+from lmdeploy_vico.testing.configuration import DTYPES, LLMS, SIZES, VITS
 from lmdeploy_vico.testing.tokenizer import VOCABULARY, write_tokenizer
 from lmdeploy_vico.testing.weights import Noise, language_weights, projector_weights, router_weights, vision_weights
 
@@ -31,26 +32,34 @@ def make_tiny_checkpoint(
     size: str = 'tiny',
     flash: bool = True,
     force: bool = False,
+    dtype: str = 'bfloat16',
 ) -> Path:
-    """Write a random InternVL3.5-Flash checkpoint (bfloat16, two shards) and return its directory.
+    """Write a random InternVL3.5-Flash checkpoint (two shards) and return its directory.
 
     The same arguments give the same bytes. ``llm`` is 'dense' (Qwen3) or 'moe' (Qwen3-MoE, 8 experts, 2 per token);
     ``vit`` is 'layer_norm' (InternViT-300M's layout) or 'rms_norm' (InternViT-6B's); ``size`` is 'tiny' or 'small';
-    without ``flash`` it is a plain InternVL checkpoint with neither router nor second projector. Raises ValueError for
-    an unknown choice and FileExistsError when ``path`` holds anything but a tiny checkpoint, unless ``force`` is set;
-    files of other names are left alone then.
+    without ``flash`` it is a plain InternVL checkpoint with neither router nor second projector; ``dtype`` is
+    'bfloat16', as published, or 'float32' (the same values, for an engine to compute without rounding to bfloat16).
+    Raises ValueError for an unknown choice and FileExistsError when ``path`` holds anything but a tiny checkpoint,
+    unless ``force`` is set; files of other names are left alone then.
     """
-    for name, value, accepted in (('llm', llm, LLMS), ('vit', vit, VITS), ('size', size, tuple(SIZES))):
+    choices = (('llm', llm, LLMS), ('vit', vit, VITS), ('size', size, tuple(SIZES)), ('dtype', dtype, DTYPES))
+    for name, value, accepted in choices:
         if value not in accepted:
             raise ValueError(f'{name} is one of {", ".join(accepted)}; got {value!r}')
     path = Path(path)
     _prepare(path, force)
+    # First of all, so that a directory left by an interrupted run can be recognised and replaced.
+    arguments = {'llm': llm, 'vit': vit, 'seed': seed, 'size': size, 'flash': flash, 'dtype': dtype}
+    _write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny', **arguments})
     token_ids = write_tokenizer(path)
     # As in the published vocabularies, there are more embedding rows than tokens.
     vocab_size = -(-len(token_ids) // 128) * 128
     shape = SIZES[size]
     llm_config = configuration.llm_config(shape, llm, vocab_size, token_ids)
     config = configuration.model_config(configuration.vision_config(shape, vit), llm_config, flash)
+    for part in (config, config['llm_config'], config['vision_config']):
+        part['dtype'] = dtype
     _write_json(path / 'config.json', config)
     _write_json(path / 'generation_config.json', configuration.generation_config(token_ids))
     _write_json(path / 'preprocessor_config.json', configuration.preprocessor_config())
@@ -61,9 +70,7 @@ def make_tiny_checkpoint(
         weights |= router_weights(shape, noise)
     calibrate(weights, shape)
     weights |= as_stored(language_weights(shape, llm, vocab_size, VOCABULARY, noise))
-    _save(path, weights)
-    arguments = {'llm': llm, 'vit': vit, 'seed': seed, 'size': size, 'flash': flash}
-    _write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny', **arguments})
+    _save(path, weights, getattr(torch, dtype))
     return path
 
 
@@ -77,9 +84,9 @@ def _prepare(path: Path, force: bool) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def _save(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write the tensors in bfloat16 into shards of about the same size, with their index."""
-    stored = {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}
+def _save(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write the tensors into shards of about the same size, with their index."""
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
     total = sum(tensor.nbytes for tensor in stored.values())
     shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
     written = 0

@@ -34,6 +34,7 @@ SIZES = {
 }
 LLMS = ('dense', 'moe')
 VITS = ('layer_norm', 'rms_norm')
+DTYPES = ('bfloat16', 'float32')
 
 
 def vision_config(size: Size, vit: str) -> dict[str, Any]:

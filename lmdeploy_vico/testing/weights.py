@@ -14,8 +14,11 @@ from torch import Tensor
 from lmdeploy_vico.testing.configuration import PATCH, Size
 
 TOKENS = 1025
-# Standard deviation of the attention scores that q_norm x k_norm gives: 1000 random keys act like about 30.
-QK_GAIN = 1.4
+# q_norm x k_norm gives attention scores a standard deviation of about the square of this: high enough that an answer
+# depends on single tiles, low enough that rounding to bfloat16 costs a few hundredths of the logits' deviation.
+QK_GAIN = 1.5
+# The experts' correlation: without it, rounding that swaps two nearly tied experts changes the answer.
+EXPERT_LIKENESS = 0.75
 
 
 class Noise:
@@ -150,9 +153,10 @@ def language_weights(size: Size, llm: str, vocab_size: int, spoken: int, noise: 
         _attention(out, noise, layer, size)
         if llm == 'moe':
             gate = f'{layer}.mlp.gate.weight'
-            out[gate] = noise(gate, size.experts, hidden, std=2 / math.sqrt(hidden))
+            out[gate] = noise(gate, size.experts, hidden, std=3 / math.sqrt(hidden))
             for expert in range(size.experts):
                 _feed_forward(out, noise, f'{layer}.mlp.experts.{expert}', hidden, size.expert_mlp)
+            _make_alike(out, noise, f'{layer}.mlp.experts', size.experts)
         else:
             _feed_forward(out, noise, f'{layer}.mlp', hidden, size.mlp)
         for norm in ('input_layernorm', 'post_attention_layernorm'):
@@ -160,6 +164,8 @@ def language_weights(size: Size, llm: str, vocab_size: int, spoken: int, noise: 
     _norm(out, noise, f'{root}.norm', hidden, bias=False)
     head = 'language_model.lm_head.weight'
     out[head] = noise(head, vocab_size, hidden, std=3 / math.sqrt(hidden))
+    # Away from the token just read: its embedding is a large part of what arrives here, and answers got stuck on it.
+    out[head] -= out[f'{root}.embed_tokens.weight'] / math.sqrt(hidden)
     out[head][spoken:] = 0
     return out
 
@@ -181,6 +187,20 @@ def _attention(out: dict[str, Tensor], noise: Noise, layer: str, size: Size) -> 
 
 
 def _feed_forward(out: dict[str, Tensor], noise: Noise, name: str, hidden: int, width: int) -> None:
-    for kind, n_out, n_in in (('gate_proj', width, hidden), ('up_proj', width, hidden), ('down_proj', hidden, width)):
+    for kind, n_out, n_in, gain in (
+        ('gate_proj', width, hidden, 1.5),
+        ('up_proj', width, hidden, 1.5),
+        ('down_proj', hidden, width, 3.0),
+    ):
         weight = f'{name}.{kind}.weight'
-        out[weight] = noise(weight, n_out, n_in, std=1.5 / math.sqrt(n_in))
+        out[weight] = noise(weight, n_out, n_in, std=gain / math.sqrt(n_in))
+
+
+def _make_alike(out: dict[str, Tensor], noise: Noise, name: str, experts: int) -> None:
+    own = math.sqrt(1 - EXPERT_LIKENESS**2)
+    for kind in ('gate_proj', 'up_proj', 'down_proj'):
+        first = out[f'{name}.0.{kind}.weight']
+        common = noise(f'{name}.{kind}', *first.shape, std=float(first.std()))
+        for expert in range(experts):
+            out[f'{name}.{expert}.{kind}.weight'] *= own
+            out[f'{name}.{expert}.{kind}.weight'] += EXPERT_LIKENESS * common

@@ -6,6 +6,7 @@ engine starts (:mod:`lmdeploy_vico.cpu.engine`), not when LMDeploy is imported. 
 it may be half imported when this module is.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 from functools import wraps
@@ -162,6 +163,39 @@ def _mp_executor(module: ModuleType) -> None:
     _wrap(module.ExecutorProc, '_main_loop', main_loop)
 
 
+def _mp_notifier(module: ModuleType) -> None:
+    """Keep a worker's event loop running while it waits for the others at the end of LMDeploy's ring of messages.
+
+    LMDeploy waits there in the loop itself, where the worker's forward runs too. With CUDA the others' collectives only
+    wait on the device; here one of them may stand in an all-reduce that needs the waiting worker's forward, and both
+    wait for ever. Can go when ``Notifier.wait_async`` awaits its barrier.
+    """
+
+    def wait_async(original):
+        @contextlib.asynccontextmanager
+        async def wrapper(self):
+            if not selection.runs_on_cpu('cuda'):
+                async with original(self):
+                    yield
+                return
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self.events[self._event_id].wait)
+            yield
+            if self._event_id == module.NUM_SHARED_BLOCK - 1:
+                await loop.run_in_executor(None, self.bar.wait)
+                await loop.run_in_executor(None, self.bar.wait)
+            self._update_event_id()
+
+        return wrapper
+
+    _wrap(module.Notifier, 'wait_async', wait_async)
+
+
+def _tensor_parallel(module: ModuleType) -> None:
+    _mp_executor(module)
+    _mp_notifier(module)
+
+
 class _LastRelease:
     """A manager's condition whose lock may be released after the manager has gone."""
 
@@ -209,5 +243,5 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.pytorch.engine.engine': _engine,
     'lmdeploy.pytorch.engine.engine_checker': _engine_checker,
     'lmdeploy.pytorch.engine.mp_engine.zmq_engine': _engine_process,
-    'lmdeploy.pytorch.engine.executor.mp_executor': _mp_executor,
+    'lmdeploy.pytorch.engine.executor.mp_executor': _tensor_parallel,
 }

@@ -16,9 +16,12 @@ from lmdeploy_vico.testing.configuration import PATCH, Size
 TOKENS = 1025
 # q_norm x k_norm gives attention scores a standard deviation of about the square of this: high enough that an answer
 # depends on single tiles, low enough that rounding to bfloat16 costs a few hundredths of the logits' deviation.
-QK_GAIN = 1.5
-# The experts' correlation: without it, rounding that swaps two nearly tied experts changes the answer.
-EXPERT_LIKENESS = 0.75
+# A mixture of experts gets less: where rounding swaps two nearly tied experts, it does so for all the equal tokens of a
+# flat picture at once. For the same reason the experts are alike (a correlation) and the first outweighs the second.
+QK_GAIN = {'dense': 1.5, 'moe': 1.4}
+MLP_GAIN = {'dense': 3.0, 'moe': 2.0}
+EXPERT_LIKENESS = 0.95
+EXPERT_GATE = 5.0
 
 
 class Noise:
@@ -150,15 +153,15 @@ def language_weights(size: Size, llm: str, vocab_size: int, spoken: int, noise: 
     out[f'{root}.embed_tokens.weight'] = noise(f'{root}.embed_tokens.weight', vocab_size, hidden)
     for i in range(size.layers):
         layer = f'{root}.layers.{i}'
-        _attention(out, noise, layer, size)
+        _attention(out, noise, layer, size, QK_GAIN[llm])
         if llm == 'moe':
             gate = f'{layer}.mlp.gate.weight'
-            out[gate] = noise(gate, size.experts, hidden, std=3 / math.sqrt(hidden))
+            out[gate] = noise(gate, size.experts, hidden, std=EXPERT_GATE / math.sqrt(hidden))
             for expert in range(size.experts):
-                _feed_forward(out, noise, f'{layer}.mlp.experts.{expert}', hidden, size.expert_mlp)
+                _feed_forward(out, noise, f'{layer}.mlp.experts.{expert}', hidden, size.expert_mlp, MLP_GAIN[llm])
             _make_alike(out, noise, f'{layer}.mlp.experts', size.experts)
         else:
-            _feed_forward(out, noise, f'{layer}.mlp', hidden, size.mlp)
+            _feed_forward(out, noise, f'{layer}.mlp', hidden, size.mlp, MLP_GAIN[llm])
         for norm in ('input_layernorm', 'post_attention_layernorm'):
             _norm(out, noise, f'{layer}.{norm}', hidden, bias=False)
     _norm(out, noise, f'{root}.norm', hidden, bias=False)
@@ -170,7 +173,7 @@ def language_weights(size: Size, llm: str, vocab_size: int, spoken: int, noise: 
     return out
 
 
-def _attention(out: dict[str, Tensor], noise: Noise, layer: str, size: Size) -> None:
+def _attention(out: dict[str, Tensor], noise: Noise, layer: str, size: Size, qk_gain: float) -> None:
     width = size.heads * size.head_dim
     shapes = {
         'q_proj': (width, size.hidden),
@@ -183,17 +186,13 @@ def _attention(out: dict[str, Tensor], noise: Noise, layer: str, size: Size) -> 
         out[name] = noise(name, n_out, n_in, std=(3.0 if kind == 'o_proj' else 1.0) / math.sqrt(n_in))
     for kind in ('q_norm', 'k_norm'):
         name = f'{layer}.self_attn.{kind}.weight'
-        out[name] = noise(name, size.head_dim, std=0.1, mean=QK_GAIN)
+        out[name] = noise(name, size.head_dim, std=0.1, mean=qk_gain)
 
 
-def _feed_forward(out: dict[str, Tensor], noise: Noise, name: str, hidden: int, width: int) -> None:
-    for kind, n_out, n_in, gain in (
-        ('gate_proj', width, hidden, 1.5),
-        ('up_proj', width, hidden, 1.5),
-        ('down_proj', hidden, width, 3.0),
-    ):
+def _feed_forward(out: dict[str, Tensor], noise: Noise, name: str, hidden: int, width: int, gain: float) -> None:
+    for kind, n_out, n_in in (('gate_proj', width, hidden), ('up_proj', width, hidden), ('down_proj', hidden, width)):
         weight = f'{name}.{kind}.weight'
-        out[weight] = noise(weight, n_out, n_in, std=gain / math.sqrt(n_in))
+        out[weight] = noise(weight, n_out, n_in, std=(gain if kind == 'down_proj' else 1.5) / math.sqrt(n_in))
 
 
 def _make_alike(out: dict[str, Tensor], noise: Noise, name: str, experts: int) -> None:

@@ -1,0 +1,169 @@
+"""The ``lmdeploy-vico`` command. Serving itself is done by the unmodified ``lmdeploy serve api_server``."""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+DESCRIPTION = """\
+lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
+answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
+This command makes small random checkpoints to try it with, reports what is installed, and runs a demonstration.
+"""
+TINY = """\
+Write a random checkpoint of a few megabytes in the published layout of InternVL3.5-Flash into DIR: real tile and token
+counts, a working router, its own tokenizer; the answers depend on every picture and word and mean nothing.
+The same options give the same bytes. Afterwards:
+
+  lmdeploy serve api_server DIR --backend pytorch
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own); return its exit status."""
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog='lmdeploy-vico', description=DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
+
+    tiny = commands.add_parser('tiny', help='write a small random checkpoint', description=TINY, formatter_class=raw)
+    tiny.add_argument('directory', metavar='DIR', type=Path, help='where to; a tiny checkpoint there is replaced')
+    tiny.add_argument(
+        '--llm', choices=('dense', 'moe'), default='dense', help='Qwen3, or Qwen3-MoE with 8 experts (default: dense)'
+    )
+    tiny.add_argument(
+        '--vit',
+        choices=('layer_norm', 'rms_norm'),
+        default='layer_norm',
+        help='the layout of InternViT-300M, or of InternViT-6B with its q and k norms (default: layer_norm)',
+    )
+    tiny.add_argument('--seed', type=int, default=0, help='of the random weights (default: 0)')
+    tiny.add_argument('--size', choices=('tiny', 'small'), default='tiny', help='3 or 12 MB (default: tiny)')
+    tiny.add_argument(
+        '--dtype',
+        choices=('bfloat16', 'float32'),
+        default='bfloat16',
+        help='of the stored weights; the values are the same (default: bfloat16)',
+    )
+    tiny.add_argument('--plain', action='store_true', help='a plain InternVL checkpoint: no router, 256 tokens a tile')
+    tiny.add_argument('--force', action='store_true', help='write into a DIR that holds other files; they stay')
+    tiny.set_defaults(run=_tiny)
+
+    env = commands.add_parser(
+        'env',
+        help='print versions, the device and whether the plugin is active',
+        description='Print what a bug report needs: versions, the device, and whether the plugin is active.',
+    )
+    env.set_defaults(run=_env)
+
+    demo = commands.add_parser(
+        'demo',
+        help='serve a checkpoint, send it photographs, show the tokens saved',
+        description='Start `lmdeploy serve api_server`, send it photographs with different compressions, print a table.',
+    )
+    demo.add_argument(
+        '--checkpoint', metavar='DIR', type=Path, help='what to serve (default: a tiny random checkpoint, made now)'
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from lmdeploy_vico.testing import make_tiny_checkpoint
+
+    try:
+        path = make_tiny_checkpoint(
+            arguments.directory,
+            llm=arguments.llm,
+            vit=arguments.vit,
+            seed=arguments.seed,
+            size=arguments.size,
+            flash=not arguments.plain,
+            force=arguments.force,
+            dtype=arguments.dtype,
+        )
+    except FileExistsError as error:
+        hint = '' if arguments.directory.is_file() else ': choose another directory, or add --force to write into it'
+        return _fail(f'{error}{hint}')
+    except OSError as error:
+        return _fail(f'{arguments.directory} cannot be written: {error.strerror or error}')
+    print(path)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lmdeploy_vico import demo
+    from lmdeploy_vico.testing.server import ServerError
+
+    checkpoint = arguments.checkpoint
+    if checkpoint and not (checkpoint / 'config.json').is_file():
+        return _fail(f'{checkpoint} is not a checkpoint directory: it holds no config.json')
+    try:
+        demo.run(checkpoint, Console())
+    except (demo.DemoError, ServerError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    del arguments
+    rows = [('lmdeploy-vico', _version('lmdeploy-vico')), ('plugin', _plugin_state())]
+    rows += [(name, _version(name)) for name in ('lmdeploy', 'torch', 'transformers', 'triton')]
+    rows += [('python', platform.python_version()), ('device', _device())]
+    for name, value in rows:
+        print(f'{name:15}{value}')
+    return 0
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
+
+def _plugin_state() -> str:
+    """Say whether a program that imports LMDeploy now would run with the plugin, and what to change if not."""
+    from lmdeploy_vico.adapter.registration import lmdeploy_version_supported
+    from lmdeploy_vico.autoload import MODES, SWITCH
+
+    mode, lmdeploy = os.environ.get(SWITCH, '1').strip() or '1', _version('lmdeploy')
+    if not metadata.entry_points(group='torch.backends', name='lmdeploy_vico'):
+        return 'inactive: the package is not installed (pip install lmdeploy-vico), only on the path'
+    if os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1') == '0':
+        return 'inactive: TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps PyTorch from loading it'
+    if mode == '0':
+        return f'inactive: {SWITCH}=0'
+    if lmdeploy == 'not installed':
+        return 'inactive: LMDeploy is not installed'
+    if not lmdeploy_version_supported(lmdeploy):
+        return f'inactive: it supports LMDeploy >= 0.18, < 0.19, not {lmdeploy}'
+    if mode == 'cpu':
+        return f'CPU backend only: {SWITCH}=cpu'
+    return 'active' if mode in MODES else f'active; {SWITCH}={mode} is not one of {", ".join(MODES)} and counts as 1'
+
+
+def _device() -> str:
+    try:
+        import torch
+    except ImportError:
+        return 'unknown: torch is not installed'
+    if not torch.cuda.is_available():
+        return f'cpu, {torch.get_num_threads()} threads (no CUDA device: the CPU backend is used)'
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ', '.join(f'cuda:{i} {name}' for i, name in enumerate(names))
+
+
+def _fail(message: str) -> int:
+    print(f'lmdeploy-vico: {message}', file=sys.stderr)
+    return 1

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
 
     tiny = commands.add_parser('tiny', help='write a small random checkpoint', description=TINY, formatter_class=raw)
-    tiny.add_argument('directory', metavar='DIR', type=Path, help='where to; a tiny checkpoint there is replaced')
+    tiny.add_argument('directory', metavar='DIR', type=Path, help='where to; a tiny checkpoint there is overwritten')
     tiny.add_argument(
         '--llm', choices=('dense', 'moe'), default='dense', help='Qwen3, or Qwen3-MoE with 8 experts (default: dense)'
     )
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         help='of the stored weights; the values are the same (default: bfloat16)',
     )
     tiny.add_argument('--plain', action='store_true', help='a plain InternVL checkpoint: no router, 256 tokens a tile')
-    tiny.add_argument('--force', action='store_true', help='write into a DIR that holds other files; they stay')
+    tiny.add_argument(
+        '--force', action='store_true', help='write into a DIR that holds other files: those of the same names are lost'
+    )
     tiny.set_defaults(run=_tiny)
 
     env = commands.add_parser(
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         'demo',
         help='serve a checkpoint, send it photographs, show the tokens saved',
-        description='Start `lmdeploy serve api_server`, send it photographs with different compressions, print a table.',
+        description='Start `lmdeploy serve api_server`, send it photographs, print the tokens that ViCO saves.',
     )
     demo.add_argument(
         '--checkpoint', metavar='DIR', type=Path, help='what to serve (default: a tiny random checkpoint, made now)'

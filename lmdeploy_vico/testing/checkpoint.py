@@ -1,7 +1,6 @@
 """Make a complete random checkpoint in the layout of InternVL3.5-Flash."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def make_tiny_checkpoint(
     without ``flash`` it is a plain InternVL checkpoint with neither router nor second projector; ``dtype`` is
     'bfloat16', as published, or 'float32' (the same values, for an engine to compute without rounding to bfloat16).
     Raises ValueError for an unknown choice and FileExistsError when ``path`` holds anything but a tiny checkpoint,
-    unless ``force`` is set; files of other names are left alone then.
+    unless ``force`` is set. Files of the same names are overwritten, all others stay.
     """
     choices = (('llm', llm, LLMS), ('vit', vit, VITS), ('size', size, tuple(SIZES)), ('dtype', dtype, DTYPES))
     for name, value, accepted in choices:
@@ -75,13 +74,12 @@ def make_tiny_checkpoint(
 
 
 def _prepare(path: Path, force: bool) -> None:
+    """Make the directory. Nothing is ever removed: every tiny checkpoint has the same file names."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f'{path} is not a directory')
-    if path.exists() and any(path.iterdir()) and not force:
-        if not is_tiny_checkpoint(path):
-            raise FileExistsError(f'{path} is not empty and is not a tiny checkpoint')
-        shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()) and not force and not is_tiny_checkpoint(path):
+        raise FileExistsError(f'{path} is not empty and is not a tiny checkpoint')
 
 
 def _save(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:

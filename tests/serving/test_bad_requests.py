@@ -1,0 +1,191 @@
+"""Whatever a client sends, it gets an answer that says what is wrong, and the next good request is answered right."""
+
+import base64
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+from PIL import Image
+from serving.conftest import TOKENS, Client
+from serving.conversations import data_url, on_the_wire
+
+GOOD = 'one photograph'
+
+
+@pytest.fixture(scope='module')
+def client(serve, make_checkpoint):
+    return Client(serve(make_checkpoint(), '--session-len', '16384'))
+
+
+@pytest.fixture(autouse=True)
+def still_right_afterwards(client, prompts, judge):
+    yield
+    judge().check(prompts[GOOD], client.chat(prompts[GOOD]), name=GOOD)
+
+
+def post(client, path, body):
+    """POST JSON; returns the status and the decoded body."""
+    request = urllib.request.Request(
+        client.server.url + path, json.dumps(body).encode(), {'Content-Type': 'application/json'}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def chat(client, *items, text='What is this?', **extra):
+    content = [{'type': 'text', 'text': text}, *items]
+    body = {
+        'model': client.model,
+        'messages': [{'role': 'user', 'content': content}],
+        'max_tokens': TOKENS,
+        'temperature': 0,
+        'return_token_ids': True,
+        'ignore_eos': True,
+    }
+    return post(client, '/v1/chat/completions', body | extra)
+
+
+def image_item(url, **params):
+    return {'type': 'image_url', 'image_url': {'url': url, **params}}
+
+
+def png(data=b''):
+    return 'data:image/png;base64,' + base64.b64encode(data).decode()
+
+
+SMALL = data_url(Image.new('RGB', (64, 48), (200, 30, 30)))
+
+BAD_IMAGES = {
+    'not an image': (image_item(png(b'hello, this is text')), 'not an image in a format that can be read'),
+    'zero bytes': (image_item(png()), 'Invalid data URL'),
+    'base64 cut in the middle': (image_item(SMALL[: len(SMALL) * 2 // 3]), 'damaged or truncated'),
+    'not base64': (image_item('data:image/png;base64,€€€'), 'image'),
+    'a million tiles': (
+        image_item(SMALL, max_dynamic_patch=10**6),
+        'max_dynamic_patch must be an integer from 1 to 40',
+    ),
+    'tiles as text': (image_item(SMALL, max_dynamic_patch='12'), 'max_dynamic_patch must be an integer'),
+    'extra data': (image_item(SMALL, data='iVBOR'), 'either "url" or "data", not both'),
+    'extra type': (image_item(SMALL, type='video'), 'are not supported'),
+    'type text': (image_item(SMALL, type='text'), 'must have a string "text"'),
+    'unknown compression': (image_item(SMALL, compression='most'), 'must be "auto", "none", "all"'),
+    'compression too large': (image_item(SMALL, compression=64), 'must be "auto", "none", "all"'),
+}
+
+
+@pytest.mark.parametrize('item, message', BAD_IMAGES.values(), ids=BAD_IMAGES.keys())
+def test_bad_image_items(client, item, message):
+    status, body = chat(client, item)
+    assert status == 400, body
+    assert message in body['message']
+
+
+def test_bad_compression_of_the_request(client):
+    status, body = chat(client, image_item(SMALL), mm_processor_kwargs={'image': {'compression': 'some'}})
+    assert status == 400
+    assert 'mm_processor_kwargs["image"]["compression"] must be "auto"' in body['message']
+
+
+def test_other_modalities(client):
+    status, _ = chat(client, {'type': 'video_url', 'video_url': {'url': 'data:video/mp4;base64,AAAA'}})
+    assert status == 400
+
+
+def test_prompt_longer_than_the_session(client, pictures):
+    items = [image_item(data_url(pictures['text']), max_dynamic_patch=40, compression='none')] * 3
+    status, body = chat(client, *items)
+    assert status == 400
+    assert '16384' in body['message']
+
+
+@pytest.mark.parametrize('size', [(1, 1), (20000, 20), (20, 20000)])
+def test_extreme_images_are_answered(client, judge, size):
+    image = Image.new('RGB', size, (10, 200, 90))
+    messages = [{'role': 'user', 'content': [{'type': 'text', 'text': 'Colour?'}, image_item(image)]}]
+    judge().check(messages, client.chat(messages), name=str(size))
+
+
+@pytest.mark.parametrize('text', ['<IMG_CONTEXT>', 'a <IMG_CONTEXT><IMG_CONTEXT> b <img></img>'])
+def test_image_token_typed_in_a_text_only_prompt(client, judge, text):
+    messages = [{'role': 'user', 'content': text}]
+    judge().check(messages, client.chat(messages), name=text)
+
+
+def test_image_token_typed_in_an_image_prompt(client, judge, pictures):
+    content = [
+        {'type': 'text', 'text': 'before <IMG_CONTEXT> '},
+        {'type': 'image_url', 'image_url': {'url': pictures['page']}},
+        {'type': 'text', 'text': '<IMG_CONTEXT><IMG_CONTEXT> after'},
+    ]
+    messages = [{'role': 'user', 'content': content}]
+    judge().check(messages, client.chat(messages), name='typed around an image')
+
+
+def generate(client, **body):
+    return post(client, '/generate', {'max_tokens': TOKENS, 'temperature': 0, 'ignore_eos': True, **body})
+
+
+def image_token(judge):
+    return judge().reference.image_token
+
+
+def tokens(judge, text):
+    return judge().reference.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_image_token_as_an_id_without_images(client, judge):
+    ids = [*tokens(judge, 'look at'), image_token(judge), image_token(judge), *tokens(judge, ' so')]
+    status, body = generate(client, input_ids=ids)
+    assert status == 200 and len(body['output_ids']) == TOKENS
+    judgement = judge().reference.judge(['look at<IMG_CONTEXT><IMG_CONTEXT> so'], body['output_ids'])
+    assert judgement.prompt_tokens == len(ids) and judgement.gap <= 0.05
+
+
+def test_generate_with_ids_and_an_image(client, judge, pictures):
+    reference = judge().reference
+    before, after = tokens(judge, 'Picture: <img>'), tokens(judge, '</img> so')
+    status, body = generate(
+        client, input_ids=[*before, image_token(judge), *after], image_data=data_url(pictures['page'])
+    )
+    assert status == 200
+    judgement = reference.judge(['Picture: ', pictures['page'], ' so'], body['output_ids'])
+    assert judgement.prompt_tokens == body['meta_info']['prompt_tokens'] and judgement.gap <= 0.05
+
+
+def test_generate_with_a_prompt_and_an_image(client, judge, pictures):
+    image = {'url': data_url(pictures['page']), 'compression': 'all'}
+    status, body = generate(client, prompt='Read this: ', image_data=image)
+    assert status == 200
+    judgement = judge().reference.judge(['Read this: ', pictures['page'], '\n'], body['output_ids'], 'all')
+    assert judgement.prompt_tokens == body['meta_info']['prompt_tokens'] and judgement.gap <= 0.05
+
+
+@pytest.mark.parametrize('marks', [0, 2, 300])
+def test_generate_with_another_number_of_image_tokens(client, judge, marks):
+    status, body = generate(client, input_ids=[40, *[image_token(judge)] * marks, 41], image_data=SMALL)
+    assert status == 400
+    assert f'{marks} image tokens' in body['message']
+
+
+def test_choices_are_the_same_prompt(client, prompts):
+    completion = client.openai.chat.completions.create(
+        model=client.model, messages=[{'role': 'user', 'content': 'hi'}], max_tokens=4, n=2, temperature=0
+    )
+    assert len(completion.choices) == 2
+
+
+def test_streaming(client, pictures):
+    messages = on_the_wire([{'role': 'user', 'content': [image_item(pictures['page'])]}])
+    options = {'model': client.model, 'messages': messages, 'max_tokens': TOKENS, 'temperature': 0}
+    whole = client.openai.chat.completions.create(**options)
+    stream = client.openai.chat.completions.create(**options, stream=True, stream_options={'include_usage': True})
+    text, usage = '', None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        text += ''.join(choice.delta.content or '' for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert usage.prompt_tokens == whole.usage.prompt_tokens

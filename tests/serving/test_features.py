@@ -1,0 +1,50 @@
+"""LMDeploy's own features, untouched by visual tokens: prefix caching, chunked prefill, block sizes, TP, overrides."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from serving.conftest import Client
+
+WITH_IMAGES = ('one photograph', 'two images with text between', 'images in the history', 'very tall')
+
+
+def check_all(client, prompts, judge, **kind):
+    with ThreadPoolExecutor(8) as pool:
+        answers = dict(zip(prompts, pool.map(client.chat, prompts.values()), strict=True))
+    for name, answer in answers.items():
+        judge(**kind).check(prompts[name], answer, name=name)
+    return answers
+
+
+@pytest.mark.parametrize('block_size', [64, 128])
+def test_prefix_caching(serve, make_checkpoint, prompts, judge, block_size):
+    arguments = ['--enable-prefix-caching', '--cache-block-seq-len', str(block_size)]
+    server = serve(make_checkpoint(), *arguments, '--max-prefill-token-num', '512')
+    client = Client(server)
+    check_all(client, prompts, judge)
+    for name in (*WITH_IMAGES, 'text only, two turns'):
+        again = client.chat(prompts[name])
+        judge().check(prompts[name], again, name=name)
+        assert again.cached_tokens == (again.prompt_tokens - 1) // block_size * block_size, name
+    # The same picture routed otherwise shares no visual token, so no stale answer.
+    name = 'one photograph'
+    other = client.chat(prompts[name], mm_processor_kwargs={'image': {'compression': 'all'}})
+    judge().check(prompts[name], other, 'all', name=name)
+    assert other.cached_tokens < block_size
+    server.stop()
+
+
+def test_server_wide_compression_and_tensor_parallelism(serve, make_checkpoint, prompts, judge):
+    server = serve(make_checkpoint(), '--tp', '2', '--hf-overrides', '{"vico": {"compression": 0.25}}')
+    client = Client(server)
+    for name in (*WITH_IMAGES, 'text only'):
+        judge().check(prompts[name], client.chat(prompts[name]), 0.25, name=name)
+    server.stop()
+
+
+def test_with_trust_remote_code(serve, make_checkpoint, prompts, judge):
+    server = serve(make_checkpoint(llm='moe', vit='rms_norm'), '--trust-remote-code', LMDEPLOY_VICO_COMPRESSION='none')
+    client = Client(server)
+    for name in WITH_IMAGES[:2]:
+        judge(llm='moe', vit='rms_norm').check(prompts[name], client.chat(prompts[name]), 'none', name=name)
+    server.stop()

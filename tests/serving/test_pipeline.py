@@ -1,0 +1,103 @@
+"""``lmdeploy.pipeline``: the engine in this process, with chunked prefill, prefix caching and LoRA adapters."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
+from safetensors.torch import load_file, save_file
+from serving.conftest import TOKENS, Answer, Judge
+from serving.test_server import KINDS
+
+GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
+SHORT = ('a scanned page', 'two images with text between', 'text only')
+RANK, ALPHA = 4, 8
+
+
+def ask(pipe, conversations, **options):
+    answers = pipe(conversations, gen_config=GREEDY, **options)
+    return [Answer(tuple(answer.token_ids), answer.input_token_len) for answer in answers]
+
+
+@pytest.fixture(scope='module', params=KINDS.values(), ids=KINDS.keys())
+def kind(request):
+    return request.param
+
+
+def test_alone_and_in_random_batches(kind, make_checkpoint, prompts, judge):
+    config = PytorchEngineConfig(session_len=16384, max_prefill_token_num=512, enable_prefix_caching=True)
+    with pipeline(str(make_checkpoint(**kind)), backend_config=config) as pipe:
+        for name, messages in prompts.items():
+            [answer] = ask(pipe, [messages])
+            judge(**kind).check(messages, answer, name=name)
+        order = random.Random(3)
+        for size in (5, 16):
+            names = order.choices(list(prompts), k=size)
+            for name, answer in zip(names, ask(pipe, [prompts[name] for name in names]), strict=True):
+                judge(**kind).check(prompts[name], answer, name=name)
+
+
+def test_pairs_of_a_prompt_and_images(make_checkpoint, pictures, judge):
+    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
+        images = [pictures['page'], pictures['astronaut']]
+        [answer] = ask(pipe, [('Compare', images)])
+        content = [
+            {'type': 'text', 'text': 'Compare'},
+            *({'type': 'image_url', 'image_url': {'url': image}} for image in images),
+        ]
+        judge().check([{'role': 'user', 'content': content}], answer)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def lora_targets(checkpoint):
+    """Name and weight of every language model tensor that the adapters below change."""
+    for shard in sorted(checkpoint.glob('*.safetensors')):
+        for name, weight in load_file(shard).items():
+            if name.endswith(('q_proj.weight', 'v_proj.weight', 'down_proj.weight')):
+                yield name, weight
+
+
+def write_adapter(path, checkpoint, prefix):
+    """A PEFT adapter whose keys start with ``prefix``; returns the change of each weight."""
+    generator = torch.Generator().manual_seed(5)
+    tensors, changes = {}, {}
+    for name, weight in lora_targets(checkpoint):
+        low = torch.randn(RANK, weight.shape[1], generator=generator) * 0.1
+        high = torch.randn(weight.shape[0], RANK, generator=generator) * 0.1
+        key = prefix + name.removeprefix('language_model.').removesuffix('.weight')
+        tensors[f'{key}.lora_A.weight'], tensors[f'{key}.lora_B.weight'] = low, high
+        changes[name] = high @ low * (ALPHA / RANK)
+    path.mkdir()
+    save_file(tensors, path / 'adapter_model.safetensors')
+    config = {'peft_type': 'LORA', 'r': RANK, 'lora_alpha': ALPHA, 'target_modules': ['q_proj', 'v_proj', 'down_proj']}
+    (path / 'adapter_config.json').write_text(json.dumps(config))
+    return changes
+
+
+def merged(checkpoint, changes, path):
+    """The checkpoint with the adapter added to its weights, in float32."""
+    shutil.copytree(checkpoint, path)
+    for shard in path.glob('*.safetensors'):
+        tensors = {name: weight.float() + changes.get(name, 0) for name, weight in load_file(shard).items()}
+        save_file(tensors, shard)
+    return path
+
+
+def test_lora_adapters(make_checkpoint, prompts, judge, tmp_path):
+    checkpoint = make_checkpoint()
+    changes = write_adapter(tmp_path / 'whole', checkpoint, 'base_model.model.language_model.')
+    write_adapter(tmp_path / 'language', checkpoint, 'base_model.model.')
+    adapted = Judge(merged(checkpoint, changes, tmp_path / 'merged'))
+    adapters = {'whole': str(tmp_path / 'whole'), 'language': str(tmp_path / 'language')}
+    with pipeline(str(checkpoint), backend_config=PytorchEngineConfig(session_len=8192, adapters=adapters)) as pipe:
+        for name in SHORT:
+            [base] = ask(pipe, [prompts[name]])
+            judge().check(prompts[name], base, name=name)
+            for adapter in adapters:
+                [answer] = ask(pipe, [prompts[name]], adapter_name=adapter)
+                adapted.check(prompts[name], answer, name=name)
+                assert answer.token_ids != base.token_ids

@@ -1,0 +1,53 @@
+"""The unmodified ``lmdeploy serve api_server``: right answers alone and in company, for all kinds of checkpoints."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from serving.conftest import Client
+
+KINDS = {
+    'layer_norm, dense': {'vit': 'layer_norm', 'llm': 'dense'},
+    'rms_norm, dense': {'vit': 'rms_norm', 'llm': 'dense'},
+    'layer_norm, MoE': {'vit': 'layer_norm', 'llm': 'moe'},
+}
+CONCURRENCY = 16
+
+
+@pytest.fixture(scope='module', params=KINDS.values(), ids=KINDS.keys())
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope='module')
+def client(kind, serve, make_checkpoint):
+    server = serve(make_checkpoint(**kind))
+    yield Client(server)
+    server.stop()
+
+
+def test_alone_and_in_random_batches(client, kind, prompts, judge):
+    alone = {name: client.chat(messages) for name, messages in prompts.items()}
+    for name, answer in alone.items():
+        judge(**kind).check(prompts[name], answer, name=name)
+    order = random.Random(7)
+    for _ in range(2):
+        names = order.choices(list(prompts), k=CONCURRENCY)
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            answers = list(pool.map(lambda name: client.chat(prompts[name]), names))
+        for name, answer in zip(names, answers, strict=True):
+            judge(**kind).check(prompts[name], answer, name=name)
+
+
+@pytest.mark.parametrize('compression', ['none', 'all', 0.25])
+def test_compression_of_a_request(client, kind, prompts, judge, compression):
+    name = 'images in the history'
+    answer = client.chat(prompts[name], mm_processor_kwargs={'image': {'compression': compression}})
+    judge(**kind).check(prompts[name], answer, compression, name=name)
+
+
+def test_start_up_log_says_what_runs(client):
+    log = client.server.log_text()
+    assert log.count('no CUDA device: running on the CPU reference backend') == 1
+    assert log.count('vision side on cpu in float32') == 1
+    assert 'trust' not in log and 'Traceback' not in log

@@ -1,0 +1,49 @@
+"""A server that cannot serve its checkpoint does not start, and says why."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lmdeploy_vico.testing.server import ApiServer
+
+
+def refusal(checkpoint, tmp_path, *arguments, **environment):
+    """Start a server that must refuse; returns its log."""
+    server = ApiServer(checkpoint, *arguments, log=tmp_path / 'log', environment=environment)
+    server.start()
+    try:
+        assert server.wait_until_ended() != 0
+    finally:
+        server.stop()
+    return server.log_text()
+
+
+def test_missing_tensors(make_checkpoint, tmp_path):
+    path = shutil.copytree(make_checkpoint(), tmp_path / 'copy')
+    for shard in path.glob('*.safetensors'):
+        tensors = load_file(shard)
+        tensors.pop('language_model.model.layers.1.mlp.up_proj.weight', None)
+        tensors.pop('language_model.model.norm.weight', None)
+        save_file(tensors, shard)
+    log = refusal(path, tmp_path)
+    assert 'missing tensors: language_model.model.layers.1.mlp.up_proj.weight, language_model.model.norm.weight.' in log
+
+
+def test_other_pixel_shuffle(make_checkpoint, tmp_path):
+    path = shutil.copytree(make_checkpoint(), tmp_path / 'copy')
+    config = json.loads((path / 'config.json').read_text())
+    (path / 'config.json').write_text(json.dumps(config | {'ps_version': 'v1'}))
+    assert "ps_version is 'v1' in config.json; only 'v2' is supported." in refusal(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'arguments, environment, message',
+    [
+        (('--hf-overrides', '{"vico": {"compresion": "none"}}'), {}, "'compresion' is not an option; the options are"),
+        ((), {'LMDEPLOY_VICO_MAX_TILES': 'lots'}, "max_tiles must be an integer of at least 1, not 'lots'"),
+    ],
+)
+def test_bad_options(make_checkpoint, tmp_path, arguments, environment, message):
+    assert message in refusal(make_checkpoint(), tmp_path, *arguments, **environment)

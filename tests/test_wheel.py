@@ -1,6 +1,7 @@
 """The built wheel works in a fresh environment, away from the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,8 +17,14 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp('wheel')
+    source = out / 'source'  # a copy: building leaves files behind that a later build would pick up
+    source.mkdir()
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, source)
+    for name in ('lmdeploy_vico', 'kernels'):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))
     command = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '-w', str(out)]
-    subprocess.run([*command, str(ROOT)], check=True, cwd=out)
+    subprocess.run([*command, str(source)], check=True, cwd=out)
     [file] = out.glob('*.whl')
     return file
 

@@ -131,12 +131,12 @@ class VisionEncoder:
         """Encode and score uint8 tiles ``[n, 448, 448, 3]`` in fixed batches."""
         if tiles.shape[1:] != TILE_SHAPE or tiles.dtype != np.uint8:
             raise ValueError(f'tiles: expected uint8 {["n", *TILE_SHAPE]}, not {tiles.dtype} {list(tiles.shape)}')
-        batches = []
+        patches, scores = [], []
         for start in range(0, len(tiles), self.tile_batch):
             batch = torch.from_numpy(tiles[start : start + self.tile_batch]).to(self.device, non_blocking=True)
-            patches, scores = self.tower.encode(_pad(batch, self.tile_batch))
-            batches.append((patches[: len(batch)], scores[: len(batch)]))
-        patches, scores = zip(*batches, strict=True)
+            batch_patches, batch_scores = self.tower.encode(_pad(batch, self.tile_batch))
+            patches.append(batch_patches[: len(batch)])
+            scores.append(batch_scores[: len(batch)])
         return TileFeatures(torch.cat(patches), torch.cat(scores))
 
     def route_prompt(

@@ -38,6 +38,9 @@ class _Encoder(nn.Module):
 
 
 class _Embeddings(nn.Module):
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(1, 1, width))

@@ -13,9 +13,6 @@ from lmdeploy_vico.kernels.attention_pool import attention_pool
 
 HEADS = 16  # of the pooling, whatever the ViT's width
 EPS = 1e-5
-# The reference implementation applies attn2/norm2 in the second, third and fourth step; the checkpoints were trained
-# that way and carry attn3, attn4, norm3 and norm4 unused.
-STEPS = (1, 2, 2, 2)
 
 
 class AbsorbedAttention(nn.Module):
@@ -61,24 +58,23 @@ class AttentionPooling(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.query_token = nn.Parameter(torch.empty(1, width))
-        for step in sorted(set(STEPS)):
-            self.add_module(f'attn{step}', AbsorbedAttention(width))
-            self.add_module(f'norm{step}', nn.LayerNorm(width, eps=EPS))
+        self.attn1, self.norm1 = AbsorbedAttention(width), nn.LayerNorm(width, eps=EPS)
+        self.attn2, self.norm2 = AbsorbedAttention(width), nn.LayerNorm(width, eps=EPS)
         self._first_query: torch.Tensor | None = None
 
     def prepare(self) -> None:
         """Absorb the first step's query, the same for every tile; call once the weights are in place."""
-        self._first_query = self.get_submodule('attn1').absorb(self.query_token)
+        self._first_query = self.attn1.absorb(self.query_token)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pool patch tokens ``[B, T, D]`` to ``[B, D]``."""
         if self._first_query is None:
             raise RuntimeError('AttentionPooling.prepare() has to run after loading the weights')
-        pooled = None
-        for step in STEPS:
-            attention = self.get_submodule(f'attn{step}')
-            u = self._first_query if pooled is None else attention.absorb(pooled)
-            pooled = self.get_submodule(f'norm{step}')(attention(x, u))
+        pooled = self.norm1(self.attn1(x, self._first_query))
+        # The weights of the second round serve the third and fourth too: the checkpoints were trained so, and carry
+        # attn3, attn4, norm3 and norm4 unused.
+        for _ in range(3):
+            pooled = self.norm2(self.attn2(x, self.attn2.absorb(pooled)))
         return pooled
 
 
@@ -87,14 +83,14 @@ class Gating(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        for index in range(1, 5):
-            self.add_module(f'block{index}', _gate_block(width))
+        self.block1, self.block2 = _gate_block(width), _gate_block(width)
+        self.block3, self.block4 = _gate_block(width), _gate_block(width)
         self.gate = nn.Sequential(nn.LayerNorm(width, eps=EPS), nn.Linear(width, 2))
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """Classify ``[B, D]``; returns the probabilities ``[B, 2]`` in float32, p[:, 0] meaning "compress"."""
-        for index in range(1, 5):
-            pooled = pooled + self.get_submodule(f'block{index}')(pooled)
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            pooled = pooled + block(pooled)
         return torch.softmax(self.gate(pooled).float(), dim=-1)
 
 

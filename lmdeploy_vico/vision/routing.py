@@ -17,7 +17,7 @@ def parse_compression(value: object, source: str = 'compression') -> Compression
         ValueError: naming ``source`` and the accepted values.
     """
     if value in ('auto', 'none', 'all') and isinstance(value, str):
-        return value  # type: ignore[return-value]
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
     raise ValueError(f'{source} must be {ACCEPTED}, not {value!r}.')

@@ -2,7 +2,8 @@
 
 On synthetic tiles, in float64 (so that the result does not depend on how a matrix product is split over threads), the
 patch filters and the projectors' last layers are scaled to a standard deviation of one, and the router's last layer is
-fitted so that smooth tiles score above 0.5 (64 visual tokens) and detailed ones below (256).
+fitted so that smooth tiles score above 0.5 (64 visual tokens) and detailed ones below (256). That holds for
+photographs, pages and flat colours, not for everything: full-contrast noise is out of a linear layer's reach.
 """
 
 import torch

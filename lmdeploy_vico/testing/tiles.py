@@ -41,8 +41,13 @@ def _rand(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
+def _grey(generator: torch.Generator, pixels: Tensor) -> Tensor:
+    """Take the colour out of ``[1, 3, h, w]`` pixels, every other time on average."""
+    return pixels[:, :1].expand_as(pixels) if float(_rand(generator, 1)) < 0.5 else pixels
+
+
 def _gradient(generator: torch.Generator, level: float) -> Tensor:
-    corners = _rand(generator, 1, 3, 2, 2)
+    corners = _grey(generator, _rand(generator, 1, 3, 2, 2))
     tile = F.interpolate(corners, size=(SIDE, SIDE), mode='bilinear', align_corners=True)[0]
     return tile + 0.01 * level * torch.randn(tile.shape, generator=generator, dtype=tile.dtype)
 

@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import pytest
+
+from lmdeploy_vico import cli
+from lmdeploy_vico.testing import is_tiny_checkpoint
+
+
+def test_importing_the_command_loads_nothing_heavy():
+    code = 'import sys, lmdeploy_vico.cli; print([m for m in ("torch", "lmdeploy", "rich", "PIL") if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == '[]'
+
+
+def test_tiny_prints_the_directory(tmp_path, capsys):
+    assert cli.main(['tiny', str(tmp_path / 'new'), '--plain']) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'new')
+    assert is_tiny_checkpoint(tmp_path / 'new')
+
+
+def test_tiny_refuses_a_directory_in_use(tmp_path, capsys):
+    (tmp_path / 'notes.txt').write_text('mine')
+    assert cli.main(['tiny', str(tmp_path)]) == 1
+    assert '--force' in capsys.readouterr().err
+    assert cli.main(['tiny', str(tmp_path / 'notes.txt')]) == 1
+    assert 'is not a directory' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('variable', 'value', 'said'),
+    [
+        ('LMDEPLOY_VICO', '0', 'inactive'),
+        ('TORCH_DEVICE_BACKEND_AUTOLOAD', '0', 'inactive'),
+        ('LMDEPLOY_VICO', 'cpu', 'CPU'),
+    ],
+)
+def test_env_says_whether_the_plugin_is_active(monkeypatch, capsys, variable, value, said):
+    monkeypatch.setenv(variable, value)
+    assert cli.main(['env']) == 0
+    out = capsys.readouterr().out
+    assert said in next(line for line in out.splitlines() if line.startswith('plugin'))
+    assert all(name in out for name in ('lmdeploy', 'torch', 'transformers', 'triton', 'device'))
+
+
+def test_demo_names_a_missing_checkpoint(tmp_path, capsys):
+    assert cli.main(['demo', '--checkpoint', str(tmp_path)]) == 1
+    assert 'config.json' in capsys.readouterr().err
+
+
+def test_help_and_unknown_commands(capsys):
+    for argv, status in ((['-h'], 0), (['tiny', '-h'], 0), ([], 2), (['serve'], 2)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(argv)
+        assert stop.value.code == status
+    assert 'lmdeploy serve api_server' in capsys.readouterr().out

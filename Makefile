@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Servers, engines and the judge of their answers share few cores: threads that spin while they wait would starve them.
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
@@ -27,10 +29,10 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 	@$(BIN)/lmdeploy-vico demo
 
 test: $(STAMP) ## Run the tests
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(TEST_ENV) $(BIN)/python -m pytest -m 'not slow and not gpu'
 
 test-slow: $(STAMP) ## Run the tests that take minutes
-	@$(BIN)/python -m pytest -m 'slow and not gpu'
+	@$(TEST_ENV) $(BIN)/python -m pytest -m 'slow and not gpu'
 
 lint: $(STAMP) ## Check style, types and the arrows between the rooms
 	@echo '==> ruff'; $(BIN)/ruff check $(SOURCES) && $(BIN)/ruff format --check $(SOURCES)

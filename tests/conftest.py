@@ -12,16 +12,16 @@ MakeCheckpoint = Callable[..., Path]
 
 @pytest.fixture(scope='session')
 def make_checkpoint(tmp_path_factory) -> MakeCheckpoint:
-    """``make_checkpoint(llm=..., vit=..., flash=...)``: a tiny checkpoint's directory, shared and not to be changed."""
+    """``make_checkpoint(llm=..., vit=..., flash=..., dtype=...)``: a tiny checkpoint, shared and not to be changed."""
     from lmdeploy_vico.testing import make_tiny_checkpoint
 
     made: dict[tuple, Path] = {}
 
-    def make(llm: str = 'dense', vit: str = 'layer_norm', flash: bool = True) -> Path:
-        key = (llm, vit, flash)
+    def make(llm: str = 'dense', vit: str = 'layer_norm', flash: bool = True, dtype: str = 'bfloat16') -> Path:
+        key = (llm, vit, flash, dtype)
         if key not in made:
-            path = tmp_path_factory.mktemp('checkpoint') / '-'.join([llm, vit, 'flash' if flash else 'plain'])
-            made[key] = make_tiny_checkpoint(path, llm=llm, vit=vit, flash=flash)
+            path = tmp_path_factory.mktemp('checkpoint') / '-'.join([llm, vit, 'flash' if flash else 'plain', dtype])
+            made[key] = make_tiny_checkpoint(path, llm=llm, vit=vit, flash=flash, dtype=dtype)
         return made[key]
 
     return make

@@ -43,8 +43,9 @@ def test_server_wide_compression_and_tensor_parallelism(serve, make_checkpoint, 
 
 
 def test_with_trust_remote_code(serve, make_checkpoint, prompts, judge):
-    server = serve(make_checkpoint(llm='moe', vit='rms_norm'), '--trust-remote-code', LMDEPLOY_VICO_COMPRESSION='none')
+    kind = {'llm': 'moe', 'vit': 'rms_norm', 'dtype': 'float32'}
+    server = serve(make_checkpoint(**kind), '--trust-remote-code', LMDEPLOY_VICO_COMPRESSION='none')
     client = Client(server)
     for name in WITH_IMAGES[:2]:
-        judge(llm='moe', vit='rms_norm').check(prompts[name], client.chat(prompts[name]), 'none', name=name)
+        judge(**kind).check(prompts[name], client.chat(prompts[name]), 'none', name=name)
     server.stop()

@@ -1,6 +1,7 @@
 """Make a complete random checkpoint in the layout of InternVL3.5-Flash."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lmdeploy_vico.testing.weights import Noise, language_weights, projector_wei
 
 MARKER = 'tiny_checkpoint.json'
 SHARDS = 2
+REMOTE_CODE = 'configuration_internvl_chat.py'
 
 
 def is_tiny_checkpoint(path: str | Path) -> bool:
@@ -60,6 +62,7 @@ def make_tiny_checkpoint(
     for part in (config, config['llm_config'], config['vision_config']):
         part['dtype'] = dtype
     _write_json(path / 'config.json', config)
+    shutil.copy(Path(__file__).with_name(f'_{REMOTE_CODE}'), path / REMOTE_CODE)
     _write_json(path / 'generation_config.json', configuration.generation_config(token_ids))
     _write_json(path / 'preprocessor_config.json', configuration.preprocessor_config())
 

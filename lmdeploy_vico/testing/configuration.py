@@ -115,7 +115,7 @@ def llm_config(size: Size, llm: str, vocab_size: int, token_ids: dict[str, int])
 
 
 def model_config(vision: dict[str, Any], llm: dict[str, Any], flash: bool) -> dict[str, Any]:
-    """Return ``config.json``; its ``auto_map`` names remote code that is not shipped, as nothing here may need it."""
+    """Return ``config.json``; of the remote code that ``auto_map`` names, only the config classes are shipped."""
     config = {
         'architectures': ['InternVLChatModel'],
         'auto_map': {

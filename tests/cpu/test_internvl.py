@@ -11,31 +11,11 @@ import sys
 import lmdeploy
 import numpy
 from PIL import Image
-from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
-
-class VisionConfig(PretrainedConfig):
-    model_type = 'intern_vit_6b'
-
-
-class ChatConfig(PretrainedConfig):
-    # In place of the checkpoint's remote code.
-    model_type = 'internvl_chat'
-
-    def __init__(self, vision_config=None, llm_config=None, **kwargs):
-        self.vision_config = VisionConfig(**(vision_config or {}))
-        self.llm_config = Qwen3Config(**(llm_config or {}))
-        super().__init__(**kwargs)
-
-    def get_text_config(self, *args, **kwargs):
-        return self.llm_config
-
-
-AutoConfig.register('internvl_chat', ChatConfig)
 picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (448, 448, 3), numpy.uint8))
 config = lmdeploy.PytorchEngineConfig(session_len=4096)
 greedy = lmdeploy.GenerationConfig(max_new_tokens=6, do_sample=False, ignore_eos=True)
-with lmdeploy.pipeline(sys.argv[1], backend_config=config) as pipe:
+with lmdeploy.pipeline(sys.argv[1], backend_config=config, trust_remote_code=True) as pipe:
     model = pipe.async_engine.engine.executor.model_agent.patched_model.get_model()
     assert type(model).__module__ == 'lmdeploy.pytorch.models.internvl', type(model)
     asked = [('describe', picture), ('what is this', [picture, picture])]
@@ -46,7 +26,6 @@ with lmdeploy.pipeline(sys.argv[1], backend_config=config) as pipe:
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('flash', [False, True], ids=['plain', 'flash'])
 def test_lmdeploys_own_class(flash, make_checkpoint):
     result = subprocess.run(

@@ -1,5 +1,6 @@
 """LMDeploy's own features, untouched by visual tokens: prefix caching, chunked prefill, block sizes, TP, overrides."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -42,10 +43,16 @@ def test_server_wide_compression_and_tensor_parallelism(serve, make_checkpoint, 
     server.stop()
 
 
-def test_with_trust_remote_code(serve, make_checkpoint, prompts, judge):
+@pytest.mark.parametrize('trusted', [False, True])
+def test_remote_code_is_not_needed(serve, make_checkpoint, prompts, judge, tmp_path, trusted):
     kind = {'llm': 'moe', 'vit': 'rms_norm', 'dtype': 'float32'}
-    server = serve(make_checkpoint(**kind), '--trust-remote-code', LMDEPLOY_VICO_COMPRESSION='none')
+    checkpoint = shutil.copytree(make_checkpoint(**kind), tmp_path / 'checkpoint')
+    if not trusted:
+        (checkpoint / 'configuration_internvl_chat.py').write_text('raise RuntimeError("remote code was run")')
+    arguments = ['--trust-remote-code'] if trusted else []
+    server = serve(checkpoint, *arguments, LMDEPLOY_VICO_COMPRESSION='none')
     client = Client(server)
+    assert 'remote code was run' not in server.log_text()
     for name in WITH_IMAGES[:2]:
         judge(**kind).check(prompts[name], client.chat(prompts[name]), 'none', name=name)
     server.stop()

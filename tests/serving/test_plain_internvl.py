@@ -1,0 +1,28 @@
+"""A plain InternVL checkpoint keeps LMDeploy's own classes and answers."""
+
+from serving.conftest import Client
+
+NAMES = ('one photograph', 'a scanned page', 'two images with text between', 'text only, two turns')
+
+
+def test_same_answers_with_the_plugin_and_without(serve, make_checkpoint, prompts, judge):
+    plain = {'flash': False, 'dtype': 'float32'}
+    answers = {}
+    for mode in ('1', 'cpu'):
+        # LMDeploy's classes need the checkpoint's remote code for its config.
+        server = serve(make_checkpoint(**plain), '--trust-remote-code', LMDEPLOY_VICO=mode)
+        client = Client(server)
+        answers[mode] = [client.chat(prompts[name]) for name in NAMES]
+        assert 'vision side on' not in server.log_text()
+        server.stop()
+    assert answers['1'] == answers['cpu']
+    for name, answer in zip(NAMES, answers['1'], strict=True):
+        judge(**plain).check(prompts[name], answer, name=name)
+
+
+def test_uncompressed_is_the_reference_at_256_tokens(serve, make_checkpoint, prompts, judge):
+    server = serve(make_checkpoint(), LMDEPLOY_VICO_COMPRESSION='none')
+    client = Client(server)
+    for name in NAMES:
+        judge().check(prompts[name], client.chat(prompts[name]), 'none', name=name)
+    server.stop()

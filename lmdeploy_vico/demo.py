@@ -121,11 +121,13 @@ def _ask(client: Any, model: str, image: Image.Image, compression: str) -> Reply
 def _table(pictures: dict[str, Image.Image], replies: dict[str, tuple[Reply, Reply, Reply]]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption='prompt: tokens of the whole prompt, from usage.prompt_tokens; TTFT: time to first token',
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        caption='prompt: usage.prompt_tokens; TTFT: time to first token',
     )
-    table.add_column('picture')
+    table.add_column('picture', no_wrap=True)
     for column in ('size', 'tiles', 'at 64', 'at 256', 'prompt', 'w/o ViCO', 'saved', 'TTFT'):
-        table.add_column(column, justify='right')
+        table.add_column(column, justify='right', no_wrap=True)
     for name, (auto, none, everything) in replies.items():
         saving = TOKENS_FULL - TOKENS_COMPRESSED  # tokens that compressing one tile saves
         tiles = (none.prompt_tokens - everything.prompt_tokens) // saving

@@ -78,7 +78,7 @@ class VicoVisionModel(VisionModel):
     def _log_start(self, encoder: VisionEncoder, seconds: float) -> None:
         config = encoder.config
         get_logger().info(
-            'lmdeploy-vico %s serves %s: vision side on %s in %s (%d tiles per batch, %d preparation threads, loaded '
+            'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, %d preparation threads, loaded '
             'in %.1f s), compression %s (thresholds: quantile %g, score %g), at most %d tiles per image',
             *(__version__, self.model_path, encoder.device, str(encoder.dtype).removeprefix('torch.')),
             *(encoder.tile_batch, self.options.preprocess_threads, seconds, self.options.compression),

@@ -40,7 +40,7 @@ format: $(STAMP) ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
 
 bench: $(STAMP) ## Run the benchmarks
-	@$(BIN)/python -m pytest benchmarks --benchmark-only
+	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) build dist .demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -1,10 +1,12 @@
-"""Fixtures shared by all rooms: tiny checkpoints, made once per run, and real pictures."""
+"""Fixtures shared by all rooms: tiny checkpoints, made once per run, real pictures, prompts and the judge of answers."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from parity.conversations import conversations
 from PIL import Image
 
 MakeCheckpoint = Callable[..., Path]
@@ -39,3 +41,25 @@ def pictures() -> dict[str, Image.Image]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20)
+
+
+@pytest.fixture(scope='session')
+def prompts(pictures) -> dict[str, list[dict]]:
+    """The conversations by name, with PIL images."""
+    return conversations(pictures)
+
+
+@pytest.fixture(scope='session')
+def judge(make_checkpoint) -> Callable[..., Any]:
+    """``judge(llm=..., vit=...)``: the judge of a tiny checkpoint's answers."""
+    from parity.judge import Judge
+
+    judges: dict[Path, Judge] = {}
+
+    def get(**kind: Any) -> Judge:
+        path = make_checkpoint(**kind)
+        if path not in judges:
+            judges[path] = Judge(path)
+        return judges[path]
+
+    return get

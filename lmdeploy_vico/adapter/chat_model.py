@@ -106,8 +106,9 @@ def _positions(context: StepContext, spans: list[tuple[int, MultiModalData]]) ->
     positions = torch.cat([torch.arange(span.start, span.end) for _, span in spans])
     device = context.input_ids.device
     sent = torch.stack([rows, positions]).to(device, non_blocking=True)
-    history = context.kv_seqlens - context.q_seqlens
-    offsets = context.q_start_loc - history
+    offsets = (
+        context.q_start_loc - context.vision_inputs.history_lengths
+    )  # earlier chunks and cached prefixes are history
     return sent[1] + offsets[sent[0]]
 
 

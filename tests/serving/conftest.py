@@ -1,49 +1,15 @@
-"""Servers, clients and the judge of their answers."""
+"""Servers and their clients."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from parity.reference import Reference, chat_segments
-from serving.conversations import conversations, on_the_wire
+from parity.conversations import on_the_wire
+from parity.judge import TOKENS, Answer
 
 from lmdeploy_vico.testing.server import ApiServer
-
-# An answer's token may differ from the reference's best one by a near tie in bfloat16, no more: in standard deviations
-# of the step's logits.
-GAP = 0.05
-TOKENS = 12
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a server or a pipeline said to one prompt."""
-
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    cached_tokens: int = 0
-
-
-class Judge:
-    """Compares answers with the cache-free reference; the same answer to the same prompt is judged once."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.reference = Reference(checkpoint)
-        self._verdicts: dict[Any, tuple[float, int]] = {}
-
-    def check(self, messages: Sequence[dict], answer: Answer, compression: Any = 'auto', name: str = '') -> None:
-        """Assert that ``answer`` is right: its tokens and the length of its prompt."""
-        assert len(answer.token_ids) >= TOKENS, name
-        key = (name or repr(messages), compression, answer.token_ids)
-        if key not in self._verdicts:
-            judgement = self.reference.judge(chat_segments(messages), answer.token_ids, compression)
-            self._verdicts[key] = (judgement.gap, judgement.prompt_tokens)
-        gap, prompt_tokens = self._verdicts[key]
-        assert answer.prompt_tokens == prompt_tokens, name
-        assert gap <= GAP, f'{name}: {gap:.3f} standard deviations from the best token'
 
 
 class Client:
@@ -82,23 +48,3 @@ def serve(tmp_path_factory) -> Callable[..., ApiServer]:
     yield start
     for server in servers:
         server.stop()
-
-
-@pytest.fixture(scope='session')
-def judge(make_checkpoint) -> Callable[..., Judge]:
-    """``judge(llm=..., vit=...)``: the judge of a tiny checkpoint's answers."""
-    judges: dict[Path, Judge] = {}
-
-    def get(**kind: Any) -> Judge:
-        path = make_checkpoint(**kind)
-        if path not in judges:
-            judges[path] = Judge(path)
-        return judges[path]
-
-    return get
-
-
-@pytest.fixture(scope='session')
-def prompts(pictures) -> dict[str, list[dict]]:
-    """The conversations by name, with PIL images."""
-    return conversations(pictures)

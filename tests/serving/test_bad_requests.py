@@ -6,9 +6,10 @@ import urllib.error
 import urllib.request
 
 import pytest
+from parity.conversations import data_url, on_the_wire
+from parity.judge import TOKENS
 from PIL import Image
-from serving.conftest import TOKENS, Client
-from serving.conversations import data_url, on_the_wire
+from serving.conftest import Client
 
 GOOD = 'one photograph'
 

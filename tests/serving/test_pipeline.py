@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
+from parity.judge import TOKENS, Answer, Judge
 from safetensors.torch import load_file, save_file
-from serving.conftest import TOKENS, Answer, Judge
 from serving.test_server import KINDS
 
 GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)

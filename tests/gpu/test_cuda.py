@@ -1,0 +1,75 @@
+"""On a CUDA device: the vision side in bfloat16, and LMDeploy's CUDA engine with visual tokens.
+
+``VICO_TEST_DEVICE=cpu`` runs the same checks where there is no GPU, to try the tests themselves.
+"""
+
+import os
+
+import pytest
+import torch
+from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
+from parity.judge import TOKENS, Answer
+from parity.reference import Reference
+
+from lmdeploy_vico.vision.encoder import VisionEncoder
+
+DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
+# Relative norm error of a float32 result computed in the vision side's dtype, and the largest error of a score.
+TOLERANCE = {'cuda': (1e-2, 2e-3), 'cpu': (1e-5, 1e-5)}[torch.device(DEVICE).type]
+PICTURES = ('coffee', 'page', 'chelsea', 'astronaut')
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == 'cuda' and not torch.cuda.is_available(), reason='no CUDA device'),
+]
+
+
+@pytest.fixture(scope='module', params=['layer_norm', 'rms_norm'])
+def vit(request):
+    return request.param
+
+
+@pytest.fixture(scope='module')
+def encoder(make_checkpoint, vit):
+    return VisionEncoder.from_pretrained(make_checkpoint(vit=vit), device=DEVICE, tile_batch=4)
+
+
+@pytest.mark.parametrize('compression', ['none', 'all'])
+def test_embeddings_and_scores(encoder, make_checkpoint, vit, pictures, compression):
+    images = [pictures[name] for name in PICTURES]
+    expected = Reference(make_checkpoint(vit=vit)).encode(images, compression)
+    for ours, theirs in zip(encoder.encode(images, compression), expected, strict=True):
+        assert ours.tile_tokens == theirs.tile_tokens
+        error = (ours.embeddings.float().cpu() - theirs.embeddings).norm() / theirs.embeddings.norm()
+        assert error <= TOLERANCE[0]
+        assert max(abs(a - b) for a, b in zip(ours.scores, theirs.scores, strict=True)) <= TOLERANCE[1]
+
+
+def test_bit_identical_among_others(encoder, pictures, rng):
+    tiles = encoder.cut(pictures['text'])
+    alone = [encoder.features(tile[None]) for tile in tiles]
+    for _ in range(20):
+        order = rng.permutation(len(tiles))
+        features = encoder.features(tiles[order])
+        for place, index in enumerate(order):
+            assert torch.equal(features.patches[place], alone[index].patches[0])
+            assert torch.equal(features.scores[place], alone[index].scores[0])
+
+
+@pytest.mark.parametrize('llm', ['dense', 'moe'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'enable_prefix_caching': True, 'max_prefill_token_num': 512}, {'block_size': 128}],
+    ids=['default', 'prefix caching and chunks', 'blocks of 128'],
+)
+def test_engine(make_checkpoint, prompts, judge, llm, options):
+    # The vision side in float32, so that what is judged is the engine's placing of the visual tokens.
+    vico = {'vico': {'vision_device': 'cpu'}}
+    config = PytorchEngineConfig(session_len=16384, hf_overrides=vico, **options)
+    greedy = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
+    with pipeline(str(make_checkpoint(llm=llm)), backend_config=config) as pipe:
+        for _ in range(2):  # the second time from the prefix cache, where it is on
+            answers = pipe(list(prompts.values()), gen_config=greedy)
+            for (name, messages), answer in zip(prompts.items(), answers, strict=True):
+                given = Answer(tuple(answer.token_ids), answer.input_token_len)
+                judge(llm=llm).check(messages, given, name=name)

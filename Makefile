@@ -8,7 +8,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test test-gpu lint format bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 
 test: $(STAMP) ## Run the tests
 	@$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(STAMP) ## Check style, types and the arrows between the rooms
 	@echo '==> ruff'; $(BIN)/ruff check $(SOURCES) && $(BIN)/ruff format --check $(SOURCES)

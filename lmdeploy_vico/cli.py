@@ -18,7 +18,7 @@ Write a random checkpoint of a few megabytes in the published layout of InternVL
 counts, a working router, its own tokenizer; the answers depend on every picture and word and mean nothing.
 The same options give the same bytes. Afterwards:
 
-  lmdeploy serve api_server DIR --backend pytorch
+  lmdeploy serve api_server DIR
 """
 
 

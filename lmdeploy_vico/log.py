@@ -8,9 +8,9 @@ _FORMAT = '%(asctime)s - %(name)s - %(levelname)s - %(message)s'
 
 
 def get_logger() -> logging.Logger:
-    """The logger ``lmdeploy_vico``; writes to stderr at INFO unless the program has configured it."""
+    """The logger ``lmdeploy_vico``; writes to stderr at INFO unless the program has configured logging itself."""
     logger = logging.getLogger(NAME)
-    if not logger.handlers and logger.level == logging.NOTSET:
+    if not logger.hasHandlers() and logger.level == logging.NOTSET:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(_FORMAT))
         logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""Fixtures shared by all rooms: tiny checkpoints, made once per run, real pictures, prompts and the judge of answers."""
+"""Fixtures shared by all rooms: tiny checkpoints, real pictures, prompts, and the judge of answers."""
 
 from collections.abc import Callable
 from pathlib import Path

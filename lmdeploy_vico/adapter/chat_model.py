@@ -106,9 +106,8 @@ def _positions(context: StepContext, spans: list[tuple[int, MultiModalData]]) ->
     positions = torch.cat([torch.arange(span.start, span.end) for _, span in spans])
     device = context.input_ids.device
     sent = torch.stack([rows, positions]).to(device, non_blocking=True)
-    offsets = (
-        context.q_start_loc - context.vision_inputs.history_lengths
-    )  # earlier chunks and cached prefixes are history
+    # What was prefilled in earlier chunks, or found in the prefix cache, is history and not in this batch.
+    offsets = context.q_start_loc - context.vision_inputs.history_lengths
     return sent[1] + offsets[sent[0]]
 
 

@@ -6,6 +6,11 @@ from typing import Any
 import wrapt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+
+class ImageError(ValueError):
+    """An image that cannot be decoded; LMDeploy answers 400 with the message."""
+
+
 _GUARDED = ('load_bytes', 'load_base64', 'load_file')
 
 
@@ -31,11 +36,13 @@ def _explain(wrapped: Callable[..., Image.Image], instance: Any, args: Any, kwar
     try:
         return wrapped(*args, **kwargs)
     except UnidentifiedImageError:
-        raise ValueError('The data is not an image in a format that can be read.') from None
+        raise ImageError('The data is not an image in a format that can be read.') from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f'The image is too large: {error}') from None
+        raise ImageError(f'The image is too large: {error}') from None
     except FileNotFoundError:
-        raise ValueError('The image file does not exist.') from None
+        raise ImageError('The image file does not exist.') from None
+    except ImageError:
+        raise  # load_base64 calls load_bytes
     except (OSError, SyntaxError, EOFError, IndexError, ValueError) as error:
         # Pillow's decoders raise all of these for damaged files.
-        raise ValueError(f'The image is damaged or truncated: {error}') from None
+        raise ImageError(f'The image is damaged or truncated: {error}') from None

@@ -48,11 +48,11 @@ def _language_model_config(config: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **config)
 
 
-def load_vico_config(path: str, **kwargs: Any) -> VicoChatConfig | None:
+def load_vico_config(pretrained_model_name_or_path: str, **kwargs: Any) -> VicoChatConfig | None:
     """The config of a ViCO checkpoint, or None for any other model (which LMDeploy then loads as always)."""
     kwargs.pop('trust_remote_code', None)
     try:
-        config, _ = PretrainedConfig.get_config_dict(path, **kwargs)
+        config, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
     except Exception:  # LMDeploy reports a path that cannot be read in its own words
         return None
     if not is_vico(config):

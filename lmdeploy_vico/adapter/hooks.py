@@ -3,6 +3,7 @@
 None of these hooks changes what LMDeploy does for a model that is not a ViCO checkpoint.
 """
 
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -48,11 +49,15 @@ def choose_pytorch_engine(module: ModuleType) -> None:
 
         from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 
+        if not wrapped(*args, **kwargs):
+            return False
         model_path, trust_remote_code = _is_supported_arguments(*args, **kwargs)
+        if os.path.exists(os.path.join(model_path, 'triton_models')):
+            return True  # converted for TurboMind: there is no config to read
         if isinstance(get_model_arch(model_path, trust_remote_code=trust_remote_code)[1], VicoChatConfig):
             get_logger().info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', model_path)
             return False
-        return wrapped(*args, **kwargs)
+        return True
 
     wrapt.wrap_function_wrapper(module, 'is_supported', is_supported)
 
@@ -90,6 +95,45 @@ def start_vision_model(module: ModuleType) -> None:
             instance.preprocess = instance.model.preprocess_async
 
     wrapt.wrap_function_wrapper(encoder_class, '__init__', init)
+
+
+def guard_vlm_engine(module: ModuleType) -> None:
+    """Refuse token ids outside the vocabulary, and stop our threads when the engine is closed.
+
+    Why: LMDeploy looks ids up unchecked, so one bad id of one client ends the engine for all; and it keeps its vision
+    model when it closes. Can go when LMDeploy checks ``input_ids`` and closes its vision model.
+    """
+    engine_class = module.VLAsyncEngine
+    if _is_wrapped(engine_class.close):
+        return
+
+    def vico_model(engine: Any) -> Any:
+        from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+
+        model = engine.vl_encoder.model if hasattr(engine, 'vl_encoder') else None
+        return model if isinstance(model, VicoVisionModel) else None
+
+    def preprocess(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        model, ids = vico_model(instance), kwargs.get('input_ids')
+        if model is not None and ids is not None:
+            try:
+                model.check_ids(ids)
+            except ValueError as error:
+                from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
+
+                if not isinstance(kwargs.get('session_id'), int):
+                    instance.session_mgr.remove(kwargs['session_id'])
+                raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error
+        return wrapped(*args, **kwargs)
+
+    def close(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        model = vico_model(instance)
+        if model is not None:
+            model.close()
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(engine_class, 'preprocess', preprocess)
+    wrapt.wrap_function_wrapper(engine_class, 'close', close)
 
 
 def register_chat_models(module: ModuleType) -> None:
@@ -135,6 +179,7 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.turbomind.supported_models': choose_pytorch_engine,
     'lmdeploy.vl.model.builder': register_vision_model,
     'lmdeploy.vl.engine': start_vision_model,
+    'lmdeploy.serve.core.vl_async_engine': guard_vlm_engine,
     'lmdeploy.pytorch.models.module_map': register_chat_models,
     'lmdeploy.pytorch.configurations': register_model_config,
 }

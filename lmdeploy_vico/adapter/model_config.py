@@ -3,7 +3,6 @@
 from typing import Any
 
 from lmdeploy.pytorch.configurations.builder import AutoModelConfigBuilder
-from lmdeploy.pytorch.configurations.default import DefaultModelConfigBuilder
 
 from lmdeploy_vico.adapter.architectures import vico_architecture
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
@@ -25,7 +24,7 @@ class VicoModelConfigBuilder(AutoModelConfigBuilder):
     def build(cls, hf_config: VicoChatConfig, model_path: str | None = None, **kwargs: Any) -> Any:
         """Build LMDeploy's ModelConfig."""
         require_all_hooks()
-        config = DefaultModelConfigBuilder.build(hf_config.llm_config, model_path, **kwargs)
+        config = AutoModelConfigBuilder.build(hf_config.llm_config, model_path, **kwargs)
         hf_config.architectures = [vico_architecture(hf_config.llm_config.architectures[0])]
         config.hf_config = hf_config
         return config

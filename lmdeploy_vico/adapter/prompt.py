@@ -41,7 +41,11 @@ def render_chat(messages: Sequence[Message], render: Callable[[list[dict[str, An
     text = render(flattened)
     if text is None:
         raise ValueError('This server has no chat template, which messages need: start it with --chat-template.')
-    return text.split(mark)
+    pieces = text.split(mark)
+    images = sum(_image_count(message['content']) for message in messages)
+    if len(pieces) != images + 1:
+        raise ValueError(f'The chat template shows {len(pieces) - 1} of the {images} images.')
+    return pieces
 
 
 def render_raw(text: str, images: int) -> list[str]:
@@ -65,6 +69,13 @@ def render_raw(text: str, images: int) -> list[str]:
         return text.split(IMAGE_CONTEXT)
     between = f'{IMAGE_END}\n{IMAGE_START}'
     return [text + IMAGE_START, *[between] * (images - 1), f'{IMAGE_END}\n']
+
+
+def check_ids(ids: Sequence[Any], vocab_size: int) -> None:
+    """Raise ValueError unless ``ids`` are token ids: the engine looks them up unchecked, and dies of any other."""
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(f'input_ids must be integers from 0 to {vocab_size - 1}, not {token!r}.')
 
 
 def split_ids(ids: Ids, image_token_id: int, images: int) -> list[Ids]:
@@ -146,10 +157,13 @@ def _content_hash(image: EncodedImage, low: int, high: int) -> str:
 def _images_placed_in_text(messages: Sequence[Message]) -> bool:
     """Whether the text says where the images go: one placeholder for each, in the messages that carry images."""
     contents = [message['content'] for message in messages if isinstance(message['content'], list)]
-    items = [item for content in contents for item in content]
-    images = sum(item['type'] != 'text' for item in items)
-    marks = sum(item['text'].count(IMAGE_PLACEHOLDER) for item in items if item['type'] == 'text')
-    return images > 0 and marks == images
+    texts = [item['text'] for content in contents for item in content if item['type'] == 'text']
+    images = sum(map(_image_count, contents))
+    return images > 0 and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) == images
+
+
+def _image_count(content: Any) -> int:
+    return sum(item['type'] != 'text' for item in content) if isinstance(content, list) else 0
 
 
 def _flatten(message: Message, image_text: str, inline: bool) -> str:

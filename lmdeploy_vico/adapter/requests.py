@@ -14,6 +14,14 @@ IMAGE_TYPES = ('image', 'image_url', 'image_data')
 IMAGE_ROLES = ('user', 'tool')
 
 
+def check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a content item of type "text" has no text."""
+    for message in messages:
+        for item in message['content'] if isinstance(message['content'], list) else []:
+            if item['type'] == 'text' and not isinstance(item.get('text'), str):
+                raise ValueError('A content item of type "text" must have a string "text".')
+
+
 def image_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> list[ImageJob]:
     """The images of a request in order, with what each item asks for.
 
@@ -51,6 +59,9 @@ def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: C
         return default
     if not isinstance(section, Mapping):
         raise ValueError(f'mm_processor_kwargs["image"] must be an object, not {section!r}.')
+    unknown = [key for key in section if key != 'compression']
+    if unknown:
+        raise ValueError(f'mm_processor_kwargs["image"] has the key "compression" only, not {unknown[0]!r}.')
     if section.get('compression') is None:
         return default
     return parse_compression(section['compression'], 'mm_processor_kwargs["image"]["compression"]')
@@ -73,7 +84,8 @@ def _tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:
     limit = item.get('max_dynamic_patch')
     if limit is None:
         detail = item.get('detail')
-        return DETAIL_TILES.get(detail) if isinstance(detail, str) else None
+        asked = DETAIL_TILES.get(detail) if isinstance(detail, str) else None
+        return None if asked is None else min(asked, max_tiles)
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= max_tiles:
         raise ValueError(f'max_dynamic_patch must be an integer from 1 to {max_tiles}, not {limit!r}.')
     return limit

@@ -1,9 +1,11 @@
 """The API-process side: a new-style LMDeploy VisionModel that encodes images before the engine sees the request."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +17,15 @@ from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.decoding import guard_image_decoding
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
-from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, render_chat, render_raw, split_ids
+from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
-from lmdeploy_vico.adapter.requests import image_jobs, prompt_compression
-from lmdeploy_vico.config import UnsupportedCheckpointError
+from lmdeploy_vico.adapter.requests import check_texts, image_jobs, prompt_compression
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.log import get_logger
-from lmdeploy_vico.options import Options
-from lmdeploy_vico.stage.stage import EncodedImage, VisionStage
+from lmdeploy_vico.options import OptionError, Options
+from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.routing import Compression
 from lmdeploy_vico.vision.weights import Checkpoint
 
 
@@ -61,19 +64,26 @@ class VicoVisionModel(VisionModel):
         """
         require_all_hooks()
         began = time.perf_counter()
-        self.block_size = getattr(backend_config, 'block_size', 64)
-        self.options = options = Options.load(getattr(backend_config, 'hf_overrides', None))
+        self.backend_config = backend_config
+        self.options = options = Options.load(backend_config.hf_overrides)
         guard_image_decoding()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
         encoder = VisionEncoder.from_pretrained(
             self.model_path,
-            device=None if options.vision_device == 'auto' else options.vision_device,
+            device=vision_device(options.vision_device),
             dtype=self.mm_feature_dtype,
             tile_batch=options.tile_batch or None,
+            config=read_config(self.model_path, backend_config.hf_overrides),
         )
         self.stage = VisionStage(encoder, self.mm_feature_dtype or torch.bfloat16, options.preprocess_threads)
+        torch.cuda.empty_cache()  # the engine's process sizes its KV cache by what is free; does nothing without CUDA
         self._log_start(encoder, time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Stop the threads and let go of the vision side's memory."""
+        self.stage.close()
+        del self.stage
 
     def _log_start(self, encoder: VisionEncoder, seconds: float) -> None:
         config = encoder.config
@@ -94,14 +104,20 @@ class VicoVisionModel(VisionModel):
     ) -> Prompt:
         """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
         images = len(image_jobs(messages, self.options.max_tiles))
-        if self.has_input_ids(messages):
-            return Prompt(split_ids(messages[0]['content'][0]['text'], self.image_token_id, images))
-        _check_texts(messages)
-        if type(chat_template) is BaseChatTemplate and len(messages) == 1:
+        ids = _generate_ids(messages, chat_template)
+        if ids is not None:
+            self.check_ids(ids)
+            return Prompt(split_ids(ids, self.image_token_id, images))
+        check_texts(messages)
+        if _is_raw(chat_template) and len(messages) == 1:
             text = ''.join(item['text'] for item in messages[0]['content'] if item['type'] == 'text')
             return Prompt(render_raw(text, images))
         kwargs = chat_template_kwargs or {}
         return Prompt(render_chat(messages, lambda flat: chat_template.messages2prompt(flat, tools=tools, **kwargs)))
+
+    def check_ids(self, ids: Sequence[Any]) -> None:
+        """Raise ValueError unless a client's ``ids`` are in the language model's vocabulary."""
+        check_ids(ids, self.hf_config.llm_config.vocab_size)
 
     def preprocess(
         self,
@@ -131,7 +147,22 @@ class VicoVisionModel(VisionModel):
 
     def _submit(self, messages: list[dict[str, Any]], mm_processor_kwargs: dict[str, Any] | None) -> Any:
         jobs = image_jobs(messages, self.options.max_tiles)
-        return self.stage.submit(jobs, prompt_compression(mm_processor_kwargs, self.options.compression))
+        compression = prompt_compression(mm_processor_kwargs, self.options.compression)
+        self._refuse_what_cannot_fit(jobs, compression)
+        return self.stage.submit(jobs, compression)
+
+    def _refuse_what_cannot_fit(self, jobs: Sequence[ImageJob], compression: Compression) -> None:
+        """Refuse a prompt before any encoding if even its images alone, fully compressed, exceed the session."""
+        least = 0
+        for job in jobs:
+            wanted = compression if job.compression is None else job.compression
+            tiles = self.stage.encoder.tile_count(job.image.size, job.max_tiles)
+            least += tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)
+        limit = self.backend_config.session_len  # filled in by LMDeploy after the start
+        if limit is not None and least >= limit:
+            raise ValueError(
+                f'The images have at least {least} visual tokens, more than the model context length ({limit}) allows.'
+            )
 
     def _assemble(self, prompt: Prompt, images: Sequence[EncodedImage]) -> dict[str, Any]:
         pieces = prompt.pieces
@@ -139,15 +170,51 @@ class VicoVisionModel(VisionModel):
         if isinstance(pieces[0], str):
             text = IMAGE_CONTEXT.join(pieces)
             pieces = [self.tokenizer.encode(piece, add_bos=index == 0) for index, piece in enumerate(pieces)]
-        input_ids, spans = assemble(pieces, images, self.image_token_id, self.block_size)
+        input_ids, spans = assemble(pieces, images, self.image_token_id, self.backend_config.block_size)
         return {'prompt': text, 'input_ids': input_ids, 'multimodal': spans}
 
 
-def _check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
-    for message in messages:
-        for item in message['content'] if isinstance(message['content'], list) else []:
-            if item['type'] == 'text' and not isinstance(item.get('text'), str):
-                raise ValueError('A content item of type "text" must have a string "text".')
+def _is_raw(chat_template: Any) -> bool:
+    return type(chat_template) is BaseChatTemplate  # what LMDeploy passes for /generate
+
+
+def _generate_ids(messages: Sequence[Mapping[str, Any]], chat_template: Any) -> list[Any] | None:
+    """The token ids of a /generate request, which arrive as the "text" of its only message.
+
+    A chat message whose text is a list is a client's mistake, and must not be taken for ids.
+    """
+    first = messages[0]['content'][0] if _is_raw(chat_template) and isinstance(messages[0]['content'], list) else {}
+    ids = first.get('text') if first.get('type') == 'text' else None
+    return ids if isinstance(ids, list) else None
+
+
+def vision_device(option: str) -> torch.device | None:
+    """The device that the option ``vision_device`` names, None for "auto"; raises OptionError."""
+    if option == 'auto':
+        return None
+    try:
+        device = torch.device(option)
+    except RuntimeError:
+        device = torch.device('meta')
+    if device.type not in ('cpu', 'cuda') or (
+        device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise OptionError(f'vision_device {option!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".')
+    return device
+
+
+def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:
+    """The checkpoint's config as the engine sees it: with ``--hf-overrides`` applied."""
+    config = json.loads((Path(model_path) / 'config.json').read_text())
+    return VicoConfig.from_dict(_override(config, overrides or {}))
+
+
+def _override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _override(merged[key], value) if both else value
+    return merged
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

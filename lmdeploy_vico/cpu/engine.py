@@ -41,6 +41,11 @@ def install() -> None:
     _patch_default_devices()
 
 
+def installed() -> bool:
+    """Whether :func:`install` has run in this process."""
+    return install.cache_info().currsize > 0
+
+
 def _select_backend() -> None:
     """Answer LMDeploy's question for the backend of ``cuda`` with the CPU backend."""
     from lmdeploy.pytorch.backends import selector

@@ -174,7 +174,9 @@ def _mp_notifier(module: ModuleType) -> None:
     def wait_async(original):
         @contextlib.asynccontextmanager
         async def wrapper(self):
-            if not selection.runs_on_cpu('cuda'):
+            from . import engine
+
+            if not engine.installed():
                 async with original(self):
                     yield
                 return

@@ -1,5 +1,6 @@
 """VisionStage: prepares the images of many requests in parallel, encodes them on one device prompt by prompt."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -47,11 +48,15 @@ class VisionStage:
         self.output_dtype = output_dtype
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
         self._device = ThreadPoolExecutor(1, thread_name_prefix='vico-device')
+        self._decoding = threading.Lock()
 
     def submit(self, jobs: Sequence[ImageJob], compression: Compression) -> 'Future[list[EncodedImage]]':
         """Queue the images of one prompt; ``compression`` holds for those that have none of their own."""
         prepared = [self._prepare.submit(self._cut, job) for job in jobs]
-        return self._device.submit(self._encode, list(jobs), prepared, compression)
+        encoded = self._device.submit(self._encode, list(jobs), prepared, compression)
+        # Of a prompt that failed or was cancelled, no further image is prepared.
+        encoded.add_done_callback(lambda _: [future.cancel() for future in prepared])
+        return encoded
 
     def close(self) -> None:
         """Stop the threads; what is queued is cancelled."""
@@ -59,6 +64,8 @@ class VisionStage:
         self._device.shutdown(wait=False, cancel_futures=True)
 
     def _cut(self, job: ImageJob) -> tuple[np.ndarray, list[bytes]]:
+        with self._decoding:
+            job.image.load()  # opened but not read yet? Pillow cannot read one file from several threads
         tiles = self.encoder.cut(job.image, job.max_tiles)
         return tiles, tile_digests(tiles)
 

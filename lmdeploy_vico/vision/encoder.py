@@ -10,7 +10,7 @@ from PIL import Image
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, VicoConfig
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
-from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles
+from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
 from lmdeploy_vico.vision.weights import Checkpoint
 
@@ -64,6 +64,7 @@ class VisionEncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tile_batch: int | None = None,
+        config: VicoConfig | None = None,
     ) -> 'VisionEncoder':
         """Load a ViCO checkpoint's vision side.
 
@@ -72,19 +73,20 @@ class VisionEncoder:
             device: by default the current CUDA device, or the CPU without one.
             dtype: by default bfloat16 on CUDA; always float32 on a CPU, where bfloat16 is both slow and coarse.
             tile_batch: tiles per device batch; by default chosen for the ViT's width and the device.
+            config: by default what ``config.json`` says.
 
         Raises:
             UnsupportedCheckpointError: not a ViCO checkpoint, or tensors are missing or misshapen (all are named).
         """
-        config = VicoConfig.from_pretrained(path)
+        config = config or VicoConfig.from_pretrained(path)
         checkpoint = Checkpoint(path)
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         dtype = torch.float32 if device.type == 'cpu' else dtype or torch.bfloat16
+        # Memory on the device is taken once, in the final dtype, and only for a checkpoint that is complete.
         with torch.device('meta'):
-            tower = VisionTower(config)
-        checkpoint.require({name: tuple(value.shape) for name, value in tower.named_parameters()})
-        with torch.device(device):
             tower = VisionTower(config).to(dtype)
+        checkpoint.require({name: tuple(value.shape) for name, value in tower.named_parameters()})
+        tower.to_empty(device=device)
         checkpoint.load_into(tower)
         tower.requires_grad_(False).eval()
         with torch.inference_mode():
@@ -97,9 +99,16 @@ class VisionEncoder:
 
     def cut(self, image: Image.Image, max_tiles: int | None = None) -> np.ndarray:
         """Tiles ``[n, 448, 448, 3]`` of an image, as the checkpoint's config says unless ``max_tiles`` is given."""
+        return cut_tiles(image, *self._tiling(max_tiles))
+
+    def tile_count(self, size: tuple[int, int], max_tiles: int | None = None) -> int:
+        """How many tiles :meth:`cut` makes of an image of this (width, height)."""
+        width, height = size
+        return tile_count(width, height, *self._tiling(max_tiles))
+
+    def _tiling(self, max_tiles: int | None) -> tuple[int, int, bool]:
         config = self.config
-        limit = config.max_tiles if max_tiles is None else max_tiles
-        return cut_tiles(image, config.min_tiles, limit, config.use_thumbnail)
+        return config.min_tiles, config.max_tiles if max_tiles is None else max_tiles, config.use_thumbnail
 
     @torch.inference_mode()
     def encode_tiles(

@@ -38,19 +38,19 @@ class _Encoder(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, width: int) -> None:
         super().__init__()
         self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
         self.position_embedding = nn.Parameter(torch.empty(1, GRID * GRID + 1, width))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
-        self.register_buffer('mean', torch.tensor(IMAGE_MEAN), persistent=False)
-        self.register_buffer('std', torch.tensor(IMAGE_STD), persistent=False)
+
+    def prepare(self) -> None:
+        """Put the constants on the parameters' device, in float32 whatever the parameters' dtype."""
+        device = self.position_embedding.device
+        self._mean, self._std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        pixels = (tiles.float() / 255 - self.mean) / self.std  # float32 whatever the parameters' dtype
+        pixels = (tiles.float() / 255 - self._mean) / self._std
         # The patches do not overlap: the convolution is a matrix product over [3, 14, 14] patches.
         patches = pixels.reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE, 3).permute(0, 1, 3, 5, 2, 4)
         patches = patches.reshape(-1, GRID * GRID, 3 * PATCH_SIZE * PATCH_SIZE)

@@ -29,6 +29,7 @@ class VisionTower(nn.Module):
 
     def prepare(self) -> None:
         """Compute what depends on the weights alone; call once they are in place."""
+        self.vision_model.embeddings.prepare()
         self.pooling_before_gating.prepare()
 
     def encode(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,9 +62,8 @@ class Checkpoint:
             raise UnsupportedCheckpointError(f'{self.path} is incomplete: ' + '; '.join(problems) + '.')
 
     def load_into(self, module: nn.Module) -> None:
-        """Fill every parameter of ``module``, whose names are the checkpoint's, casting to the parameter's dtype."""
+        """Fill every parameter of ``module``, named and shaped as here, casting to the parameter's dtype."""
         parameters = dict(module.named_parameters())
-        self.require({name: tuple(parameter.shape) for name, parameter in parameters.items()})
         by_shard: dict[Path, list[str]] = {}
         for name in parameters:
             by_shard.setdefault(self._shards[name], []).append(name)

@@ -77,6 +77,12 @@ def test_decompression_bomb(monkeypatch):
         ImageMediaIO().load_bytes(encoded('PNG'))
 
 
+def test_a_bad_mode_is_reported_once():
+    with pytest.raises(ValueError) as caught:
+        ImageMediaIO(image_mode='XX').load_base64('', base64.b64encode(encoded('PNG')).decode())
+    assert str(caught.value).count('damaged') == 1
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match='does not exist'):
         ImageMediaIO().load_file(tmp_path / 'nothing.png')

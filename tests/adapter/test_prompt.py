@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from lmdeploy_vico.adapter.prompt import assemble, render_chat, render_raw, split_ids
+from lmdeploy_vico.adapter.prompt import assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.stage.stage import EncodedImage
 from lmdeploy_vico.vision.encoder import VisualTokens
 
@@ -79,6 +79,17 @@ def test_content_none_and_lists_without_images():
 def test_no_chat_template():
     with pytest.raises(ValueError, match='--chat-template'):
         render_chat([user(PICTURE)], lambda messages: None)
+
+
+def test_a_template_that_loses_images():
+    with pytest.raises(ValueError, match='The chat template shows 0 of the 1 images'):
+        render_chat([user(PICTURE)], lambda messages: 'nothing')
+
+
+@pytest.mark.parametrize('ids', [['a'], [1.0], [True], [[1]], [-1], [100], [None]])
+def test_ids_outside_the_vocabulary(ids):
+    with pytest.raises(ValueError, match='input_ids must be integers from 0 to 99, not '):
+        check_ids([5, *ids], 100)
 
 
 @pytest.mark.parametrize(

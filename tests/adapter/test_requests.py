@@ -54,6 +54,10 @@ def test_bad_compression(value):
         jobs(image(compression=value))
 
 
+def test_detail_cannot_exceed_the_servers_limit():
+    assert jobs(image(detail='high'), max_tiles=8)[0].max_tiles == 8
+
+
 def test_data_that_was_not_decoded():
     with pytest.raises(ValueError, match='either "url" or "data", not both'):
         jobs(image(data='iVBORw0KGgo='))
@@ -83,3 +87,5 @@ def test_bad_request_compression():
         prompt_compression({'image': 'none'}, 'auto')
     with pytest.raises(ValueError, match=r'mm_processor_kwargs\["image"\]\["compression"\] must be "auto"'):
         prompt_compression({'image': {'compression': 'most'}}, 'auto')
+    with pytest.raises(ValueError, match='has the key "compression" only, not \'compresion\''):
+        prompt_compression({'image': {'compresion': 'all'}}, 'auto')

@@ -115,13 +115,31 @@ def test_supported_versions(version, supported):
     assert lmdeploy_version_supported(version) == supported
 
 
+def test_other_models_keep_lmdeploys_answers(tmp_path):
+    (tmp_path / 'triton_models').mkdir()
+    out, _ = run(
+        f"""
+        import sys
+        from lmdeploy.turbomind.supported_models import is_supported
+        from lmdeploy.hf_configs import config_from_pretrained
+        print(is_supported({str(tmp_path)!r}))
+        try:
+            config_from_pretrained(pretrained_model_name_or_path={str(tmp_path)!r})
+        except OSError as error:
+            print('no config' if 'config.json' in str(error) else error)
+        """,
+        LMDEPLOY_VICO='1',
+    )
+    assert out.splitlines()[-1] == 'no config'
+
+
 def test_hooks_are_idempotent(make_checkpoint):
     out, _ = run(
         """
         import sys, lmdeploy
         import lmdeploy.hf_configs, lmdeploy.pytorch.transformers, lmdeploy.turbomind.supported_models
         import lmdeploy.vl.model.builder, lmdeploy.vl.engine, lmdeploy.pytorch.models.module_map
-        import lmdeploy.pytorch.configurations
+        import lmdeploy.pytorch.configurations, lmdeploy.serve.core.vl_async_engine
         from lmdeploy_vico.adapter.hooks import HOOKS
         def state():
             m = sys.modules
@@ -129,6 +147,7 @@ def test_hooks_are_idempotent(make_checkpoint):
                     m['lmdeploy.turbomind.supported_models'].is_supported,
                     list(m['lmdeploy.vl.model.builder'].VISION_MODELS.module_dict),
                     m['lmdeploy.vl.engine'].ImageEncoder.__dict__['__init__'],
+                    m['lmdeploy.serve.core.vl_async_engine'].VLAsyncEngine.__dict__['close'],
                     dict(m['lmdeploy.pytorch.models.module_map'].CUSTOM_MODULE_MAP),
                     list(m['lmdeploy.pytorch.configurations'].AutoModelConfigBuilder._sub_classes))
         before = state()
@@ -138,4 +157,4 @@ def test_hooks_are_idempotent(make_checkpoint):
         print([a is b or a == b for a, b in zip(before, after)])
         """
     )
-    assert out == str([True] * 6)
+    assert out == str([True] * 7)

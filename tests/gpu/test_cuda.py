@@ -54,6 +54,10 @@ def test_bit_identical_among_others(encoder, pictures, rng):
         for place, index in enumerate(order):
             assert torch.equal(features.patches[place], alone[index].patches[0])
             assert torch.equal(features.scores[place], alone[index].scores[0])
+        compressed = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
+        for place, tokens in enumerate(encoder.project(features, compressed)):
+            [expected] = encoder.project(alone[order[place]], compressed[place : place + 1])
+            assert torch.equal(tokens, expected)
 
 
 @pytest.mark.parametrize('llm', ['dense', 'moe'])

@@ -32,8 +32,8 @@ class Judge:
     def check(self, messages: Sequence[dict], answer: Answer, compression: Any = 'auto', name: str = '') -> None:
         """Assert that ``answer`` is right: its tokens and the length of its prompt."""
         assert len(answer.token_ids) >= TOKENS, name
-        key = (name or repr(messages), compression, answer.token_ids)
-        if key not in self._verdicts:
+        key = (name, compression, answer.token_ids)
+        if not name or key not in self._verdicts:
             judgement = self.reference.judge(chat_segments(messages), answer.token_ids, compression)
             self._verdicts[key] = (judgement.gap, judgement.prompt_tokens)
         gap, prompt_tokens = self._verdicts[key]

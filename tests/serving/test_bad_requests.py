@@ -64,7 +64,7 @@ BAD_IMAGES = {
     'not an image': (image_item(png(b'hello, this is text')), 'not an image in a format that can be read'),
     'zero bytes': (image_item(png()), 'Invalid data URL'),
     'base64 cut in the middle': (image_item(SMALL[: len(SMALL) * 2 // 3]), 'damaged or truncated'),
-    'not base64': (image_item('data:image/png;base64,€€€'), 'image'),
+    'not base64': (image_item('data:image/png;base64,€€€'), 'not an image in a format that can be read'),
     'a million tiles': (
         image_item(SMALL, max_dynamic_patch=10**6),
         'max_dynamic_patch must be an integer from 1 to 40',
@@ -73,6 +73,8 @@ BAD_IMAGES = {
     'extra data': (image_item(SMALL, data='iVBOR'), 'either "url" or "data", not both'),
     'extra type': (image_item(SMALL, type='video'), 'are not supported'),
     'type text': (image_item(SMALL, type='text'), 'must have a string "text"'),
+    'ids in an image item': (image_item(SMALL, type='text', text=[5, 6]), 'must have a string "text"'),
+    'ids as a text': ({'type': 'text', 'text': ['a', 924]}, 'must have a string "text"'),
     'unknown compression': (image_item(SMALL, compression='most'), 'must be "auto", "none", "all"'),
     'compression too large': (image_item(SMALL, compression=64), 'must be "auto", "none", "all"'),
 }
@@ -97,10 +99,14 @@ def test_other_modalities(client):
 
 
 def test_prompt_longer_than_the_session(client, pictures):
-    items = [image_item(data_url(pictures['text']), max_dynamic_patch=40, compression='none')] * 3
-    status, body = chat(client, *items)
-    assert status == 400
-    assert '16384' in body['message']
+    def refused(count, **params):
+        status, body = chat(client, *[image_item(data_url(pictures['text']), **params)] * count, text='word ' * 6000)
+        assert status == 400
+        return body['message']
+
+    # Refused before any encoding, and after it.
+    assert 'at least 31488 visual tokens' in refused(3, max_dynamic_patch=40, compression='none')
+    assert 'must be smaller than the model context length (16384)' in refused(1, max_dynamic_patch=40)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (20000, 20), (20, 20000)])
@@ -172,11 +178,34 @@ def test_generate_with_another_number_of_image_tokens(client, judge, marks):
     assert f'{marks} image tokens' in body['message']
 
 
+@pytest.mark.parametrize('bad', [10**6, -1])
+@pytest.mark.parametrize('images', [{}, {'image_data': SMALL}], ids=['text only', 'image'])
+def test_generate_with_ids_outside_the_vocabulary(client, judge, bad, images):
+    status, body = generate(client, input_ids=[40, image_token(judge), bad], **images)
+    assert status == 400
+    assert 'input_ids must be integers from 0 to' in body['message']
+
+
 def test_choices_are_the_same_prompt(client, prompts):
-    completion = client.openai.chat.completions.create(
-        model=client.model, messages=[{'role': 'user', 'content': 'hi'}], max_tokens=4, n=2, temperature=0
+    messages = on_the_wire(prompts['a scanned page'])
+    options = {'model': client.model, 'messages': messages, 'max_tokens': TOKENS, 'temperature': 0}
+    one = client.openai.chat.completions.create(**options)
+    two = client.openai.chat.completions.create(**options, n=2)
+    assert [choice.message.content for choice in two.choices] == [one.choices[0].message.content] * 2
+    assert two.usage.prompt_tokens == one.usage.prompt_tokens
+
+
+def test_anthropic_endpoint_with_an_image(client, prompts, pictures):
+    media, _, data = data_url(pictures['coffee']).removeprefix('data:').partition(';base64,')
+    source = {'type': 'base64', 'media_type': media, 'data': data}
+    content = [{'type': 'text', 'text': 'What is in this picture?'}, {'type': 'image', 'source': source}]
+    status, body = post(
+        client,
+        '/v1/messages',
+        {'model': client.model, 'max_tokens': 4, 'messages': [{'role': 'user', 'content': content}]},
     )
-    assert len(completion.choices) == 2
+    assert status == 200
+    assert body['usage']['input_tokens'] == client.chat(prompts[GOOD]).prompt_tokens
 
 
 def test_streaming(client, pictures):

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 
 import pytest
 import torch
@@ -37,6 +38,22 @@ def test_alone_and_in_random_batches(kind, make_checkpoint, prompts, judge):
             names = order.choices(list(prompts), k=size)
             for name, answer in zip(names, ask(pipe, [prompts[name] for name in names]), strict=True):
                 judge(**kind).check(prompts[name], answer, name=name)
+
+
+def test_closing_stops_the_vision_side(make_checkpoint):
+    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
+        model = pipe.async_engine.vl_encoder.model
+        device_thread = model.stage._device.submit(threading.current_thread).result()
+    device_thread.join(timeout=10)
+    assert not device_thread.is_alive() and not hasattr(model, 'stage')
+
+
+def test_overrides_reach_the_router(make_checkpoint, prompts, judge):
+    # No score is above 1: nothing is compressed.
+    config = PytorchEngineConfig(session_len=8192, hf_overrides={'flash_absolute_threshold': 1.0})
+    with pipeline(str(make_checkpoint()), backend_config=config) as pipe:
+        [answer] = ask(pipe, [prompts['one photograph']])
+    judge().check(prompts['one photograph'], answer, 'none')
 
 
 def test_pairs_of_a_prompt_and_images(make_checkpoint, pictures, judge):

@@ -2,6 +2,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
@@ -49,6 +50,9 @@ def test_a_failure_belongs_to_its_prompt(stage, pictures):
     class Broken:
         size = (10, 10)
 
+        def load(self):
+            pass
+
         def resize(self, size):
             raise OSError('damaged')
 
@@ -57,6 +61,19 @@ def test_a_failure_belongs_to_its_prompt(stage, pictures):
     with pytest.raises(OSError, match='damaged'):
         bad.result()
     assert len(good.result()) == 1
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG'])
+def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp_path, kind):
+    pictures['coffee'].save(tmp_path / 'picture', kind)
+    [expected] = encoder.encode([Image.open(tmp_path / 'picture')])
+    stage = VisionStage(encoder, torch.float32, threads=8)
+    lazy = Image.open(tmp_path / 'picture')
+    for future in [stage.submit([ImageJob(lazy)] * 4, 'auto') for _ in range(4)]:
+        for image in future.result():
+            assert torch.equal(image.tokens.embeddings[:1], expected.embeddings[:1])
+            assert image.digests == tile_digests(encoder.cut(Image.open(tmp_path / 'picture')))
+    stage.close()
 
 
 def test_close_cancels_what_is_queued(encoder, pictures, monkeypatch):

@@ -26,6 +26,14 @@ def test_computes_in_float32_on_a_cpu(make_checkpoint):
     assert encoder.dtype == torch.float32 and encoder.device.type == 'cpu'
 
 
+def test_pixels_are_normalised_in_float32_whatever_the_dtype(make_checkpoint):
+    path = make_checkpoint()
+    tower = VisionEncoder.from_pretrained(path).tower.to(torch.bfloat16)
+    tower.prepare()
+    embeddings = tower.vision_model.embeddings
+    assert embeddings._mean.dtype == embeddings._std.dtype == torch.float32
+
+
 def test_one_result_per_image(encoder, pictures):
     images = [pictures['coffee'], pictures['astronaut'], pictures['page']]
     results = encoder.encode(images)

@@ -3,7 +3,7 @@
 LMDeploy names the device ``'cuda'`` and uses streams and events in a handful of engine modules. Each of those modules
 gets a :class:`TorchView` under its own global name ``torch``: it resolves to PyTorch itself, but for the device's
 name and ``torch.cuda``. ``torch`` is not changed, so that a program that runs the engine in its own process keeps its
-PyTorch, and the view holds in every thread.
+PyTorch (but for the number of threads, see ``memory.choose_threads``), and the view holds in every thread.
 """
 
 import contextlib

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.reference import Reference, chat_segments
+from parity.prompts import chat_segments
+from parity.reference import Reference
 
 # An answer's token may differ from the reference's best one by a near tie in bfloat16, no more: in standard deviations
 # of the step's logits.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from parity.prompts import Picture, Segment
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,7 +30,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 SIDE = 448
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-DETAIL_TILES = {'low': 6, 'medium': 12, 'high': 24}
 
 
 # --- tiling ----------------------------------------------------------------------------------------------------------
@@ -225,72 +225,6 @@ def route(scores: Sequence[float], compression: str | float, relative: float, ab
     count = math.floor(compression * len(scores) + 0.5)
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     return [i in order[:count] for i in range(len(scores))]
-
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image in a prompt; its own ``compression`` routes it by itself; ``wrapped`` is in ``<img>`` and ``</img>``."""
-
-    image: Image.Image
-    compression: str | float | None = None
-    max_tiles: int | None = None
-    wrapped: bool = True
-
-
-Segment = str | Image.Image | Picture
-
-
-def chat_segments(messages: Sequence[dict]) -> list[Segment]:
-    """Render OpenAI-style messages as LMDeploy does for a tiny checkpoint: ChatML, no default system prompt.
-
-    Images are given as PIL objects, ``{'type': 'image_url', 'image_url': {'url': image, ...}}`` or ``{'type': 'image',
-    'image': image}``, with the keys ``detail``, ``max_dynamic_patch`` and ``compression`` beside them. In a prompt with
-    an image, each is followed by a newline and texts are joined by nothing; in one without, the texts of a message are
-    joined by newlines. A last message of the assistant's is left open, to be continued.
-    """
-    with_images = any(
-        item['type'] != 'text' for m in messages if isinstance(m['content'], list) for item in m['content']
-    )
-    segments: list[Segment] = []
-    for i, message in enumerate(messages):
-        segments.append(f'<|im_start|>{message["role"]}\n')
-        content = message['content'] or ''
-        if isinstance(content, str):
-            segments.append(content)
-        elif not with_images:
-            segments.append('\n'.join(item['text'] for item in content))
-        else:
-            for item in content:
-                segments += [item['text']] if item['type'] == 'text' else [_picture(item), '\n']
-        if message['role'] != 'assistant' or i + 1 < len(messages):
-            segments.append('<|im_end|>\n')
-    if messages[-1]['role'] != 'assistant':
-        segments.append('<|im_start|>assistant\n')
-    return _merge(segments)
-
-
-def _picture(item: dict) -> Picture:
-    value = item[item['type']]
-    options = dict(value) if isinstance(value, dict) else {k: v for k, v in item.items() if k != item['type']}
-    image = (options.get('url') or options.get('data')) if isinstance(value, dict) else value
-    limit = options.get('max_dynamic_patch')
-    if not isinstance(limit, int):
-        limit = DETAIL_TILES.get(options.get('detail', ''))
-    return Picture(image, options.get('compression'), limit)
-
-
-def _merge(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbouring texts: a tokenizer may merge characters across a boundary that is none in the prompt."""
-    merged: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += segment
-        elif segment != '':
-            merged.append(segment)
-    return merged
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity.reference import Picture, Reference, chat_segments, choose_grid, cut_tiles, route, shuffle
+from parity.prompts import Picture, chat_segments
+from parity.reference import Reference, choose_grid, cut_tiles, route, shuffle
 from PIL import Image, ImageFilter
 
 SHIPPED = ('astronaut.png', 'coffee.png', 'chelsea.png', 'page.png', 'rocket.jpg', 'text.png')

@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'The venv module is missing: apt-get install python3-venv'; exit 1; }
 	@test -x $(BIN)/python || { echo '==> Creating $(VENV)'; $(PYTHON) -m venv $(VENV); }
 	@echo '==> Installing lmdeploy-vico, LMDeploy and the development tools into $(VENV) (about 8 GB, a few minutes)'
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]' 2>&1 \
-		| grep -E '^(Collecting|Downloading|Building|Successfully|ERROR|error)' | cut -c1-110; exit $${PIPESTATUS[0]}
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[dev]' 2>&1 \
+		| grep --line-buffered -E '^ *(Downloading .*[0-9]{2} MB|Installing|Building|Successfully|ERROR|error)' | sed -u 's/^\(.\{110\}\).*/\1/'; exit $${PIPESTATUS[0]}
 	@touch $@
 
 demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a user would
@@ -46,7 +46,7 @@ bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
 
 clean: ## Remove the virtual environment and everything generated
-	rm -rf $(VENV) build dist .demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 SHELL := /bin/bash

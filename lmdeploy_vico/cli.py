@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from lmdeploy_vico import __version__
+
 DESCRIPTION = """\
 lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
 answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
@@ -19,19 +21,25 @@ counts, a working router, its own tokenizer; the answers depend on every picture
 The same options give the same bytes. Afterwards:
 
   lmdeploy serve api_server DIR
+
+LMDeploy's own classes, which serve a checkpoint made with --plain, need --trust-remote-code as well.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own); return its exit status."""
     arguments = _parser().parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130  # as a shell reports a program that was interrupted
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='lmdeploy-vico', description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument('--version', action='version', version=f'lmdeploy-vico {__version__}')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
 
     tiny = commands.add_parser('tiny', help='write a small random checkpoint', description=TINY, formatter_class=raw)
@@ -98,6 +106,8 @@ def _tiny(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f'{arguments.directory} cannot be written: {error.strerror or error}')
     print(path)
+    flags = ' --trust-remote-code' if arguments.plain else ''
+    print(f'Serve it: lmdeploy serve api_server {path}{flags}', file=sys.stderr)  # so that a script reads the path only
     return 0
 
 
@@ -161,7 +171,7 @@ def _device() -> str:
     except ImportError:
         return 'unknown: torch is not installed'
     if not torch.cuda.is_available():
-        return f'cpu, {torch.get_num_threads()} threads (no CUDA device: the CPU backend is used)'
+        return f'cpu, {torch.get_num_threads()} threads (no CUDA device)'
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ', '.join(f'cuda:{i} {name}' for i, name in enumerate(names))
 

@@ -18,7 +18,7 @@ from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.testing.server import ApiServer
 
 # Shipped inside scikit-image's wheel: photographs and a scanned page, nothing is downloaded.
-PICTURES = ('astronaut', 'coffee', 'chelsea', 'rocket', 'page', 'text')
+PICTURES = ('coffee', 'chelsea', 'rocket', 'text', 'page', 'astronaut')
 PROMPT = 'What is in this picture?'
 MAX_TOKENS = 16
 REAL_CHECKPOINT = 'OpenGVLab/InternVL3_5-8B-Flash'
@@ -123,7 +123,7 @@ def _table(pictures: dict[str, Image.Image], replies: dict[str, tuple[Reply, Rep
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
-        caption='prompt: usage.prompt_tokens; TTFT: time to first token',
+        caption='tiles: thumbnail included; prompt: usage.prompt_tokens; TTFT: time to first token',
     )
     table.add_column('picture', no_wrap=True)
     for column in ('size', 'tiles', 'at 64', 'at 256', 'prompt', 'w/o ViCO', 'saved', 'TTFT'):

@@ -26,7 +26,8 @@ class Options:
 
     Attributes:
         compression: for requests that do not say: "auto" (the checkpoint's thresholds), "none", "all" or a share.
-        max_tiles: the most tiles an image may be cut into, whatever a client asks for (``max_dynamic_patch``).
+        max_tiles: the most tiles an image may be cut into, without its thumbnail, whatever a client or the checkpoint
+            asks for (``max_dynamic_patch``).
         preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
         vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", ...
         tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.

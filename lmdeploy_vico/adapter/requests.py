@@ -8,9 +8,10 @@ from PIL import Image
 from lmdeploy_vico.stage.stage import ImageJob
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 
-# OpenAI's `detail`, as LMDeploy reads it for InternVL; any other value, "auto" among them, means the checkpoint's.
+# OpenAI's `detail`, as LMDeploy reads it for InternVL; "auto" means the checkpoint's.
 DETAIL_TILES = {'low': 6, 'medium': 12, 'high': 24}
 IMAGE_TYPES = ('image', 'image_url', 'image_data')
+ITEM_KEYS = {'type', 'data', 'detail', 'max_dynamic_patch', 'compression'}
 IMAGE_ROLES = ('user', 'tool')
 
 
@@ -54,6 +55,8 @@ def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: C
     Raises:
         ValueError: not an object, or not an accepted value.
     """
+    if 'compression' in (mm_processor_kwargs or {}):
+        raise ValueError('mm_processor_kwargs: "compression" belongs under "image": {"image": {"compression": ...}}.')
     section = (mm_processor_kwargs or {}).get('image')
     if section is None:
         return default
@@ -72,6 +75,11 @@ def _image_job(item: Mapping[str, Any], max_tiles: int) -> ImageJob:
     if not isinstance(image, Image.Image):
         # LMDeploy lets the keys of a client's item replace its own: a "data" beside "url" arrives here undecoded.
         raise ValueError('An image item must have either "url" or "data", not both, and no "type" of its own.')
+    unknown = sorted(item.keys() - ITEM_KEYS)
+    if unknown:
+        raise ValueError(
+            f'{unknown[0]!r} is not a key of an image item; url, detail, max_dynamic_patch, compression are.'
+        )
     compression = item.get('compression')
     return ImageJob(
         image=image,
@@ -84,8 +92,11 @@ def _tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:
     limit = item.get('max_dynamic_patch')
     if limit is None:
         detail = item.get('detail')
-        asked = DETAIL_TILES.get(detail) if isinstance(detail, str) else None
-        return None if asked is None else min(asked, max_tiles)
+        if detail in (None, 'auto'):
+            return None
+        if detail not in list(DETAIL_TILES):
+            raise ValueError(f'detail must be "auto", "low", "medium" or "high", not {detail!r}.')
+        return min(DETAIL_TILES[detail], max_tiles)
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= max_tiles:
         raise ValueError(f'max_dynamic_patch must be an integer from 1 to {max_tiles}, not {limit!r}.')
     return limit

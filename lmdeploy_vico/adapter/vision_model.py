@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,13 @@ class VicoVisionModel(VisionModel):
         guard_image_decoding()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
+        config = read_config(self.model_path, backend_config.hf_overrides)
         encoder = VisionEncoder.from_pretrained(
             self.model_path,
             device=vision_device(options.vision_device),
             dtype=self.mm_feature_dtype,
             tile_batch=options.tile_batch or None,
-            config=read_config(self.model_path, backend_config.hf_overrides),
+            config=replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
         )
         self.stage = VisionStage(encoder, self.mm_feature_dtype or torch.bfloat16, options.preprocess_threads)
         torch.cuda.empty_cache()  # the engine's process sizes its KV cache by what is free; does nothing without CUDA

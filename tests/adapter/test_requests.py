@@ -33,7 +33,6 @@ def test_order_and_defaults():
         ({'detail': 'medium'}, 12),
         ({'detail': 'high'}, 24),
         ({'detail': 'auto'}, None),
-        ({'detail': 7}, None),
         ({'max_dynamic_patch': 3, 'detail': 'high'}, 3),
         ({'max_dynamic_patch': 40}, 40),
     ],
@@ -46,6 +45,17 @@ def test_tile_limit(params, max_tiles):
 def test_bad_tile_limits(value):
     with pytest.raises(ValueError, match='max_dynamic_patch must be an integer from 1 to 40, not '):
         jobs(image(max_dynamic_patch=value))
+
+
+@pytest.mark.parametrize('value', ['bogus', 7, [], True])
+def test_bad_detail(value):
+    with pytest.raises(ValueError, match='detail must be "auto", "low", "medium" or "high", not '):
+        jobs(image(detail=value))
+
+
+def test_unknown_keys_of_an_image_item():
+    with pytest.raises(ValueError, match="'compresion' is not a key of an image item"):
+        jobs(image(compresion='all'))
 
 
 @pytest.mark.parametrize('value', ['half', 2, True, {}])
@@ -80,6 +90,11 @@ def test_request_compression():
     assert prompt_compression({'image': None, 'video': {}}, 'all') == 'all'
     assert prompt_compression({'image': {'compression': None}}, 'all') == 'all'
     assert prompt_compression({'image': {'compression': 0.25}}, 'auto') == 0.25
+
+
+def test_compression_in_the_wrong_place():
+    with pytest.raises(ValueError, match='"compression" belongs under "image"'):
+        prompt_compression({'compression': 'all'}, 'auto')
 
 
 def test_bad_request_compression():

@@ -48,6 +48,15 @@ def test_closing_stops_the_vision_side(make_checkpoint):
     assert not device_thread.is_alive() and not hasattr(model, 'stage')
 
 
+def test_the_servers_limit_on_tiles_holds_without_being_asked(make_checkpoint, prompts, judge):
+    config = PytorchEngineConfig(session_len=8192, hf_overrides={'vico': {'max_tiles': 2, 'compression': 'none'}})
+    with pipeline(str(make_checkpoint()), backend_config=config) as pipe:
+        [limited] = ask(pipe, [prompts['image alone']])
+        [asked] = ask(pipe, [prompts['few tiles']])  # the same limit, asked for
+    judge().check(prompts['few tiles'], asked, 'none', name='few tiles')
+    assert limited.prompt_tokens < 4 * 256
+
+
 def test_overrides_reach_the_router(make_checkpoint, prompts, judge):
     # No score is above 1: nothing is compressed.
     config = PytorchEngineConfig(session_len=8192, hf_overrides={'flash_absolute_threshold': 1.0})

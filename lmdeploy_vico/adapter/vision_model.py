@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from lmdeploy_vico.vision.weights import Checkpoint
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt, cut where its images stand: text, or token ids of a /generate request."""
+    """A rendered prompt, cut where its images stand: text, or token ids of a /generate request; and those images."""
 
     pieces: list[str] | list[list[int]]
+    jobs: list[ImageJob]
 
 
 class VicoVisionModel(VisionModel):
@@ -70,12 +72,12 @@ class VicoVisionModel(VisionModel):
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
         config = read_config(self.model_path, backend_config.hf_overrides)
-        encoder = VisionEncoder.from_pretrained(
-            self.model_path,
+        encoder = VisionEncoder.load(
+            checkpoint,
+            replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
             device=vision_device(options.vision_device),
             dtype=self.mm_feature_dtype,
             tile_batch=options.tile_batch or None,
-            config=replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
         )
         self.stage = VisionStage(encoder, self.mm_feature_dtype or torch.bfloat16, options.preprocess_threads)
         torch.cuda.empty_cache()  # the engine's process sizes its KV cache by what is free; does nothing without CUDA
@@ -104,17 +106,17 @@ class VicoVisionModel(VisionModel):
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Prompt:
         """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
-        images = len(image_jobs(messages, self.options.max_tiles))
+        jobs = image_jobs(messages, self.options.max_tiles)
         ids = _generate_ids(messages, chat_template)
         if ids is not None:
             self.check_ids(ids)
-            return Prompt(split_ids(ids, self.image_token_id, images))
+            return Prompt(split_ids(ids, self.image_token_id, len(jobs)), jobs)
         check_texts(messages)
         if _is_raw(chat_template) and len(messages) == 1:
             text = ''.join(item['text'] for item in messages[0]['content'] if item['type'] == 'text')
-            return Prompt(render_raw(text, images))
-        kwargs = chat_template_kwargs or {}
-        return Prompt(render_chat(messages, lambda flat: chat_template.messages2prompt(flat, tools=tools, **kwargs)))
+            return Prompt(render_raw(text, len(jobs)), jobs)
+        render = partial(chat_template.messages2prompt, tools=tools, **(chat_template_kwargs or {}))
+        return Prompt(render_chat(messages, render), jobs)
 
     def check_ids(self, ids: Sequence[Any]) -> None:
         """Raise ValueError unless a client's ``ids`` are in the language model's vocabulary."""
@@ -127,12 +129,12 @@ class VicoVisionModel(VisionModel):
         mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Blocking form of :meth:`preprocess_async`, with the signature by which LMDeploy knows new-style models."""
-        return self._assemble(input_prompt, self._submit(messages, mm_processor_kwargs).result())
+        return self._assemble(input_prompt, self._submit(input_prompt, mm_processor_kwargs).result())
 
     async def preprocess_async(
         self,
         messages: list[dict[str, Any]],
-        input_prompt: Prompt | None = None,
+        input_prompt: Prompt,
         mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Encode a request's images and build its prompt, without blocking other requests' preparation.
@@ -143,14 +145,13 @@ class VicoVisionModel(VisionModel):
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the message.
         """
-        images = await asyncio.wrap_future(self._submit(messages, mm_processor_kwargs))
+        images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
         return await asyncio.to_thread(self._assemble, input_prompt, images)
 
-    def _submit(self, messages: list[dict[str, Any]], mm_processor_kwargs: dict[str, Any] | None) -> Any:
-        jobs = image_jobs(messages, self.options.max_tiles)
+    def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)
-        self._refuse_what_cannot_fit(jobs, compression)
-        return self.stage.submit(jobs, compression)
+        self._refuse_what_cannot_fit(prompt.jobs, compression)
+        return self.stage.submit(prompt.jobs, compression)
 
     def _refuse_what_cannot_fit(self, jobs: Sequence[ImageJob], compression: Compression) -> None:
         """Refuse a prompt before any encoding if even its images alone, fully compressed, exceed the session."""

@@ -87,11 +87,6 @@ def gate_features(weights: Weights, tokens: Tensor) -> Tensor:
     return norm(weights, 'gating.gate.0', x, 1e-5)
 
 
-def scores(weights: Weights, tokens: Tensor) -> Tensor:
-    """Return p[0], the probability of hard compression, ``[n]``, for patch tokens ``[n, tokens, D]``."""
-    return linear(weights, 'gating.gate.1', gate_features(weights, tokens)).softmax(-1)[:, 0]
-
-
 def project(weights: Weights, tokens: Tensor, ratio: int) -> Tensor:
     """Return visual tokens ``[n, tokens / ratio^2, H]``: ``mlp1`` for a ratio of 2, ``mlp2`` for 4."""
     n, count, width = tokens.shape

@@ -64,7 +64,6 @@ class VisionEncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tile_batch: int | None = None,
-        config: VicoConfig | None = None,
     ) -> 'VisionEncoder':
         """Load a ViCO checkpoint's vision side.
 
@@ -73,13 +72,23 @@ class VisionEncoder:
             device: by default the current CUDA device, or the CPU without one.
             dtype: by default bfloat16 on CUDA; always float32 on a CPU, where bfloat16 is both slow and coarse.
             tile_batch: tiles per device batch; by default chosen for the ViT's width and the device.
-            config: by default what ``config.json`` says.
 
         Raises:
             UnsupportedCheckpointError: not a ViCO checkpoint, or tensors are missing or misshapen (all are named).
         """
-        config = config or VicoConfig.from_pretrained(path)
-        checkpoint = Checkpoint(path)
+        config = VicoConfig.from_pretrained(path)
+        return cls.load(Checkpoint(path), config, device, dtype, tile_batch)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: VicoConfig,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        tile_batch: int | None = None,
+    ) -> 'VisionEncoder':
+        """As :meth:`from_pretrained`, of a checkpoint and config that have been read already."""
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         dtype = torch.float32 if device.type == 'cpu' else dtype or torch.bfloat16
         # Memory on the device is taken once, in the final dtype, and only for a checkpoint that is complete.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lmdeploy_vico.kernels.implementation import AUTO, CHOICES
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 
 PREFIX = 'LMDEPLOY_VICO_'
@@ -31,6 +32,7 @@ class Options:
         preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
         vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", ...
         tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
+        kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
     """
 
     compression: Compression = 'auto'
@@ -38,6 +40,7 @@ class Options:
     preprocess_threads: int = dataclasses.field(default_factory=_default_threads)
     vision_device: str = 'auto'
     tile_batch: int = 0
+    kernels: str = AUTO
 
     def __post_init__(self) -> None:
         try:
@@ -48,6 +51,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f'{name} must be an integer of at least {least}, not {value!r}.')
+        if self.kernels not in CHOICES:
+            raise OptionError(f'kernels must be one of {", ".join(CHOICES)}, not {self.kernels!r}.')
         if not isinstance(self.vision_device, str) or not self.vision_device:
             raise OptionError(f'vision_device must be "auto" or a device like "cuda:0", not {self.vision_device!r}.')
 

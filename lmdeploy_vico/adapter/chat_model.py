@@ -16,6 +16,9 @@ from lmdeploy.pytorch.models import patch
 from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 
 from lmdeploy_vico.adapter.architectures import PREFIX, vico_architecture
+from lmdeploy_vico.kernels.implementation import use
+from lmdeploy_vico.kernels.pack import pack
+from lmdeploy_vico.options import OVERRIDES_KEY, Options
 
 MODALITY = 'image'
 _LANGUAGE_MODEL = 'language_model.'
@@ -42,6 +45,8 @@ class VisualTokensMixin:
     """Adds visual tokens to a language model of LMDeploy."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        # Served by LMDeploy's engine process, which sees --hf-overrides as attributes of the config.
+        use(Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})}).kernels)
         super().__init__(config.llm_config, *args, **kwargs)
 
     def get_input_processor(self) -> BaseModelInputProcessor:
@@ -65,8 +70,17 @@ class VisualTokensMixin:
         if not spans:
             return None
         inputs_embeds = self.get_input_embeddings()(context.input_ids)
-        tokens = torch.cat([span.data for _, span in spans])
-        inputs_embeds[0].index_copy_(0, _positions(context, spans), tokens.to(inputs_embeds))
+        # What was prefilled in earlier chunks, or found in the prefix cache, is history and not in this batch. These
+        # lengths live on the device and stay there; positions are never read off the token ids, since a user can type
+        # the image token and a model can generate it.
+        begins = context.q_start_loc - context.vision_inputs.history_lengths
+        pack(
+            inputs_embeds[0],
+            [span.data.to(inputs_embeds.device).contiguous() for _, span in spans],
+            starts=[span.start for _, span in spans],
+            offsets=begins,
+            groups=[row for row, _ in spans],
+        )
         return inputs_embeds
 
     @classmethod
@@ -94,21 +108,6 @@ _VISION_PREFIXES = ('vision_model.', 'mlp1.', 'mlp2.', 'pooling_before_gating.',
 
 def _is_vision_weight(name: str) -> bool:
     return name.startswith(_VISION_PREFIXES)
-
-
-def _positions(context: StepContext, spans: list[tuple[int, MultiModalData]]) -> torch.Tensor:
-    """Where the rows of ``spans`` stand in the flattened batch, ``[rows]``; never read off the token ids.
-
-    A user can type the image token, and a model can generate it. Lengths that live on the device stay there: the host
-    only sends the row index and the position in its sequence of each visual token.
-    """
-    rows = torch.cat([torch.full((span.end - span.start,), row) for row, span in spans])
-    positions = torch.cat([torch.arange(span.start, span.end) for _, span in spans])
-    device = context.input_ids.device
-    sent = torch.stack([rows, positions]).to(device, non_blocking=True)
-    # What was prefilled in earlier chunks, or found in the prefix cache, is history and not in this batch.
-    offsets = context.q_start_loc - context.vision_inputs.history_lengths
-    return sent[1] + offsets[sent[0]]
 
 
 class SpanProcessor(BaseModelInputProcessor):

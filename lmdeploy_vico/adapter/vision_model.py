@@ -22,6 +22,7 @@ from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, ren
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, image_jobs, prompt_compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
+from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
@@ -68,6 +69,7 @@ class VicoVisionModel(VisionModel):
         began = time.perf_counter()
         self.backend_config = backend_config
         self.options = options = Options.load(backend_config.hf_overrides)
+        use(options.kernels)
         guard_image_decoding()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))

@@ -1,7 +1,8 @@
 """VisionEncoder: images of a prompt in, routed visual tokens out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, VicoConfig
+from lmdeploy_vico.kernels.implementation import implementation
+from lmdeploy_vico.kernels.pack import pack
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
@@ -18,6 +21,7 @@ from lmdeploy_vico.vision.weights import Checkpoint
 # CPU a single tile already keeps every core busy.
 CUDA_TILE_BATCH = ((1024, 8), (3200, 2))
 CPU_TILE_BATCH = 1
+PROJECTED_BATCHES = 8  # whose rows are shuffled together: more fills projector batches better and takes more memory
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class VisionEncoder:
     ) -> 'VisionEncoder':
         """As :meth:`from_pretrained`, of a checkpoint and config that have been read already."""
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        implementation(device)  # says which kernels run, or refuses before anything is loaded
         dtype = torch.float32 if device.type == 'cpu' else dtype or torch.bfloat16
         # Memory on the device is taken once, in the final dtype, and only for a checkpoint that is complete.
         with torch.device('meta'):
@@ -176,31 +181,48 @@ class VisionEncoder:
         return compressed
 
     def project(self, features: TileFeatures, compressed: torch.Tensor) -> list[torch.Tensor]:
-        """Visual tokens of each tile, ``[64 or 256, H]``, computing for each only the branch it is routed to."""
-        outputs: list[torch.Tensor] = [torch.empty(0)] * len(compressed)
-        for branch in (False, True):
-            indices = torch.nonzero(compressed == branch).flatten().tolist()
-            for start in range(0, len(indices), self.tile_batch):
-                members = indices[start : start + self.tile_batch]
-                patches = _pad(features.patches[members], self.tile_batch)
-                projected = self.tower.project(patches, branch)
-                for index, tokens in zip(members, projected, strict=False):
-                    outputs[index] = tokens
+        """Visual tokens of each tile, ``[64 or 256, H]``, computing for each only the branch it is routed to.
+
+        Args:
+            features: of n tiles.
+            compressed: bool ``[n]`` on the CPU.
+        """
+        outputs: list[torch.Tensor] = []
+        step = PROJECTED_BATCHES * self.tile_batch
+        for start in range(0, len(compressed), step):
+            outputs += self._project(features.patches[start : start + step], compressed[start : start + step])
         return outputs
+
+    def _project(self, patches: torch.Tensor, compressed: torch.Tensor) -> list[torch.Tensor]:
+        kinds = compressed.tolist()
+        number = sum(kinds)
+        full_room, hard_room = (_round_up(count, self.tile_batch) for count in (len(kinds) - number, number))
+        on_device = compressed.to(self.device, non_blocking=True)
+        shuffled = self.tower.shuffle(patches, on_device, (full_room, hard_room))
+        full = self._visual_tokens(shuffled.full, compressed=False)
+        hard = self._visual_tokens(shuffled.compressed, compressed=True)
+        return [next(hard if kind else full) for kind in kinds]
+
+    def _visual_tokens(self, rows: torch.Tensor, compressed: bool) -> Iterator[torch.Tensor]:
+        """Tile by tile, projected in batches of one fixed shape."""
+        tokens = TOKENS_COMPRESSED if compressed else TOKENS_FULL
+        for start in range(0, len(rows), self.tile_batch * tokens):
+            batch = rows[start : start + self.tile_batch * tokens]
+            yield from self.tower.project(batch, compressed).split(tokens)
 
     def _pack(
         self, features: TileFeatures, scores: torch.Tensor, compressed: torch.Tensor, counts: Sequence[int]
     ) -> list[VisualTokens]:
-        tokens = self.project(features, compressed)
+        tiles = self.project(features, compressed)
+        ends = list(accumulate(len(tokens) for tokens in tiles))
+        embeddings = pack(tiles[0].new_empty(ends[-1], tiles[0].shape[1]), tiles, [0, *ends[:-1]])
         results, start = [], 0
         for count in counts:
             image = slice(start, start + count)
+            tile_tokens = [TOKENS_COMPRESSED if hard else TOKENS_FULL for hard in compressed[image].tolist()]
+            begin = ends[start] - tile_tokens[0]
             results.append(
-                VisualTokens(
-                    embeddings=torch.cat(tokens[image]),
-                    tile_tokens=[TOKENS_COMPRESSED if hard else TOKENS_FULL for hard in compressed[image].tolist()],
-                    scores=scores[image].tolist(),
-                )
+                VisualTokens(embeddings[begin : begin + sum(tile_tokens)], tile_tokens, scores[image].tolist())
             )
             start += count
         return results
@@ -211,6 +233,10 @@ def default_tile_batch(config: VicoConfig, device: torch.device) -> int:
     if device.type == 'cpu':
         return CPU_TILE_BATCH
     return next((batch for width, batch in CUDA_TILE_BATCH if config.vision.hidden_size <= width), 1)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _pad(batch: torch.Tensor, size: int) -> torch.Tensor:

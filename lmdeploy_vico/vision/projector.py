@@ -3,16 +3,15 @@
 import torch
 from torch import nn
 
-from lmdeploy_vico.kernels.pixel_shuffle import pixel_shuffle
+from lmdeploy_vico.kernels.pixel_shuffle import Norm, Shuffled, pixel_shuffle
 
-FULL_RATIO = 2  # 1024 patch tokens -> 256 visual tokens
-COMPRESSED_RATIO = 4  # 1024 patch tokens -> 64 visual tokens
+EPS = 1e-5
 
 
 def full_projector(vit_width: int, llm_width: int) -> nn.Sequential:
     """``mlp1``: LN(4D) -> H -> GELU -> H."""
     return nn.Sequential(
-        nn.LayerNorm(4 * vit_width),
+        nn.LayerNorm(4 * vit_width, eps=EPS),
         nn.Linear(4 * vit_width, llm_width),
         nn.GELU(),
         nn.Linear(llm_width, llm_width),
@@ -23,7 +22,7 @@ def compressed_projector(vit_width: int, llm_width: int) -> nn.Sequential:
     """``mlp2``: LN(16D) -> 2H -> GELU -> 2H -> GELU -> H."""
     # Identity where training had dropout, so that the indices are the checkpoint's: 0, 1, 4 and 7.
     return nn.Sequential(
-        nn.LayerNorm(16 * vit_width),
+        nn.LayerNorm(16 * vit_width, eps=EPS),
         nn.Linear(16 * vit_width, 2 * llm_width),
         nn.GELU(),
         nn.Identity(),
@@ -34,6 +33,18 @@ def compressed_projector(vit_width: int, llm_width: int) -> nn.Sequential:
     )
 
 
-def project(mlp: nn.Sequential, patches: torch.Tensor, ratio: int) -> torch.Tensor:
-    """Shuffle the patch tokens ``[B, 1024, D]`` of tiles routed to one branch and project them to ``[B, n, H]``."""
-    return mlp(pixel_shuffle(patches, ratio))
+def shuffle(
+    patches: torch.Tensor,
+    compressed: torch.Tensor,
+    full: nn.Sequential,
+    hard: nn.Sequential,
+    room: tuple[int, int],
+) -> Shuffled:
+    """Pixel shuffle and first LayerNorm of both projectors: patch tokens ``[B, 1024, D]`` to their input rows."""
+    return pixel_shuffle(patches, compressed, _norm(full), _norm(hard), EPS, room)
+
+
+def _norm(mlp: nn.Sequential) -> Norm:
+    layer = mlp[0]
+    assert isinstance(layer, nn.LayerNorm)
+    return Norm(layer.weight, layer.bias)

@@ -24,29 +24,42 @@ class AbsorbedAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.head_dim = width // HEADS
+        self._out_bias: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Carry the value projection's bias through the output projection; call once the weights are in place."""
+        _, _, b_value = self.in_proj_bias.chunk(3)
+        bias = F.linear(b_value.float(), self.out_proj.weight.float(), self.out_proj.bias.float())
+        self._out_bias = bias.to(self.out_proj.bias.dtype)
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
-        """Project the query and carry it through the key projection, scaled.
+        """Project the query and carry it through the key projection.
 
         Args:
             query: ``[B or 1, D]``.
 
         Returns:
-            u ``[B or 1, 16, D]``: ``u_h . x_t`` is head h's attention logit up to a constant.
+            u ``[B or 1, 16, D]`` in float32: ``u_h . x_t / sqrt(D / 16)`` is head h's attention logit up to a constant.
         """
         w_query, w_key, _ = self.in_proj_weight.chunk(3)
         b_query, _, _ = self.in_proj_bias.chunk(3)
-        projected = F.linear(query, w_query, b_query) * self.head_dim**-0.5
-        heads = projected.view(-1, HEADS, 1, self.head_dim)
-        return (heads @ w_key.view(HEADS, self.head_dim, -1)).squeeze(2)
+        heads = F.linear(query, w_query, b_query).view(-1, HEADS, self.head_dim).transpose(0, 1)
+        return _bmm_float32(heads, w_key.view(HEADS, self.head_dim, -1)).transpose(0, 1)
 
     def forward(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Attend with absorbed queries u over x ``[B, T, D]``; returns ``[B, D]``."""
         _, _, w_value = self.in_proj_weight.chunk(3)
-        _, _, b_value = self.in_proj_bias.chunk(3)
-        context = attention_pool(x, u).to(w_value.dtype)  # [B, 16, D]
-        values = context.unsqueeze(2) @ w_value.view(HEADS, self.head_dim, -1).transpose(1, 2)  # [B, 16, 1, D / 16]
-        return self.out_proj(values.flatten(1) + b_value)
+        context = attention_pool(x, u, scale=self.head_dim**-0.5, dtype=w_value.dtype)  # [B, 16, D]
+        w_heads = w_value.view(HEADS, self.head_dim, -1).transpose(1, 2)  # [16, D, D / 16]
+        values = torch.bmm(context.transpose(0, 1), w_heads).transpose(0, 1)  # [B, 16, D / 16]
+        return F.linear(values.flatten(1), self.out_proj.weight, self._out_bias)
+
+
+def _bmm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The batched product in float32, which cuBLAS accumulates in anyway."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 class AttentionPooling(nn.Module):
@@ -64,6 +77,8 @@ class AttentionPooling(nn.Module):
 
     def prepare(self) -> None:
         """Absorb the first step's query, the same for every tile; call once the weights are in place."""
+        self.attn1.prepare()
+        self.attn2.prepare()
         self._first_query = self.attn1.absorb(self.query_token)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

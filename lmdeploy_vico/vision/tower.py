@@ -4,14 +4,9 @@ import torch
 from torch import nn
 
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.kernels.pixel_shuffle import Shuffled
 from lmdeploy_vico.vision.intern_vit import InternVisionModel
-from lmdeploy_vico.vision.projector import (
-    COMPRESSED_RATIO,
-    FULL_RATIO,
-    compressed_projector,
-    full_projector,
-    project,
-)
+from lmdeploy_vico.vision.projector import compressed_projector, full_projector, shuffle
 from lmdeploy_vico.vision.router import AttentionPooling, Gating
 
 
@@ -45,8 +40,20 @@ class VisionTower(nn.Module):
         patches = self.vision_model(tiles)[:, 1:]  # without the class token
         return patches, self.gating(self.pooling_before_gating(patches))[:, 0]
 
-    def project(self, patches: torch.Tensor, compressed: bool) -> torch.Tensor:
-        """Visual tokens of tiles routed alike: ``[B, 1024, D]`` to ``[B, 64 or 256, H]``."""
-        if compressed:
-            return project(self.mlp2, patches, COMPRESSED_RATIO)
-        return project(self.mlp1, patches, FULL_RATIO)
+    def shuffle(self, patches: torch.Tensor, compressed: torch.Tensor, room: tuple[int, int]) -> Shuffled:
+        """Prepare tiles for the projectors they are routed to.
+
+        Args:
+            patches: ``[B, 1024, D]``.
+            compressed: bool ``[B]`` on the same device.
+            room: for how many (full, compressed) tiles there shall be rows.
+
+        Returns:
+            Full rows ``[room * 256, 4 * D]`` and compressed rows ``[room * 64, 16 * D]``.
+        """
+        return shuffle(patches, compressed, self.mlp1, self.mlp2, room)
+
+    def project(self, rows: torch.Tensor, compressed: bool) -> torch.Tensor:
+        """Visual tokens ``[n, H]`` of rows of :meth:`shuffle`, all of one kind."""
+        mlp = self.mlp2 if compressed else self.mlp1
+        return mlp[1:](rows)

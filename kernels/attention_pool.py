@@ -201,7 +201,7 @@ def weighted_sum_kernel(
     tl.store(p_out, b_ctx.to(ctx.dtype.element_ty), mask=m_h[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['splits'])
 def merge_kernel(
     partial, stats, ctx,
     splits,

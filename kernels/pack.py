@@ -18,6 +18,7 @@ from lmdeploy_vico.kernels.implementation import TRITON, check, implementation
 
 BLOCK_BYTES = 16 * 1024  # of a program
 VECTOR_BYTES = 16  # of the widest load
+LEAST_COLUMNS = 128
 
 
 def pack(
@@ -103,7 +104,7 @@ def _check(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['rows'])
 def pack_kernel(
     table, offsets, out, like,
     rows,
@@ -151,6 +152,8 @@ def pack_triton(
 
 
 def settings(width: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of :func:`pack_kernel`: as much of a row as fits a program, then more rows."""
-    columns = min(triton.next_power_of_2(width), BLOCK_BYTES // itemsize)
-    return {'BR': BLOCK_BYTES // itemsize // columns, 'BH': columns, 'num_warps': 8}
+    """Block sizes of :func:`pack_kernel`: a part of a row that divides it evenly where one does, and then more rows."""
+    values = BLOCK_BYTES // itemsize
+    divisor = width & -width  # the largest power of two
+    columns = min(divisor if divisor >= LEAST_COLUMNS else triton.next_power_of_2(width), values)
+    return {'BR': values // columns, 'BH': columns, 'num_warps': 8}

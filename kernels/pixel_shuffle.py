@@ -179,7 +179,7 @@ def _statistics(p_x, o_p, eps, hard, D: tl.constexpr, BD: tl.constexpr):
     return b_row_mean, 1.0 / tl.sqrt(b_row_square / (number * D) + eps), b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['tiles', 'full_room', 'compressed_room'])
 def pixel_shuffle_kernel(
     x, compressed, full_weight, full_bias, compressed_weight, compressed_bias, full, small, counts,
     tiles, full_room, compressed_room, stride_xb, stride_xt, eps,

@@ -1,0 +1,197 @@
+"""What the Triton kernels take of a GPU, found without one: each is compiled for sm_80 and sm_90.
+
+The specialisations are those that the models use: the kernels' own launchers are run on tensors without storage, with
+the limits of an A100 and an H200, and what they would launch is compiled with Triton's own compiler.
+
+    python benchmarks/kernel_resources.py            # print the table
+    python benchmarks/kernel_resources.py --update   # and commit it to benchmarks/results/kernel-resources.json
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lmdeploy_vico.kernels import attention_pool, pack, pixel_shuffle
+from lmdeploy_vico.kernels.implementation import INTERPRETED, Limits
+
+RESULTS = Path(__file__).parent / 'results' / 'kernel-resources.json'
+CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+
+# By compute capability: multiprocessors, and bytes of shared memory that one program may have.
+CHIPS = {80: Limits(processors=108, shared_memory=166_912), 90: Limits(processors=132, shared_memory=232_448)}
+# (ViT width, tiles of a batch): the smallest and largest of the kernel benchmarks, and the encoder's own.
+BATCHES = ((1024, 1), (1024, 8), (1024, 256), (3200, 1), (3200, 2), (3200, 256))
+LLM_WIDTHS = (1024, 2048, 2560, 4096, 5120)
+DTYPES = (torch.bfloat16, torch.float16)
+HEADS, PATCHES = 16, 1024
+
+_SCALARS = {bool: 'i1', int: 'i32', float: 'fp32'}
+_ELEMENTS = {
+    torch.bfloat16: 'bf16',
+    torch.float16: 'fp16',
+    torch.float32: 'fp32',
+    torch.bool: 'i1',
+    torch.int32: 'i32',
+    torch.int64: 'i64',
+}
+
+
+def launches(dtype: torch.dtype) -> Iterator[None]:
+    """Run the launchers with the models' shapes."""
+    for width, tiles in BATCHES:
+        x = torch.empty(tiles, PATCHES + 1, width, dtype=dtype, device='meta')[:, 1:]
+        queries = torch.empty(HEADS, tiles, width, device='meta').transpose(0, 1)
+        for u in (queries, queries[:1]):
+            attention_pool.attention_pool_triton(x, u, 0.125, dtype)
+        norms = [
+            pixel_shuffle.Norm(*(torch.empty(ratio**2 * width, dtype=dtype, device='meta') for _ in range(2)))
+            for ratio in (2, 4)
+        ]
+        compressed = torch.empty(tiles, dtype=torch.bool, device='meta')
+        pixel_shuffle.pixel_shuffle_triton(x, compressed, *norms, 1e-5, (tiles, tiles))
+    for width in LLM_WIDTHS:
+        out = torch.empty(4096, width, dtype=dtype, device='meta')
+        pack.pack_triton(out, [out[:256], out[:64]], [0, 256])
+        pack.pack_triton(out, [out[:64], out[:64]], [0, 256], torch.empty(2, dtype=torch.int64, device='meta'), [0, 1])
+
+
+def specialisations(chip: int) -> list[dict[str, Any]]:
+    """What is launched for the models on a chip, without repetitions."""
+    recorded: dict[str, dict[str, Any]] = {}
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **arguments: Any) -> None:
+        spec = specialise(kernel, arguments)
+        recorded.setdefault(json.dumps(spec, sort_keys=True), spec)
+
+    with (
+        patch.object(JITFunction, 'run', record),
+        patch.object(attention_pool, 'device_limits', lambda device: CHIPS[chip]),
+    ):
+        for dtype in DTYPES:
+            launches(dtype)
+    return list(recorded.values())
+
+
+def specialise(kernel: JITFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What Triton compiles a launch for: types, constants, which arguments divide by 16, and options."""
+    types, constants, aligned = {}, {}, []
+    for parameter in kernel.params:
+        value = arguments.pop(parameter.name)
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and value == 1):
+            types[parameter.name], constants[parameter.name] = 'constexpr', _plain(value)
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = '*' + _ELEMENTS[value.dtype]
+            aligned.append(parameter.name)
+        else:
+            types[parameter.name] = _SCALARS[type(value)]
+            if special and value % 16 == 0:
+                aligned.append(parameter.name)
+    return {
+        'kernel': kernel.__name__,
+        'module': kernel.__module__,
+        'types': types,
+        'constants': constants,
+        'aligned': aligned,
+        'options': arguments,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return {'dtype': value.name} if isinstance(value, triton.language.dtype) else value
+
+
+def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
+    """Compile one specialisation; returns its row of the table."""
+    kernel = getattr(sys.modules[spec['module']], spec['kernel'])
+    names = [parameter.name for parameter in kernel.params]
+    constants = {
+        (names.index(name),): triton.language.dtype(value['dtype']) if isinstance(value, dict) else value
+        for name, value in spec['constants'].items()
+    }
+    attributes = {(names.index(name),): [['tt.divisibility', 16]] for name in spec['aligned']}
+    source = ASTSource(kernel, spec['types'], constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget('cuda', chip, 32), options=dict(spec['options']))
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as binary:
+        binary.write(compiled.asm['cubin'])
+        binary.flush()
+        usage = _cuobjdump('--dump-resource-usage', binary.name)
+        code = _cuobjdump('-sass', binary.name)
+    return {
+        'chip': f'sm_{chip}',
+        'kernel': spec['kernel'],
+        'types': ' '.join(kind for kind in spec['types'].values() if kind.startswith('*')),
+        'constants': ' '.join(f'{name}={_short(value)}' for name, value in spec['constants'].items()),
+        'aligned': ' '.join(name for name in spec['aligned'] if not spec['types'][name].startswith('*')),
+        'warps': spec['options']['num_warps'],
+        'registers': int(re.search(r'REG:(\d+)', usage)[1]),
+        'stack': int(re.search(r'STACK:(\d+)', usage)[1]),
+        'spills': len(re.findall(r'\bSTL(?:\.\S+)? ', code)),
+        'shared_memory': compiled.metadata.shared,
+        'matrix_instructions': len(re.findall(r'\b(?:HMMA|HGMMA)\.', code)),
+        'async_copies': len(re.findall(r'\bLDGSTS\.', code)),
+        'wide_accesses': len(re.findall(r'\b(?:LDG|STG|LDGSTS)\.\S*128\b', code)),
+        'narrow_accesses': len(re.findall(r'\b(?:LDG|STG|LDGSTS)\.(?!\S*128)', code)),
+    }
+
+
+def _short(value: Any) -> Any:
+    return value['dtype'] if isinstance(value, dict) else value
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def measure() -> dict[str, Any]:
+    """Compile everything, on all cores."""
+    jobs = [(spec, chip) for chip in CHIPS for spec in specialisations(chip)]
+    with ProcessPoolExecutor(mp_context=get_context('fork')) as pool:
+        rows = list(pool.map(compile_and_measure, *zip(*jobs, strict=True)))
+    return {'triton': triton.__version__, 'rows': rows}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table('chip', 'kernel', 'types', 'constants', title='Kernel resources')
+    numbers = ('warps', 'registers', 'stack', 'spills', 'shared_memory', 'matrix_instructions', 'async_copies')
+    for name in numbers:
+        table.add_column(name.replace('_', ' '), justify='right')
+    for row in rows:
+        columns = (row['chip'], row['kernel'], row['types'], row['constants'])
+        table.add_row(*columns, *(str(row[name]) for name in numbers))
+    Console(width=220).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--update', action='store_true', help=f'write the table to {RESULTS.name}')
+    parser.add_argument('--output', type=Path, help='write the table, as JSON, to this file')
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        parser.error('unset TRITON_INTERPRET: kernels made for the interpreter cannot be compiled')
+    results = measure()
+    show(results['rows'])
+    for path in ([RESULTS] if arguments.update else []) + ([arguments.output] if arguments.output else []):
+        rows = ',\n'.join('  ' + json.dumps(row) for row in results['rows'])
+        path.write_text(f'{{"triton": "{results["triton"]}", "rows": [\n{rows}\n]}}\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,69 @@
+"""Every specialisation that the models use, compiled for an A100 and an H200, against the committed table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / 'benchmarks' / 'results' / 'kernel-resources.json'
+SHARED_MEMORY = {'sm_80': 163 * 1024, 'sm_90': 227 * 1024}  # bytes that one program may have
+WITH_DOTS = {'pool_kernel', 'logits_kernel', 'weighted_sum_kernel'}
+UPDATE = 'python benchmarks/kernel_resources.py --update'
+IDENTITY = ('chip', 'kernel', 'types', 'constants', 'aligned', 'warps')
+
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory):
+    # In a process of its own, since kernels made for the interpreter cannot be compiled.
+    output = tmp_path_factory.mktemp('compiled') / 'resources.json'
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    command = [sys.executable, ROOT / 'benchmarks' / 'kernel_resources.py', '--output', output]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope='module')
+def committed():
+    return json.loads(COMMITTED.read_text())
+
+
+def identity(row):
+    return ' '.join(str(row[name]) for name in IDENTITY)
+
+
+def test_nothing_spills(measured):
+    assert [identity(row) for row in measured['rows'] if row['spills'] or row['stack']] == []
+
+
+def test_shared_memory_within_the_chip(measured):
+    assert [identity(row) for row in measured['rows'] if row['shared_memory'] > SHARED_MEMORY[row['chip']]] == []
+
+
+def test_dots_are_matrix_instructions_fed_by_asynchronous_copies(measured):
+    rows = [row for row in measured['rows'] if row['kernel'] in WITH_DOTS]
+    assert {row['kernel'] for row in rows} == WITH_DOTS
+    assert [identity(row) for row in rows if not (row['matrix_instructions'] and row['async_copies'])] == []
+
+
+def test_bulk_accesses_are_wide(measured):
+    # What remains are single values: statistics, the routing decision, addresses.
+    assert [identity(row) for row in measured['rows'] if row['wide_accesses'] < 4] == []
+
+
+def test_nothing_grows_over_the_committed_table(measured, committed):
+    known = {identity(row): row for row in committed['rows']}
+    assert sorted(map(identity, measured['rows'])) == sorted(known), f'other specialisations: run {UPDATE}'
+    if measured['triton'] != committed['triton']:
+        pytest.skip(f'the table was made by Triton {committed["triton"]}, this is {measured["triton"]}')
+    grown = [
+        f'{identity(row)}: {name} {known[identity(row)][name]} -> {row[name]}'
+        for row in measured['rows']
+        for name in ('registers', 'shared_memory', 'narrow_accesses')
+        if row[name] > known[identity(row)][name]
+    ]
+    assert grown == [], f'if this is meant, run {UPDATE}'

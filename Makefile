@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Servers, engines and the judge of their answers share few cores: threads that spin while they wait would starve them.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE
+# The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
+INTERPRETED := tests/kernels tests/vision/test_kernels.py
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench clean
+.PHONY: help setup demo test test-gpu lint format bench bench-kernels kernel-resources clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Create .venv and install the plugin with everything for development (8 GB, a few minutes)
 
@@ -29,10 +31,12 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 	@$(BIN)/lmdeploy-vico demo
 
 test: $(STAMP) ## Run the tests
+	@$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 	@$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu'
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu tests/gpu
+	@VICO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
 
 lint: $(STAMP) ## Check style, types and the arrows between the rooms
 	@echo '==> ruff'; $(BIN)/ruff check $(SOURCES) && $(BIN)/ruff format --check $(SOURCES)
@@ -44,6 +48,12 @@ format: $(STAMP) ## Format the code
 
 bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
+
+bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
+	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)
+
+kernel-resources: $(STAMP) ## Compile the Triton kernels for sm_80 and sm_90 and commit what they take to the table
+	@$(BIN)/python benchmarks/kernel_resources.py --update
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lmdeploy_vico.kernels import attention_pool, pack, pixel_shuffle
+from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
 from lmdeploy_vico.kernels.implementation import INTERPRETED, Limits
 
 RESULTS = Path(__file__).parent / 'results' / 'kernel-resources.json'
@@ -59,7 +59,9 @@ def launches(dtype: torch.dtype) -> Iterator[None]:
         x = torch.empty(tiles, PATCHES + 1, width, dtype=dtype, device='meta')[:, 1:]
         queries = torch.empty(HEADS, tiles, width, device='meta').transpose(0, 1)
         for u in (queries, queries[:1]):
-            attention_pool.attention_pool_triton(x, u, 0.125, dtype)
+            attention_pool.attention_pool_triton(x, u, 0.125)
+        for a, w, gelu in layers(width, tiles, dtype):
+            linear.linear_triton(a, w, w[0, :, 0] if a.shape[0] == 1 else None, gelu)
         norms = [
             pixel_shuffle.Norm(*(torch.empty(ratio**2 * width, dtype=dtype, device='meta') for _ in range(2)))
             for ratio in (2, 4)
@@ -70,6 +72,18 @@ def launches(dtype: torch.dtype) -> Iterator[None]:
         out = torch.empty(4096, width, dtype=dtype, device='meta')
         pack.pack_triton(out, [out[:256], out[:64]], [0, 256])
         pack.pack_triton(out, [out[:64], out[:64]], [0, 256], torch.empty(2, dtype=torch.int64, device='meta'), [0, 1])
+
+
+def layers(width: int, tiles: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
+    """The linear layers of the router: rows, weights, and whether a GELU follows."""
+    shapes = ((width, width, False), (width, 4 * width, True), (4 * width, width, False), (width, 2, False))
+    for inputs, outputs, gelu in shapes:
+        a = torch.empty(1, tiles, inputs, device='meta')
+        yield a, torch.empty(1, outputs, inputs, dtype=dtype, device='meta'), gelu
+    head = width // HEADS
+    by_head = torch.empty(HEADS, head, width, dtype=dtype, device='meta')
+    yield torch.empty(tiles, HEADS, head, device='meta').transpose(0, 1), by_head.transpose(1, 2), False
+    yield torch.empty(tiles, HEADS, width, device='meta').transpose(0, 1), by_head, False
 
 
 def specialisations(chip: int) -> list[dict[str, Any]]:

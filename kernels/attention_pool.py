@@ -10,16 +10,16 @@ are split over programs and a second, small kernel merges the splits. Above, the
 program: logits first, then the weighted sum with the channels divided among programs; x is read twice, the second time
 from the L2 cache as far as it fits there.
 
-All arithmetic is in float32 but the operands of the matrix instructions, which have x's type. A float32 u goes in as
-two parts of x's type, high and low, so that logits do not suffer from rounding it; weights are rounded to x's type
-before they are summed for the normaliser as well, so that the context stays a weighted mean.
+The arithmetic is that of float32: operands of the matrix instructions have x's type, but what is not given in it, the
+queries and the softmax's weights, goes in as two values of that type, high and low.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, dot_type, implementation
+from lmdeploy_vico.kernels.dot import dot_type, split_dot
+from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, implementation
 
 ONE_PASS_BYTES = 2048  # of a token: with wider ones, the context of all channels would spill from the registers
 BLOCK_HEADS = 16  # rows of the smallest matrix instruction; the router's heads
@@ -28,9 +28,7 @@ WEIGHTED_SUMS_AT_ONCE = 3  # programs of weighted_sum_kernel that fit one multip
 LOG2E = 1.4426950408889634
 
 
-def attention_pool(
-    x: torch.Tensor, u: torch.Tensor, scale: float = 1.0, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def attention_pool(x: torch.Tensor, u: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Pool the tokens of each tile once per head.
 
     Args:
@@ -38,25 +36,24 @@ def attention_pool(
         u: absorbed queries ``[B or 1, H, D]``, any batch and head stride, of x's dtype or float32. With float16 x,
             within float16's range.
         scale: of the logits.
-        dtype: of the result.
 
     Returns:
-        ``[B, H, D]``, accumulated in float32.
+        float32 ``[B, H, D]``.
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride; the message begins with its name.
     """
     _check(x, u)
     if implementation(x.device) == TRITON:
-        return attention_pool_triton(x, u, scale, dtype)
-    return attention_pool_torch(x, u, scale, dtype)
+        return attention_pool_triton(x, u, scale)
+    return attention_pool_torch(x, u, scale)
 
 
-def attention_pool_torch(x: torch.Tensor, u: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def attention_pool_torch(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
     """The same in plain torch; takes B x T x D floats of scratch memory unless x is float32."""
     tokens = x.float()
     weights = torch.softmax(scale * (u.float() @ tokens.transpose(1, 2)), dim=-1)
-    return (weights @ tokens).to(dtype)
+    return weights @ tokens
 
 
 def _check(x: torch.Tensor, u: torch.Tensor) -> None:
@@ -74,20 +71,12 @@ def _check(x: torch.Tensor, u: torch.Tensor) -> None:
 
 
 @triton.jit
-def _split_query(b_u, DOT: tl.constexpr, ROUND: tl.constexpr, PARTS: tl.constexpr):
-    """u as a sum of PARTS (1 or 2) values of the type ROUND, each given as DOT."""
-    b_high = b_u.to(ROUND)
-    b_low = (b_u.to(tl.float32) - b_high.to(tl.float32)).to(ROUND) if PARTS == 2 else b_high
-    return b_high.to(DOT), b_low.to(DOT)
-
-
-@triton.jit
-def _weigh(b_logits, b_max, b_sum, ROUND: tl.constexpr):
+def _weigh(b_logits, b_max, b_sum):
     """One step of the online softmax over a block of tokens; logits [BH, BT] are in units of log 2."""
     b_new = tl.maximum(b_max, tl.max(b_logits, 1))
-    b_p = tl.exp2(b_logits - b_new[:, None]).to(ROUND)
+    b_p = tl.exp2(b_logits - b_new[:, None])
     b_scale = tl.exp2(b_max - b_new)
-    return b_p, b_scale, b_new, b_sum * b_scale + tl.sum(b_p.to(tl.float32), 1)
+    return b_p, b_scale, b_new, b_sum * b_scale + tl.sum(b_p, 1)
 
 
 @triton.jit
@@ -95,7 +84,7 @@ def pool_kernel(
     x, u, ctx, stats,
     tokens, split_tokens, stride_xb, stride_xt, stride_ub, stride_uh, scale,
     D: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, SLICES: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-    PARTS: tl.constexpr, FINAL: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    FINAL: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one tile, all channels: D <= SLICES * BD, one slice a warp."""
     i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -105,7 +94,7 @@ def pool_kernel(
     m_d = o_d < D
     m_hd = (o_h < H)[None, :, None] & m_d
     b_u = tl.load(u + i_b * stride_ub + o_h[None, :, None] * stride_uh + o_d, mask=m_hd, other=0.0)  # [SLICES, BH, BD]
-    b_high, b_low = _split_query(b_u, DOT, ROUND, PARTS)
+    b_u = b_u.to(tl.float32)
 
     b_max = tl.full([BH], float('-inf'), tl.float32)
     b_sum = tl.zeros([BH], tl.float32)
@@ -117,13 +106,11 @@ def pool_kernel(
         m_t = start + o_t < end
         b_x = tl.load(p_x, mask=m_t[None, :, None] & m_d, other=0.0).to(DOT)  # [SLICES, BT, BD]
         b_xt = tl.permute(b_x, (0, 2, 1))
-        b_products = tl.dot(b_high, b_xt, input_precision='tf32x3')  # [SLICES, BH, BT]
-        if PARTS == 2:
-            b_products = tl.dot(b_low, b_xt, b_products, input_precision='tf32x3')
+        b_products = split_dot(b_u, b_xt, tl.zeros([SLICES, BH, BT], tl.float32), ROUND, DOT)
         b_logits = tl.where(m_t[None, :], tl.sum(b_products, 0) * scale, float('-inf'))
-        b_p, b_scale, b_max, b_sum = _weigh(b_logits, b_max, b_sum, ROUND)
-        b_p = tl.broadcast_to(b_p.to(DOT)[None], [SLICES, BH, BT])
-        b_ctx = tl.dot(b_p, b_x, b_ctx * b_scale[None, :, None], input_precision='tf32x3')
+        b_p, b_scale, b_max, b_sum = _weigh(b_logits, b_max, b_sum)
+        b_p = tl.broadcast_to(b_p[None], [SLICES, BH, BT])
+        b_ctx = split_dot(b_p, b_x, b_ctx * b_scale[None, :, None], ROUND, DOT)
         p_x += BT * stride_xt
 
     i_out = i_b * tl.num_programs(1) + i_s
@@ -132,7 +119,7 @@ def pool_kernel(
     else:
         tl.store(stats + i_out * 2 * H + o_h, b_max, mask=o_h < H)
         tl.store(stats + i_out * 2 * H + H + o_h, b_sum, mask=o_h < H)
-    tl.store(ctx + i_out * H * D + o_h[None, :, None] * D + o_d, b_ctx.to(ctx.dtype.element_ty), mask=m_hd)
+    tl.store(ctx + i_out * H * D + o_h[None, :, None] * D + o_d, b_ctx, mask=m_hd)
 
 
 @triton.jit
@@ -140,7 +127,7 @@ def logits_kernel(
     x, u, logits,
     tokens, stride_xb, stride_xt, stride_ub, stride_uh, scale,
     D: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, SLICES: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-    PARTS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Logits [H, BT] of a block of tokens, in units of log 2: SLICES * BD channels at a time, one slice a warp."""
     i_b, i_t = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -154,11 +141,8 @@ def logits_kernel(
         m_d = start + o_d < D
         b_x = tl.load(p_x + start, mask=(o_t < tokens)[None, :, None] & m_d, other=0.0)  # [SLICES, BT, BD]
         b_u = tl.load(p_u + start, mask=(o_h < H)[None, :, None] & m_d, other=0.0)  # [SLICES, BH, BD]
-        b_high, b_low = _split_query(b_u, DOT, ROUND, PARTS)
         b_xt = tl.permute(b_x.to(DOT), (0, 2, 1))
-        b_products = tl.dot(b_high, b_xt, b_products, input_precision='tf32x3')
-        if PARTS == 2:
-            b_products = tl.dot(b_low, b_xt, b_products, input_precision='tf32x3')
+        b_products = split_dot(b_u.to(tl.float32), b_xt, b_products, ROUND, DOT)
     p_out = logits + (i_b * H + o_h[:, None]) * tokens + o_t[None, :]
     tl.store(p_out, tl.sum(b_products, 0) * scale, mask=(o_h < H)[:, None] & (o_t < tokens)[None, :])
 
@@ -187,8 +171,8 @@ def weighted_sum_kernel(
         b_x = tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BT, BD]
         b_logits = tl.load(p_logits + start, mask=m_h[:, None] & m_t[None, :], other=float('-inf'))  # [BH, BT]
         b_logits = tl.where(m_h[:, None], b_logits, 0.0)  # rows beyond H: anything finite
-        b_p, b_scale, b_max, b_sum = _weigh(b_logits, b_max, b_sum, ROUND)
-        b_ctx = tl.dot(b_p.to(DOT), b_x.to(DOT), b_ctx * b_scale[:, None], input_precision='tf32x3')
+        b_p, b_scale, b_max, b_sum = _weigh(b_logits, b_max, b_sum)
+        b_ctx = split_dot(b_p, b_x.to(DOT), b_ctx * b_scale[:, None], ROUND, DOT)
         p_x += BT * stride_xt
 
     i_out = i_b * tl.num_programs(1) + i_s
@@ -198,7 +182,7 @@ def weighted_sum_kernel(
         tl.store(stats + i_out * 2 * H + o_h, b_max, mask=m_h)
         tl.store(stats + i_out * 2 * H + H + o_h, b_sum, mask=m_h)
     p_out = ctx + i_out * H * D + o_h[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_ctx.to(ctx.dtype.element_ty), mask=m_h[:, None] & m_d[None, :])
+    tl.store(p_out, b_ctx, mask=m_h[:, None] & m_d[None, :])
 
 
 @triton.jit(do_not_specialize=['splits'])
@@ -218,13 +202,13 @@ def merge_kernel(
     b_partial = tl.load(p_partial, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [BS, BD]
     b_scale = tl.exp2(b_max - tl.max(b_max, 0))
     b_ctx = tl.sum(b_partial * b_scale[:, None], 0) / tl.sum(b_sum * b_scale, 0)
-    tl.store(ctx + (i_b * H + i_h) * D + o_d, b_ctx.to(ctx.dtype.element_ty), mask=m_d)
+    tl.store(ctx + (i_b * H + i_h) * D + o_d, b_ctx, mask=m_d)
 
 
-def attention_pool_triton(x: torch.Tensor, u: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def attention_pool_triton(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
     """The same by the kernels above."""
     one_pass = fits_one_pass(x.shape[2], x.dtype)
-    return (_pool_in_one_pass if one_pass else _pool_in_two_passes)(x, u, scale, dtype)
+    return (_pool_in_one_pass if one_pass else _pool_in_two_passes)(x, u, scale)
 
 
 def fits_one_pass(width: int, dtype: torch.dtype) -> bool:
@@ -232,11 +216,11 @@ def fits_one_pass(width: int, dtype: torch.dtype) -> bool:
     return triton.next_power_of_2(width) * dtype.itemsize <= ONE_PASS_BYTES
 
 
-def one_pass_settings(width: int, dtype: torch.dtype, parts: int, shared_memory: int) -> dict[str, int]:
+def one_pass_settings(width: int, dtype: torch.dtype, shared_memory: int) -> dict[str, int]:
     """Block sizes of :func:`pool_kernel`, given the shared memory of a program in bytes."""
     padded = triton.next_power_of_2(max(width, 16))
     slices = min(8, padded // 16)
-    query = BLOCK_HEADS * padded * dtype.itemsize * parts
+    query = BLOCK_HEADS * padded * 4  # as one value of four bytes or two of two
     for tokens, buffers in ((32, 2), (32, 1), (16, 2), (16, 1)):
         needed = query + buffers * tokens * padded * dtype.itemsize + slices * BLOCK_HEADS * tokens * 4
         if needed <= shared_memory:
@@ -273,25 +257,24 @@ def split_count(tiles: int, blocks: int, programs_per_tile: int, slots: int) -> 
     return triton.cdiv(blocks, triton.cdiv(blocks, splits))  # none of them empty
 
 
-def _pool_in_one_pass(x: torch.Tensor, u: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def _pool_in_one_pass(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
     tiles, tokens, width = x.shape
     device = device_limits(x.device)
-    parts = query_parts(x.dtype, u.dtype)
-    settings = one_pass_settings(width, x.dtype, parts, device.shared_memory)
+    settings = one_pass_settings(width, x.dtype, device.shared_memory)
     blocks = triton.cdiv(tokens, settings['BT'])
     splits = split_count(tiles, blocks, 1, device.processors)
-    ctx, partial, stats = _outputs(x, u, splits, dtype)
+    ctx, partial, stats = _outputs(x, u, splits)
     pool_kernel[(tiles, splits)](
         x=x, u=u, ctx=partial, stats=stats,
         tokens=tokens, split_tokens=triton.cdiv(blocks, splits) * settings['BT'],
         stride_xb=x.stride(0), stride_xt=x.stride(1), stride_ub=_batch_stride(u), stride_uh=u.stride(1),
         scale=scale * LOG2E,
-        D=width, H=u.shape[1], BH=_block_heads(u), PARTS=parts, FINAL=splits == 1, DOT=dot_type(x.dtype), **settings,
+        D=width, H=u.shape[1], BH=_block_heads(u), FINAL=splits == 1, DOT=dot_type(x.dtype), **settings,
     )  # fmt: skip
     return _merge(ctx, partial, stats, splits)
 
 
-def _pool_in_two_passes(x: torch.Tensor, u: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def _pool_in_two_passes(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
     tiles, tokens, width = x.shape
     heads = u.shape[1]
     device = device_limits(x.device)
@@ -301,12 +284,12 @@ def _pool_in_two_passes(x: torch.Tensor, u: torch.Tensor, scale: float, dtype: t
         x=x, u=u, logits=logits,
         tokens=tokens, scale=scale * LOG2E,
         stride_xb=x.stride(0), stride_xt=x.stride(1), stride_ub=_batch_stride(u), stride_uh=u.stride(1),
-        D=width, H=heads, BH=_block_heads(u), PARTS=query_parts(x.dtype, u.dtype), DOT=dot_type(x.dtype), **settings,
+        D=width, H=heads, BH=_block_heads(u), DOT=dot_type(x.dtype), **settings,
     )  # fmt: skip
     settings = weighted_sum_settings(x.dtype)
     blocks, chunks = triton.cdiv(tokens, settings['BT']), triton.cdiv(width, settings['BD'])
     splits = split_count(tiles, blocks, chunks, WEIGHTED_SUMS_AT_ONCE * device.processors)
-    ctx, partial, stats = _outputs(x, u, splits, dtype)
+    ctx, partial, stats = _outputs(x, u, splits)
     weighted_sum_kernel[(tiles, splits, chunks)](
         x=x, logits=logits, ctx=partial, stats=stats,
         tokens=tokens, split_tokens=triton.cdiv(blocks, splits) * settings['BT'],
@@ -314,11 +297,6 @@ def _pool_in_two_passes(x: torch.Tensor, u: torch.Tensor, scale: float, dtype: t
         D=width, H=heads, BH=_block_heads(u), FINAL=splits == 1, DOT=dot_type(x.dtype), **settings,
     )  # fmt: skip
     return _merge(ctx, partial, stats, splits)
-
-
-def query_parts(x_dtype: torch.dtype, u_dtype: torch.dtype) -> int:
-    """In how many values of x's type a query goes into the product."""
-    return 1 if u_dtype == x_dtype else 2
 
 
 def _block_heads(u: torch.Tensor) -> int:
@@ -329,12 +307,10 @@ def _batch_stride(u: torch.Tensor) -> int:
     return 0 if u.shape[0] == 1 else u.stride(0)
 
 
-def _outputs(
-    x: torch.Tensor, u: torch.Tensor, splits: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(x: torch.Tensor, u: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The result, where the splits go (the result itself if there is one), and their maxima and normalisers."""
     tiles, heads, width = x.shape[0], u.shape[1], x.shape[2]
-    ctx = x.new_empty(tiles, heads, width, dtype=dtype)
+    ctx = x.new_empty(tiles, heads, width, dtype=torch.float32)
     if splits == 1:
         return ctx, ctx, ctx
     partial = x.new_empty(tiles, splits, heads, width, dtype=torch.float32)

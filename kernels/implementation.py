@@ -11,7 +11,6 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 
 AUTO, TRITON, TORCH = CHOICES = ('auto', 'triton', 'torch')
 # Read when a kernel is defined, so it holds for the whole process.
@@ -62,15 +61,7 @@ def _obstacle(device_type: str) -> str:
     return f'they do not run on {device_type!r} devices (on the CPU: with TRITON_INTERPRET=1, for tests).'
 
 
-_TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def dot_type(dtype: torch.dtype) -> tl.dtype:
-    """The type that a kernel casts operands of ``tl.dot`` to: their own, but float32 in the interpreter.
-
-    The interpreter multiplies the 16-bit storage of bfloat16 as if it were integers (Triton 3.7).
-    """
-    return tl.float32 if INTERPRETED else _TRITON_TYPES[dtype]
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device: torch.device | None = None) -> None:
@@ -81,7 +72,7 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device
     if not fits:
         wanted = ', '.join('any' if size is None else str(size) for size in shape)
         raise ValueError(f'{name}: expected shape [{wanted}], not {list(tensor.shape)}')
-    if tensor.dtype not in _TRITON_TYPES:
+    if tensor.dtype not in _TYPES:
         raise ValueError(f'{name}: expected float32, float16 or bfloat16, not {tensor.dtype}')
     if device is not None and tensor.device != device:
         raise ValueError(f'{name}: expected on {device}, not on {tensor.device}')

@@ -3,6 +3,9 @@
 With one query per tile the key and value projections can be moved to the query's side, so that neither K nor V of the
 1024 patch tokens is formed: for head h, ``q_h . (Wk_h x_t + bk_h) = (Wk_h^T q_h) . x_t + const``, where the constant
 cancels in the softmax, and ``sum_t a_t (Wv_h x_t + bv_h) = Wv_h (sum_t a_t x_t) + bv_h`` since the weights sum to one.
+
+Activations are float32 throughout, whatever the weights' type: with one row per tile that costs nothing, and a tile's
+routing does not hang on how bfloat16 rounds.
 """
 
 import torch
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmdeploy_vico.kernels.attention_pool import attention_pool
+from lmdeploy_vico.kernels.linear import linear
 
 HEADS = 16  # of the pooling, whatever the ViT's width
 EPS = 1e-5
@@ -29,37 +33,28 @@ class AbsorbedAttention(nn.Module):
     def prepare(self) -> None:
         """Carry the value projection's bias through the output projection; call once the weights are in place."""
         _, _, b_value = self.in_proj_bias.chunk(3)
-        bias = F.linear(b_value.float(), self.out_proj.weight.float(), self.out_proj.bias.float())
-        self._out_bias = bias.to(self.out_proj.bias.dtype)
+        self._out_bias = F.linear(b_value.float(), self.out_proj.weight.float(), self.out_proj.bias.float())
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         """Project the query and carry it through the key projection.
 
         Args:
-            query: ``[B or 1, D]``.
+            query: float32 ``[B or 1, D]``.
 
         Returns:
-            u ``[B or 1, 16, D]`` in float32: ``u_h . x_t / sqrt(D / 16)`` is head h's attention logit up to a constant.
+            u float32 ``[B or 1, 16, D]``: ``u_h . x_t / sqrt(D / 16)`` is head h's attention logit up to a constant.
         """
         w_query, w_key, _ = self.in_proj_weight.chunk(3)
         b_query, _, _ = self.in_proj_bias.chunk(3)
-        heads = F.linear(query, w_query, b_query).view(-1, HEADS, self.head_dim).transpose(0, 1)
-        return _bmm_float32(heads, w_key.view(HEADS, self.head_dim, -1)).transpose(0, 1)
+        heads = linear(query, w_query, b_query).view(-1, HEADS, self.head_dim).transpose(0, 1)
+        return linear(heads, w_key.view(HEADS, self.head_dim, -1).transpose(1, 2)).transpose(0, 1)
 
     def forward(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Attend with absorbed queries u over x ``[B, T, D]``; returns ``[B, D]``."""
+        """Attend with absorbed queries u over x ``[B, T, D]``; returns float32 ``[B, D]``."""
         _, _, w_value = self.in_proj_weight.chunk(3)
-        context = attention_pool(x, u, scale=self.head_dim**-0.5, dtype=w_value.dtype)  # [B, 16, D]
-        w_heads = w_value.view(HEADS, self.head_dim, -1).transpose(1, 2)  # [16, D, D / 16]
-        values = torch.bmm(context.transpose(0, 1), w_heads).transpose(0, 1)  # [B, 16, D / 16]
-        return F.linear(values.flatten(1), self.out_proj.weight, self._out_bias)
-
-
-def _bmm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The batched product in float32, which cuBLAS accumulates in anyway."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+        context = attention_pool(x, u, scale=self.head_dim**-0.5)  # [B, 16, D]
+        values = linear(context.transpose(0, 1), w_value.view(HEADS, self.head_dim, -1))  # [16, B, D / 16]
+        return linear(values.transpose(0, 1).flatten(1), self.out_proj.weight, self._out_bias)
 
 
 class AttentionPooling(nn.Module):
@@ -79,10 +74,12 @@ class AttentionPooling(nn.Module):
         """Absorb the first step's query, the same for every tile; call once the weights are in place."""
         self.attn1.prepare()
         self.attn2.prepare()
-        self._first_query = self.attn1.absorb(self.query_token)
+        self.norm1.float()
+        self.norm2.float()
+        self._first_query = self.attn1.absorb(self.query_token.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool patch tokens ``[B, T, D]`` to ``[B, D]``."""
+        """Pool patch tokens ``[B, T, D]`` to float32 ``[B, D]``."""
         if self._first_query is None:
             raise RuntimeError('AttentionPooling.prepare() has to run after loading the weights')
         pooled = self.norm1(self.attn1(x, self._first_query))
@@ -102,11 +99,24 @@ class Gating(nn.Module):
         self.block3, self.block4 = _gate_block(width), _gate_block(width)
         self.gate = nn.Sequential(nn.LayerNorm(width, eps=EPS), nn.Linear(width, 2))
 
+    def prepare(self) -> None:
+        """Bring the norms to float32; call once the weights are in place."""
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()
+
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Classify ``[B, D]``; returns the probabilities ``[B, 2]`` in float32, p[:, 0] meaning "compress"."""
+        """Classify float32 ``[B, D]``; returns the probabilities ``[B, 2]``, p[:, 0] meaning "compress"."""
         for block in (self.block1, self.block2, self.block3, self.block4):
-            pooled = pooled + block(pooled)
-        return torch.softmax(self.gate(pooled).float(), dim=-1)
+            up, _, _, down, _, norm = block
+            pooled = pooled + norm(_apply(down, _apply(up, pooled, gelu=True)))
+        norm, classifier = self.gate
+        return torch.softmax(_apply(classifier, norm(pooled)), dim=-1)
+
+
+def _apply(layer: nn.Module, rows: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    assert isinstance(layer, nn.Linear)
+    return linear(rows, layer.weight, layer.bias, gelu)
 
 
 def _gate_block(width: int) -> nn.Sequential:

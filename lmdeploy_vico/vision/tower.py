@@ -26,6 +26,7 @@ class VisionTower(nn.Module):
         """Compute what depends on the weights alone; call once they are in place."""
         self.vision_model.embeddings.prepare()
         self.pooling_before_gating.prepare()
+        self.gating.prepare()
 
     def encode(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode and score tiles.

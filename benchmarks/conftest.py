@@ -1,0 +1,47 @@
+"""What a benchmark's results say of where they come from, and the table at the end of a run."""
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+# Rows of the table: a title, then for each case its extra_info as the benchmarks fill it in.
+COLUMNS = ('operation', 'D', 'tiles', 'median', 'floor', 'times floor', 'of copy bandwidth', 'against')
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    cuda = torch.cuda.is_available()
+    machine_info['device'] = torch.cuda.get_device_name() if cuda else 'CPU'
+    machine_info['torch'], machine_info['triton'] = torch.__version__, triton.__version__
+    machine_info['torch_threads'] = torch.get_num_threads()
+    if cuda:
+        machine_info['cuda'] = torch.version.cuda
+        machine_info['multiprocessors'] = torch.cuda.get_device_properties(0).multi_processor_count
+    try:
+        import lmdeploy
+
+        machine_info['lmdeploy'] = lmdeploy.__version__
+    except ImportError:
+        machine_info['lmdeploy'] = None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, '_benchmarksession', None)
+    cases = [bench.extra_info for bench in session.benchmarks if 'competitors' in bench.extra_info] if session else []
+    if not cases:
+        return
+    table = Table(*COLUMNS, title='Kernels: medians; competitors took turns with ours')
+    for case in cases:
+        ours = case['competitors']['ours']['median']
+        others = (name for name in case['competitors'] if name != 'ours')
+        table.add_row(
+            *(case['operation'], str(case['width']), str(case['tiles']), _duration(ours), _duration(case['floor'])),
+            *(f'{ours / case["floor"]:.2f}', f'{case["bandwidth_share"]:.0%}'),
+            ', '.join(f'{name} {case["competitors"][name]["median"] / ours:.2f}x' for name in others),
+        )
+    terminalreporter.write_line('')
+    Console(width=150, file=terminalreporter._tw._file).print(table)
+
+
+def _duration(seconds):
+    return f'{seconds * 1e6:.1f} us' if seconds < 1e-3 else f'{seconds * 1e3:.2f} ms'

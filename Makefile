@@ -32,7 +32,7 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 
 test: $(STAMP) ## Run the tests
 	@$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
-	@$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu'
+	@$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu tests/gpu

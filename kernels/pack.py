@@ -98,6 +98,8 @@ def _check(
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64) or offsets.device != out.device:
         given = f'{offsets.dtype} {list(offsets.shape)} on {offsets.device}'
         raise ValueError(f'offsets: expected int32 or int64 [G] on {out.device}, not {given}')
+    if not offsets.is_contiguous():
+        raise ValueError(f'offsets: expected contiguous values, not stride {offsets.stride(0)}')
     if len(groups) != len(sources) or not all(0 <= group < len(offsets) for group in groups):
         raise ValueError(
             f'groups: expected for each of {len(sources)} sources one of {len(offsets)} offsets, not {groups}'

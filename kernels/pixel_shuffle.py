@@ -91,7 +91,8 @@ def pixel_shuffle_torch(
     branches = ((~compressed, FULL_RATIO, full_norm, room[0]), (compressed, COMPRESSED_RATIO, compressed_norm, room[1]))
     for chosen, ratio, norm, tiles in branches:
         merged = merge(x[chosen][:tiles], ratio)
-        rows = F.layer_norm(merged, merged.shape[-1:], norm.weight, norm.bias, eps).to(x.dtype)
+        affine = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        rows = F.layer_norm(merged, merged.shape[-1:], *affine, eps)
         output = x.new_empty(tiles * merged.shape[1], merged.shape[2])
         output[: len(rows) * merged.shape[1]] = rows.flatten(0, 1)
         outputs.append(output)
@@ -124,6 +125,8 @@ def _check(
     if compressed.dtype != torch.bool or compressed.shape != (tiles,) or compressed.device != x.device:
         given = f'{compressed.dtype} {list(compressed.shape)} on {compressed.device}'
         raise ValueError(f'compressed: expected bool [{tiles}] on {x.device}, not {given}')
+    if not compressed.is_contiguous():
+        raise ValueError(f'compressed: expected contiguous values, not stride {compressed.stride(0)}')
     norms = (('full_norm', full_norm, FULL_RATIO), ('compressed_norm', compressed_norm, COMPRESSED_RATIO))
     for name, norm, ratio in norms:
         for part, values in norm._asdict().items():

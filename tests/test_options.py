@@ -33,6 +33,8 @@ def test_overrides_win():
         (None, {'LMDEPLOY_VICO_MAX_TILES': 'many'}, "max_tiles must be an integer of at least 1, not 'many'"),
         (None, {'LMDEPLOY_VICO_PREPROCESS_THREADS': '0'}, 'preprocess_threads must be an integer of at least 1'),
         (None, {'LMDEPLOY_VICO_VISION_DEVICE': ''}, 'vision_device must be'),
+        (None, {'LMDEPLOY_VICO_KERNELS': 'cuda'}, "kernels must be one of auto, triton, torch, not 'cuda'"),
+        ({'vico': {'kernels': ['torch']}}, {}, 'kernels must be one of auto'),
         ({'vico': 'none'}, {}, '"vico" must be an object'),
         ({'vico': {'tiles': 3}}, {}, "'tiles' is not an option"),
         ({'vico': {'tile_batch': True}}, {}, 'tile_batch must be an integer'),

@@ -81,6 +81,8 @@ class VicoVisionModel(VisionModel):
             dtype=self.mm_feature_dtype,
             tile_batch=options.tile_batch or None,
         )
+        if encoder.device.type == 'cuda':
+            encoder.warm_up()
         self.stage = VisionStage(encoder, self.mm_feature_dtype or torch.bfloat16, options.preprocess_threads)
         torch.cuda.empty_cache()  # the engine's process sizes its KV cache by what is free; does nothing without CUDA
         self._log_start(encoder, time.perf_counter() - began)

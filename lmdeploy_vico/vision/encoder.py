@@ -107,6 +107,10 @@ class VisionEncoder:
             tower.prepare()
         return cls(tower, config, tile_batch)
 
+    def warm_up(self) -> None:
+        """Encode two black tiles, one for each projector, so that no prompt waits for kernels to be compiled."""
+        self.encode_tiles([np.zeros((2, *TILE_SHAPE), np.uint8)], 0.5)
+
     def encode(self, images: Sequence[Image.Image], compression: Compression = 'auto') -> list[VisualTokens]:
         """Encode and route the images of **one prompt**; see :meth:`encode_tiles`."""
         return self.encode_tiles([self.cut(image) for image in images], compression)

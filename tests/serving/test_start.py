@@ -43,6 +43,7 @@ def test_other_pixel_shuffle(make_checkpoint, tmp_path):
     [
         (('--hf-overrides', '{"vico": {"compresion": "none"}}'), {}, "'compresion' is not an option; the options are"),
         ((), {'LMDEPLOY_VICO_MAX_TILES': 'lots'}, "max_tiles must be an integer of at least 1, not 'lots'"),
+        ((), {'LMDEPLOY_VICO_VISION_DEVICE': 'cpu', 'LMDEPLOY_VICO_KERNELS': 'triton'}, "do not run on 'cpu' devices"),
         ((), {'LMDEPLOY_VICO_VISION_DEVICE': 'cudaa:x'}, "vision_device 'cudaa:x' is not a device of this machine"),
     ],
 )

@@ -182,6 +182,24 @@ def _statistics(p_x, o_p, eps, hard, D: tl.constexpr, BD: tl.constexpr):
     return b_row_mean, 1.0 / tl.sqrt(b_row_square / (number * D) + eps), b_x
 
 
+@triton.jit
+def _normalise(
+    p_x, b_x, b_mean, b_rstd, weight, bias, p_out, o_channel, m_out,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Normalise and write 16 patches; b_x is what was read of them, all there is if BD >= D."""
+    for start in range(0, D, BD):
+        o_d = start + tl.arange(0, BD)
+        mask = ((o_d < D) & m_out)[None, :]
+        if BD < D:
+            b_x = tl.load(p_x[:, None] + o_d[None, :], mask=mask, other=0.0, cache_modifier='.cg')
+        b_weight = tl.load(weight + o_channel[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_bias = tl.load(bias + o_channel[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_out = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None] * b_weight + b_bias
+        b_out = b_out.to(p_out.dtype.element_ty)
+        tl.store(p_out[:, None] + o_d[None, :], b_out, mask=mask, cache_modifier='.cs')
+
+
 @triton.jit(do_not_specialize=['tiles', 'full_room', 'compressed_room'])
 def pixel_shuffle_kernel(
     x, compressed, full_weight, full_bias, compressed_weight, compressed_bias, full, small, counts,
@@ -206,26 +224,14 @@ def pixel_shuffle_kernel(
     # Where each patch goes: row and first channel, of one output or the other.
     if hard != 0:
         o_row = i_place.to(tl.int64) * (SQUARES * SQUARES) + i_q + o_p * 0
-        o_channel = o_p * D
-        p_out = small + o_row * (16 * D) + o_channel
-        p_weight, p_bias = compressed_weight + o_channel, compressed_bias + o_channel
-        fits = i_place < compressed_room
+        p_out, m_out = small + o_row * (16 * D) + o_p * D, i_place < compressed_room
+        _normalise(p_x, b_x, b_mean, b_rstd, compressed_weight, compressed_bias, p_out, o_p * D, m_out, D, BD)
     else:
         o_row = i_place.to(tl.int64) * (SQUARES * SQUARES * 4)
         o_row += (i_y * 2 + o_y // 2) * (SQUARES * 2) + i_x * 2 + o_x // 2
         o_channel = (o_y % 2 * 2 + o_x % 2) * D
-        p_out = full + o_row * (4 * D) + o_channel
-        p_weight, p_bias = full_weight + o_channel, full_bias + o_channel
-        fits = i_place < full_room
-    for start in range(0, D, BD):
-        o_d = start + tl.arange(0, BD)
-        m_d = ((o_d < D) & fits)[None, :]
-        if BD < D:
-            b_x = tl.load(p_x[:, None] + o_d[None, :], mask=m_d, other=0.0, cache_modifier='.cg')
-        b_weight = tl.load(p_weight[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32)
-        b_bias = tl.load(p_bias[:, None] + o_d[None, :], mask=m_d, other=0.0).to(tl.float32)
-        b_out = (b_x.to(tl.float32) - b_mean[:, None]) * b_rstd[:, None] * b_weight + b_bias
-        tl.store(p_out[:, None] + o_d[None, :], b_out.to(full.dtype.element_ty), mask=m_d, cache_modifier='.cs')
+        p_out, m_out = full + o_row * (4 * D) + o_channel, i_place < full_room
+        _normalise(p_x, b_x, b_mean, b_rstd, full_weight, full_bias, p_out, o_channel, m_out, D, BD)
 
 
 def pixel_shuffle_triton(

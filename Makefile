@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Servers, engines and the judge of their answers share few cores: threads that spin while they wait would starve them.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE
 # The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
-INTERPRETED := tests/kernels tests/vision/test_kernels.py
+INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_chat_model.py
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help

@@ -1,7 +1,7 @@
-"""What the Triton kernels take of a GPU, found without one: each is compiled for sm_80 and sm_90.
+"""What the Triton kernels take of a GPU, found without one: each is compiled for sm_80, sm_89 and sm_90.
 
 The specialisations are those that the models use: the kernels' own launchers are run on tensors without storage, with
-the limits of an A100 and an H200, and what they would launch is compiled with Triton's own compiler.
+the limits of an A100, an L40S and an H200, and what they would launch is compiled with Triton's own compiler.
 
     python benchmarks/kernel_resources.py            # print the table
     python benchmarks/kernel_resources.py --update   # and commit it to benchmarks/results/kernel-resources.json
@@ -35,7 +35,11 @@ RESULTS = Path(__file__).parent / 'results' / 'kernel-resources.json'
 CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 
 # By compute capability: multiprocessors, and bytes of shared memory that one program may have.
-CHIPS = {80: Limits(processors=108, shared_memory=166_912), 90: Limits(processors=132, shared_memory=232_448)}
+CHIPS = {
+    80: Limits(processors=108, shared_memory=166_912),
+    89: Limits(processors=142, shared_memory=101_376),
+    90: Limits(processors=132, shared_memory=232_448),
+}
 # (ViT width, tiles of a batch): the smallest and largest of the kernel benchmarks, and the encoder's own.
 BATCHES = ((1024, 1), (1024, 8), (1024, 256), (3200, 1), (3200, 2), (3200, 256))
 LLM_WIDTHS = (1024, 2048, 2560, 4096, 5120)
@@ -97,6 +101,7 @@ def specialisations(chip: int) -> list[dict[str, Any]]:
     with (
         patch.object(JITFunction, 'run', record),
         patch.object(attention_pool, 'device_limits', lambda device: CHIPS[chip]),
+        patch.object(linear, 'device_limits', lambda device: CHIPS[chip]),
     ):
         for dtype in DTYPES:
             launches(dtype)

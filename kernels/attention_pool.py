@@ -3,25 +3,26 @@
 One query per (tile, head) and keys = values = x, so that neither K nor V of the tile's T tokens is ever formed and what
 is left is one pass over x ``[B, T, D]``.
 
-Up to D = 1024 (of 16-bit types) a program holds all heads of a tile's share of the tokens: each warp owns a slice of
-the D channels, for which it multiplies a block of tokens with u, and, once the slices' products are summed to logits,
-weighs the same block, still in shared memory, into its slice of the context. x is read once. With few tiles the tokens
-are split over programs and a second, small kernel merges the splits. Above, the context (16 x 3200 float32) fits no
-program: logits first, then the weighted sum with the channels divided among programs; x is read twice, the second time
-from the L2 cache as far as it fits there.
+Up to D = 1024 (256 in float32), with shared memory enough, a program holds all heads of a tile's share of the tokens:
+each warp owns a slice of the D channels, for which it multiplies a block of tokens with u, and, once the slices'
+products are summed to logits, weighs the same block, still in shared memory, into its slice of the context. x is read
+once. With few tiles the tokens are split over programs and a second, small kernel merges the splits. Above, the context
+(16 x 3200 float32) fits no program: logits first, then the weighted sum with the channels divided among programs; x is
+read twice, the second time from the L2 cache as far as it fits there.
 
-The arithmetic is that of float32: operands of the matrix instructions have x's type, but what is not given in it, the
-queries and the softmax's weights, goes in as two values of that type, high and low.
+Sums are in float32. Operands of the matrix instructions have x's type, but what is not given in it, the queries and the
+softmax's weights, goes in as two values of that type, high and low: with the digits of 16 bits where x is bfloat16.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.dot import dot_type, split_dot
-from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, implementation
+from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, implementation, on_device
+from lmdeploy_vico.kernels.precision import dot_type, split_dot
 
-ONE_PASS_BYTES = 2048  # of a token: with wider ones, the context of all channels would spill from the registers
+# By bytes of an element; with wider tokens the context of all channels would spill from the registers.
+ONE_PASS_WIDTH = {2: 1024, 4: 256}
 BLOCK_HEADS = 16  # rows of the smallest matrix instruction; the router's heads
 SPLIT_COST = 3  # in blocks of tokens
 WEIGHTED_SUMS_AT_ONCE = 3  # programs of weighted_sum_kernel that fit one multiprocessor
@@ -34,7 +35,7 @@ def attention_pool(x: torch.Tensor, u: torch.Tensor, scale: float = 1.0) -> torc
     Args:
         x: tokens ``[B, T, D]``, any batch and token stride, float32, float16 or bfloat16.
         u: absorbed queries ``[B or 1, H, D]``, any batch and head stride, of x's dtype or float32. With float16 x,
-            within float16's range.
+            ``scale * u`` has to be within its range.
         scale: of the logits.
 
     Returns:
@@ -45,7 +46,8 @@ def attention_pool(x: torch.Tensor, u: torch.Tensor, scale: float = 1.0) -> torc
     """
     _check(x, u)
     if implementation(x.device) == TRITON:
-        return attention_pool_triton(x, u, scale)
+        with on_device(x.device):
+            return attention_pool_triton(x, u, scale)
     return attention_pool_torch(x, u, scale)
 
 
@@ -94,7 +96,7 @@ def pool_kernel(
     m_d = o_d < D
     m_hd = (o_h < H)[None, :, None] & m_d
     b_u = tl.load(u + i_b * stride_ub + o_h[None, :, None] * stride_uh + o_d, mask=m_hd, other=0.0)  # [SLICES, BH, BD]
-    b_u = b_u.to(tl.float32)
+    b_u = b_u.to(tl.float32) * scale
 
     b_max = tl.full([BH], float('-inf'), tl.float32)
     b_sum = tl.zeros([BH], tl.float32)
@@ -107,7 +109,7 @@ def pool_kernel(
         b_x = tl.load(p_x, mask=m_t[None, :, None] & m_d, other=0.0).to(DOT)  # [SLICES, BT, BD]
         b_xt = tl.permute(b_x, (0, 2, 1))
         b_products = split_dot(b_u, b_xt, tl.zeros([SLICES, BH, BT], tl.float32), ROUND, DOT)
-        b_logits = tl.where(m_t[None, :], tl.sum(b_products, 0) * scale, float('-inf'))
+        b_logits = tl.where(m_t[None, :], tl.sum(b_products, 0), float('-inf'))
         b_p, b_scale, b_max, b_sum = _weigh(b_logits, b_max, b_sum)
         b_p = tl.broadcast_to(b_p[None], [SLICES, BH, BT])
         b_ctx = split_dot(b_p, b_x, b_ctx * b_scale[None, :, None], ROUND, DOT)
@@ -142,9 +144,9 @@ def logits_kernel(
         b_x = tl.load(p_x + start, mask=(o_t < tokens)[None, :, None] & m_d, other=0.0)  # [SLICES, BT, BD]
         b_u = tl.load(p_u + start, mask=(o_h < H)[None, :, None] & m_d, other=0.0)  # [SLICES, BH, BD]
         b_xt = tl.permute(b_x.to(DOT), (0, 2, 1))
-        b_products = split_dot(b_u.to(tl.float32), b_xt, b_products, ROUND, DOT)
+        b_products = split_dot(b_u.to(tl.float32) * scale, b_xt, b_products, ROUND, DOT)
     p_out = logits + (i_b * H + o_h[:, None]) * tokens + o_t[None, :]
-    tl.store(p_out, tl.sum(b_products, 0) * scale, mask=(o_h < H)[:, None] & (o_t < tokens)[None, :])
+    tl.store(p_out, tl.sum(b_products, 0), mask=(o_h < H)[:, None] & (o_t < tokens)[None, :])
 
 
 @triton.jit
@@ -207,31 +209,32 @@ def merge_kernel(
 
 def attention_pool_triton(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
     """The same by the kernels above."""
-    one_pass = fits_one_pass(x.shape[2], x.dtype)
-    return (_pool_in_one_pass if one_pass else _pool_in_two_passes)(x, u, scale)
+    settings = one_pass_settings(x.shape[2], x.dtype, device_limits(x.device).shared_memory)
+    if settings is None:
+        return _pool_in_two_passes(x, u, scale)
+    return _pool_in_one_pass(x, u, scale, settings)
 
 
-def fits_one_pass(width: int, dtype: torch.dtype) -> bool:
-    """Whether a program can hold the context of all channels in registers."""
-    return triton.next_power_of_2(width) * dtype.itemsize <= ONE_PASS_BYTES
+def one_pass_settings(width: int, dtype: torch.dtype, shared_memory: int) -> dict[str, int] | None:
+    """Block sizes of :func:`pool_kernel`, given the bytes of shared memory of a program; None if it needs too much.
 
-
-def one_pass_settings(width: int, dtype: torch.dtype, shared_memory: int) -> dict[str, int]:
-    """Block sizes of :func:`pool_kernel`, given the shared memory of a program in bytes."""
+    Shared memory holds queries, blocks of tokens on their way, and what the warps exchange; registers the context.
+    """
     padded = triton.next_power_of_2(max(width, 16))
-    slices = min(8, padded // 16)
-    query = BLOCK_HEADS * padded * 4  # as one value of four bytes or two of two
-    for tokens, buffers in ((32, 2), (32, 1), (16, 2), (16, 1)):
-        needed = query + buffers * tokens * padded * dtype.itemsize + slices * BLOCK_HEADS * tokens * 4
-        if needed <= shared_memory:
-            break
-    return {'SLICES': slices, 'BD': padded // slices, 'BT': tokens, 'STAGES': buffers + 1, 'num_warps': slices}
+    if padded > ONE_PASS_WIDTH[dtype.itemsize]:
+        return None
+    slices, tokens = min(8, padded // 16), 32
+    queries, exchange = BLOCK_HEADS * padded * 4, slices * BLOCK_HEADS * tokens * 4
+    for buffers in (2, 1):
+        if queries + exchange + buffers * tokens * padded * dtype.itemsize <= shared_memory:
+            return {'SLICES': slices, 'BD': padded // slices, 'BT': tokens, 'STAGES': buffers + 1, 'num_warps': slices}
+    return None
 
 
 def logits_settings(dtype: torch.dtype, few_programs: bool) -> dict[str, int]:
     """Block sizes of :func:`logits_kernel`; smaller blocks of tokens where large ones would leave the device idle."""
     if few_programs or dtype == torch.float32:
-        return {'SLICES': 4, 'BD': 64, 'BT': 16, 'STAGES': 3 if dtype == torch.float32 else 5, 'num_warps': 4}
+        return {'SLICES': 4, 'BD': 64, 'BT': 16, 'STAGES': 3 if dtype == torch.float32 else 4, 'num_warps': 4}
     return {'SLICES': 4, 'BD': 32, 'BT': 64, 'STAGES': 4, 'num_warps': 4}
 
 
@@ -257,12 +260,10 @@ def split_count(tiles: int, blocks: int, programs_per_tile: int, slots: int) -> 
     return triton.cdiv(blocks, triton.cdiv(blocks, splits))  # none of them empty
 
 
-def _pool_in_one_pass(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
+def _pool_in_one_pass(x: torch.Tensor, u: torch.Tensor, scale: float, settings: dict[str, int]) -> torch.Tensor:
     tiles, tokens, width = x.shape
-    device = device_limits(x.device)
-    settings = one_pass_settings(width, x.dtype, device.shared_memory)
     blocks = triton.cdiv(tokens, settings['BT'])
-    splits = split_count(tiles, blocks, 1, device.processors)
+    splits = split_count(tiles, blocks, 1, device_limits(x.device).processors)
     ctx, partial, stats = _outputs(x, u, splits)
     pool_kernel[(tiles, splits)](
         x=x, u=u, ctx=partial, stats=stats,

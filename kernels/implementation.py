@@ -6,6 +6,7 @@ the process. The choice is logged once per device; asking for one that cannot ru
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,7 @@ import triton
 AUTO, TRITON, TORCH = CHOICES = ('auto', 'triton', 'torch')
 # Read when a kernel is defined, so it holds for the whole process.
 INTERPRETED = triton.knobs.runtime.interpret
+LEAST_CAPABILITY = (8, 0)  # bfloat16 matrix instructions and asynchronous copies
 
 _requested = AUTO
 
@@ -38,27 +40,36 @@ def implementation(device: torch.device) -> str:
     Raises:
         RuntimeError: "triton" was asked for, and cannot run on this device.
     """
-    return _resolve(_requested, device.type)
+    return _resolve(_requested, device)
 
 
 @cache
-def _resolve(choice: str, device_type: str) -> str:
-    obstacle = _obstacle(device_type)
+def _resolve(choice: str, device: torch.device) -> str:
+    obstacle = _obstacle(device)
     if choice == TRITON and obstacle:
         raise RuntimeError(f'The Triton kernels were asked for, but {obstacle}')
     chosen = TORCH if choice == TORCH or obstacle else TRITON
     detail = " (Triton's interpreter)" if chosen == TRITON and INTERPRETED else ''
-    logging.getLogger('lmdeploy_vico').info('vision kernels on %s: %s%s', device_type, chosen, detail)
+    logging.getLogger('lmdeploy_vico').info('vision kernels on %s: %s%s', device, chosen, detail)
     return chosen
 
 
-def _obstacle(device_type: str) -> str:
-    """Why the Triton kernels cannot run on this type of device; empty where they can."""
+def _obstacle(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on this device; empty where they can."""
     if INTERPRETED:
-        return '' if device_type == 'cpu' else "Triton's interpreter (TRITON_INTERPRET=1) works on the CPU only."
-    if device_type == 'cuda':
-        return ''
-    return f'they do not run on {device_type!r} devices (on the CPU: with TRITON_INTERPRET=1, for tests).'
+        return '' if device.type == 'cpu' else "Triton's interpreter (TRITON_INTERPRET=1) works on the CPU only."
+    if device.type != 'cuda':
+        return f'they do not run on {device.type!r} devices (on the CPU: with TRITON_INTERPRET=1, for tests).'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        wanted, given = ('.'.join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
+        return f'they need compute capability {wanted}, and {device} has {given}.'
+    return ''
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever the tensors are on: make it theirs."""
+    return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()
 
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,8 +99,8 @@ class Limits:
 
 @cache
 def device_limits(device: torch.device) -> Limits:
-    """The limits of a CUDA device; in the interpreter those of a small one, so that work is split there as well."""
+    """The limits of a CUDA device; in the interpreter those of one with few multiprocessors."""
     if device.type != 'cuda':
-        return Limits(processors=8, shared_memory=100_000)
+        return Limits(processors=8, shared_memory=232_448)
     properties = torch.cuda.get_device_properties(device)
     return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)

@@ -1,10 +1,11 @@
-"""A linear layer for few rows: float32 activations, weights of any type, and the result as if all were float32.
+"""A linear layer for few rows: float32 activations, weights of any type, float32 results.
 
     out[g, m, n] = act(sum_k a[g, m, k] * w[g, n, k] + bias[n]),    act = identity or GELU
 
-The router's layers have one row per tile, so that reading the weights is all they cost and precision is free: weights
-are multiplied in their own type, activations in two parts of that type, high and low, and accumulated in float32. A
-decision that hangs on a near tie then falls as in float32, whatever the checkpoint's type.
+The router's layers have one row per tile, so that what they cost is reading the weights, and precision is nearly free:
+weights are multiplied in their own type, activations as two values of that type, high and low, and sums are float32.
+With bfloat16 weights the result has 16 bits rather than 8, so that a decision that hangs on a near tie does not fall by
+how activations were rounded.
 
 Each warp of a program has its own slice of the K inputs, so that one program has many loads in flight; the slices'
 products are summed at the end.
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.dot import dot_type, split_dot
-from lmdeploy_vico.kernels.implementation import TRITON, check, implementation
+from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, implementation, on_device
+from lmdeploy_vico.kernels.precision import dot_type, split_dot
 
 
 def linear(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
@@ -37,9 +38,8 @@ def linear(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, g
     """
     _check(a, w, bias)
     run = linear_triton if implementation(a.device) == TRITON else linear_torch
-    if a.dim() == 3:
-        return run(a, w, bias, gelu)
-    return run(a[None], w[None], bias, gelu)[0]
+    with on_device(a.device):
+        return run(a, w, bias, gelu) if a.dim() == 3 else run(a[None], w[None], bias, gelu)[0]
 
 
 def linear_torch(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
@@ -111,7 +111,7 @@ def linear_triton(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, g
     """The same by the kernel above."""
     (groups, rows, inputs), outputs = a.shape, w.shape[1]
     out = a.new_empty(rows, groups, outputs)
-    blocks = settings(rows, inputs, w.stride(2) == 1)
+    blocks = settings(rows, inputs, w.stride(2) == 1, device_limits(a.device).shared_memory)
     linear_kernel[(triton.cdiv(outputs, blocks['BN']), triton.cdiv(rows, blocks['BM']), groups)](
         a=a, w=w, bias=w if bias is None else bias, out=out,
         rows=rows, stride_ag=a.stride(0), stride_am=a.stride(1),
@@ -122,18 +122,16 @@ def linear_triton(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, g
     return out.transpose(0, 1)
 
 
-def settings(rows: int, inputs: int, contiguous_inputs: bool) -> dict[str, int]:
-    """Block sizes of :func:`linear_kernel`.
+def settings(rows: int, inputs: int, contiguous_inputs: bool, shared_memory: int) -> dict[str, int]:
+    """Block sizes of :func:`linear_kernel`, given the bytes of shared memory of a program.
 
     Few outputs a program where the inputs are contiguous, so that there are programs enough; many where the outputs
     are, so that what is read lies together.
     """
     if not contiguous_inputs:
         return {'SLICES': 4, 'BM': 16, 'BN': 64, 'BK': 16, 'STAGES': 2, 'num_warps': 4}
-    if not contiguous_inputs:
-        return {'SLICES': 4, 'BM': 16, 'BN': 64, 'BK': 16, 'STAGES': 2, 'num_warps': 4}
-    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    block_rows = min(64, max(16, triton.next_power_of_2(rows)))
+    most_rows = 64 if shared_memory >= 150_000 else 32
+    block_rows = min(most_rows, max(16, triton.next_power_of_2(rows)))
     block_inputs = 64 if block_rows == 16 else 32
     slices = 8 if inputs >= 512 else 4
     return {'SLICES': slices, 'BM': block_rows, 'BN': 16, 'BK': block_inputs, 'STAGES': 3, 'num_warps': slices}

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, implementation
+from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device
 
 BLOCK_BYTES = 16 * 1024  # of a program
 VECTOR_BYTES = 16  # of the widest load
@@ -39,8 +39,9 @@ def pack(
         groups: with offsets, for each source the index of its sequence.
 
     Returns:
-        ``out``. Of rows that two sources claim, either's values may stay. Rows outside ``out`` are dropped where
-        ``offsets`` are given, since the host cannot know them.
+        ``out``. Nothing keeps a source from reaching into the next sequence; of rows that two sources claim, either's
+            values may stay. Rows outside ``out`` are dropped where ``offsets`` are given, since the host cannot know
+            them.
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride, or rows outside ``out``; the message begins
@@ -50,7 +51,8 @@ def pack(
     if not any(len(source) for source in sources) or out.shape[1] == 0:
         return out
     if implementation(out.device) == TRITON:
-        return pack_triton(out, sources, starts, offsets, groups)
+        with on_device(out.device):
+            return pack_triton(out, sources, starts, offsets, groups)
     return pack_torch(out, sources, starts, offsets, groups)
 
 
@@ -85,14 +87,18 @@ def _check(
     if len(starts) != len(sources):
         raise ValueError(f'starts: expected one for each of {len(sources)} sources, not {len(starts)}')
     for index, (source, start) in enumerate(zip(sources, starts, strict=True)):
-        check(f'sources[{index}]', source, (None, out.shape[1]), out.device)
-        if not source.is_contiguous() or source.dtype != sources[0].dtype:
+        # Written out, since an engine has hundreds of sources in a step.
+        if source.dim() != 2 or source.shape[1] != out.shape[1] or source.device != out.device:
+            check(f'sources[{index}]', source, (None, out.shape[1]), out.device)
+        if source.dtype != sources[0].dtype or not source.is_contiguous():
             raise ValueError(
                 f'sources[{index}]: expected contiguous rows of {sources[0].dtype} like sources[0], '
                 f'not {source.dtype} with strides {source.stride()}'
             )
         if offsets is None and not 0 <= start <= len(out) - len(source):
             raise ValueError(f'starts[{index}]: {len(source)} rows from {start} on do not lie in the {len(out)} of out')
+    if sources:
+        check('sources[0]', sources[0], (None, out.shape[1]), out.device)
     if offsets is None:
         return
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64) or offsets.device != out.device:
@@ -139,15 +145,15 @@ def pack_triton(
 ) -> torch.Tensor:
     """The same by the kernel above."""
     rows = zip(sources, starts, groups or [0] * len(sources), strict=True)
-    table = [(source.data_ptr(), start, len(source), group) for source, start, group in rows]
-    table = torch.tensor(table, dtype=torch.int64, pin_memory=out.is_cuda).to(out.device, non_blocking=True)
+    entries = [(source.data_ptr(), start, len(source), group) for source, start, group in rows]
+    table = torch.tensor(entries, dtype=torch.int64, pin_memory=out.is_cuda).to(out.device, non_blocking=True)
     width, itemsize = out.shape[1], sources[0].element_size()
     blocks = settings(width, itemsize)
-    longest = max(len(source) for source in sources)
+    longest = max(entry[2] for entry in entries)
     pack_kernel[(len(sources), triton.cdiv(longest, blocks['BR']), triton.cdiv(width, blocks['BH']))](
         table=table, offsets=table if offsets is None else offsets, out=out, like=sources[0], rows=len(out),
         H=width, OFFSETS=offsets is not None,
-        ALIGNED=width * itemsize % VECTOR_BYTES == 0 and all(s.data_ptr() % VECTOR_BYTES == 0 for s in sources),
+        ALIGNED=width * itemsize % VECTOR_BYTES == 0 and all(entry[0] % VECTOR_BYTES == 0 for entry in entries),
         **blocks,
     )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, implementation
+from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device
 
 FULL_RATIO, COMPRESSED_RATIO = 2, 4
 PATCHES = COMPRESSED_RATIO**2  # of a program
@@ -74,7 +74,8 @@ def pixel_shuffle(
     _check(x, compressed, full_norm, compressed_norm, room)
     room = (len(x), len(x)) if room is None else room
     if implementation(x.device) == TRITON:
-        return pixel_shuffle_triton(x, compressed, full_norm, compressed_norm, eps, room)
+        with on_device(x.device):
+            return pixel_shuffle_triton(x, compressed, full_norm, compressed_norm, eps, room)
     return pixel_shuffle_torch(x, compressed, full_norm, compressed_norm, eps, room)
 
 

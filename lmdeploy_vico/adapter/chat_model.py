@@ -48,6 +48,14 @@ class VisualTokensMixin:
         # Served by LMDeploy's engine process, which sees --hf-overrides as attributes of the config.
         use(Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})}).kernels)
         super().__init__(config.llm_config, *args, **kwargs)
+        self._compile_pack()
+
+    def _compile_pack(self) -> None:
+        """Have the kernel compiled now, rather than in the engine's loop while requests wait."""
+        weight = self.get_input_embeddings().weight
+        if weight.is_cuda:
+            row = weight.new_zeros(1, weight.shape[1])
+            pack(row, [row.clone()], [0], offsets=torch.zeros(1, dtype=torch.int64, device=row.device), groups=[0])
 
     def get_input_processor(self) -> BaseModelInputProcessor:
         """What turns a request's spans into LMDeploy's multimodal data."""

@@ -4,8 +4,8 @@ With one query per tile the key and value projections can be moved to the query'
 1024 patch tokens is formed: for head h, ``q_h . (Wk_h x_t + bk_h) = (Wk_h^T q_h) . x_t + const``, where the constant
 cancels in the softmax, and ``sum_t a_t (Wv_h x_t + bv_h) = Wv_h (sum_t a_t x_t) + bv_h`` since the weights sum to one.
 
-Activations are float32 throughout, whatever the weights' type: with one row per tile that costs nothing, and a tile's
-routing does not hang on how bfloat16 rounds.
+Activations are float32 throughout, whatever the weights' type, since a tile has but one row of them: in bfloat16 their
+rounding alone flips decisions between tiles of similar scores.
 """
 
 import torch
@@ -28,7 +28,8 @@ class AbsorbedAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.head_dim = width // HEADS
-        self._out_bias: torch.Tensor | None = None
+        self._out_bias: torch.Tensor | None
+        self.register_buffer('_out_bias', None, persistent=False)
 
     def prepare(self) -> None:
         """Carry the value projection's bias through the output projection; call once the weights are in place."""
@@ -68,7 +69,8 @@ class AttentionPooling(nn.Module):
         self.query_token = nn.Parameter(torch.empty(1, width))
         self.attn1, self.norm1 = AbsorbedAttention(width), nn.LayerNorm(width, eps=EPS)
         self.attn2, self.norm2 = AbsorbedAttention(width), nn.LayerNorm(width, eps=EPS)
-        self._first_query: torch.Tensor | None = None
+        self._first_query: torch.Tensor | None
+        self.register_buffer('_first_query', None, persistent=False)
 
     def prepare(self) -> None:
         """Absorb the first step's query, the same for every tile; call once the weights are in place."""

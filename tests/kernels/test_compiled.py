@@ -1,4 +1,4 @@
-"""Every specialisation that the models use, compiled for an A100 and an H200, against the committed table."""
+"""Every specialisation that the models use, compiled for an A100, an L40S and an H200, against the committed table."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / 'benchmarks' / 'results' / 'kernel-resources.json'
-SHARED_MEMORY = {'sm_80': 163 * 1024, 'sm_90': 227 * 1024}  # bytes that one program may have
-WITH_DOTS = {'pool_kernel', 'logits_kernel', 'weighted_sum_kernel'}
+SHARED_MEMORY = {'sm_80': 163 * 1024, 'sm_89': 99 * 1024, 'sm_90': 227 * 1024}  # bytes that one program may have
+WITH_DOTS = {'pool_kernel', 'logits_kernel', 'weighted_sum_kernel', 'linear_kernel'}
 UPDATE = 'python benchmarks/kernel_resources.py --update'
 IDENTITY = ('chip', 'kernel', 'types', 'constants', 'aligned', 'warps')
 
@@ -44,15 +44,22 @@ def test_shared_memory_within_the_chip(measured):
     assert [identity(row) for row in measured['rows'] if row['shared_memory'] > SHARED_MEMORY[row['chip']]] == []
 
 
-def test_dots_are_matrix_instructions_fed_by_asynchronous_copies(measured):
+def test_dots_are_matrix_instructions(measured):
     rows = [row for row in measured['rows'] if row['kernel'] in WITH_DOTS]
     assert {row['kernel'] for row in rows} == WITH_DOTS
-    assert [identity(row) for row in rows if not (row['matrix_instructions'] and row['async_copies'])] == []
+    assert [identity(row) for row in rows if not row['matrix_instructions']] == []
+
+
+def test_loops_over_large_operands_copy_asynchronously(measured):
+    # But for the key projection by head, whose 64 inputs are a single step.
+    rows = [row for row in measured['rows'] if row['kernel'] in WITH_DOTS and 'stride_wn=1' not in row['constants']]
+    assert [identity(row) for row in rows if not row['async_copies']] == []
 
 
 def test_bulk_accesses_are_wide(measured):
-    # What remains are single values: statistics, the routing decision, addresses.
-    assert [identity(row) for row in measured['rows'] if row['wide_accesses'] < 1] == []
+    # Narrow ones are for single values: statistics, biases, addresses. Rows of 200 values are not aligned to 16.
+    rows = [row for row in measured['rows'] if row['kernel'] != 'merge_kernel' and 'K=200' not in row['constants']]
+    assert [identity(row) for row in rows if row['narrow_accesses'] >= row['wide_accesses']] == []
 
 
 def test_nothing_grows_over_the_committed_table(measured, committed):

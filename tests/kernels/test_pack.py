@@ -40,7 +40,7 @@ def check(device, float64, assert_close):
                 assert any(torch.equal(now, values.to(dtype)) for values in claimed)
             else:
                 [values] = claimed
-                assert_close(now, float64(values), values.dtype)
+                assert_close(now, float64(values))
 
     return run
 
@@ -148,7 +148,7 @@ BAD = {
     'out: rows with gaps': {'out': torch.rand(10, 9)[:, :8]},
     'sources[1]: one dimension': {'sources': [SOURCES[0], torch.rand(8)]},
     'sources[1]: another width': {'sources': [SOURCES[0], torch.rand(2, 7)]},
-    'sources[0]: integers': {'sources': [SOURCES[0].int(), SOURCES[1]]},
+    'sources[0]: integers': {'sources': [SOURCES[0].int(), SOURCES[1].int()]},
     'sources[0]: float64': {'sources': [SOURCES[0].double(), SOURCES[1].double()]},
     'sources[1]: another dtype than the first': {'sources': [SOURCES[0], SOURCES[1].half()]},
     'sources[1]: transposed': {'sources': [SOURCES[0], torch.rand(8, 2).T]},

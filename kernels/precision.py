@@ -1,4 +1,4 @@
-"""Products on the matrix units with the accuracy of float32, where one side is given in a shorter type."""
+"""Products on the matrix units that lose little where one side is given in a shorter type than the other."""
 
 import torch
 import triton
@@ -12,7 +12,8 @@ _TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """The type that a kernel casts operands of ``tl.dot`` to: their own, but float32 in the interpreter.
 
-    The interpreter multiplies the 16-bit storage of bfloat16 as if it were integers (Triton 3.7).
+    The interpreter multiplies the 16-bit storage of bfloat16 as if it were integers (Triton 3.7). It also truncates
+    where a GPU rounds to bfloat16, so that what it computes there is up to twice as far off.
     """
     return tl.float32 if INTERPRETED else _TRITON_TYPES[dtype]
 

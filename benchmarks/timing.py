@@ -9,9 +9,10 @@ import torch
 
 
 class CudaClock:
-    """A clock in seconds that stands still while the device has nothing to do between two readings of it.
+    """A clock in seconds, read by the device: what lies between two readings is timed by CUDA events.
 
-    Usable wherever ``time.perf_counter`` is: what lies between two readings is timed by CUDA events.
+    Usable wherever ``time.perf_counter`` is. Where the host launches more slowly than the device works, the host's
+    pace counts.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,10 @@ class Timing:
     slowest: float
     rounds: int
 
+    def per(self, parts: int) -> 'Timing':
+        """The same of one of so many equal parts."""
+        return Timing(self.median / parts, self.fastest / parts, self.slowest / parts, self.rounds)
+
 
 def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Timing]:
     """Time functions in turns, for about so many seconds each.
@@ -67,6 +72,16 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0
     return {
         name: Timing(statistics.median(taken), min(taken), max(taken), len(taken)) for name, taken in samples.items()
     }
+
+
+def rotating(function: Callable[[int], object], sets: int) -> Callable[[], object]:
+    """One call for each of so many sets of data, so that none is still in the device's caches when it is used again."""
+
+    def run() -> None:
+        for index in range(sets):
+            function(index)
+
+    return run
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:

@@ -48,7 +48,7 @@ def shape(request):
 
 @pytest.fixture(scope='module')
 def xs(shape):
-    """Sets of patch tokens as the ViT leaves them, the class token skipped by a view; together more than caches hold."""
+    """Sets of patch tokens as the ViT leaves them, the class token skipped by a view; more than caches hold."""
     width, tiles = shape
     torch.manual_seed(20)
     sets = min(64, -(-CACHES // (tiles * PATCHES * width * ITEM)))

@@ -20,9 +20,10 @@ DEVICE = torch.device(os.environ.get('VICO_TEST_DEVICE', 'cpu'))
 # Largest ||out - reference|| / ||reference||, by the dtype of the result. The reference is computed in float64 from
 # inputs rounded to the dtype under test.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-# The same by the dtype of an operand: float32 ones that meet it in a product go in as two values of its type, which is
-# 16 bits in bfloat16, and as many as float32 has, nearly, in float16.
-SPLIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-5, torch.float16: 1e-5}
+# The same by the dtype of an operand: float32 ones that meet it in a product go in as two values of its type, which are
+# 16 bits in bfloat16 (an error of 2 ** -15 where they are truncated, as in the interpreter, times the logit that they
+# make), and in float16 nearly as many as float32 has.
+SPLIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 OPERATIONS = ('attention_pool', 'linear', 'pixel_shuffle', 'pack')
 GUARD = 64  # elements around each poisoned tensor; a multiple of what vectorised accesses are aligned to
 

@@ -142,10 +142,10 @@ def test_a_dominant_token_is_the_result(marked, float64, assert_close, rng, plac
 @pytest.mark.parametrize('width', [64, 1100])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_float32_queries_are_not_rounded(inside, float64, assert_close, width, dtype):
-    """Logits 16 and 16 + 2 ** -8, which neither 16-bit type tells apart."""
+    """Logits 4 and 4 + 2 ** -10, too close for either 16-bit type."""
     x, u = np.zeros((1, 2, width)), np.zeros((1, 1, width))
     x[0, [0, 1], [0, 1]] = 1
-    u[0, 0, :2] = 16, 16 + 2**-8
+    u[0, 0, :2] = 4, 4 + 2**-10
     x, u = inside(x, dtype, (0, 0, 0), (0, 0, 0)), inside(u, torch.float32, (0, 0, 0), (0, 0, 0))
     assert_close(attention_pool(x, u), reference(float64(x), float64(u), 1.0), dtype)
 

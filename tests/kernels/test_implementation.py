@@ -17,8 +17,10 @@ KERNELS = Path(__file__).parents[2] / 'kernels'
 
 # Whether Triton's interpreter is there is read once in a process, so each environment needs one of its own.
 RESOLVE = """
-import json, torch
+import json, sys, torch
 from lmdeploy_vico.kernels import implementation
+
+torch.cuda.get_device_capability = lambda device=None: tuple(map(int, sys.argv[1].split('.')))
 
 def resolve(choice, device):
     implementation.use(choice)
@@ -32,12 +34,11 @@ print(json.dumps({choice: {device: resolve(choice, device) for device in ('cpu',
 """
 
 
-def resolve(**environment: str) -> dict[str, dict[str, str]]:
-    """What runs in a new process, by choice and device."""
+def resolve(capability: str = '8.0', **environment: str) -> dict[str, dict[str, str]]:
+    """What runs in a new process, by choice and device, where CUDA devices have this compute capability."""
+    command = [sys.executable, '-c', RESOLVE, capability]
     inherited = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    run = subprocess.run(
-        [sys.executable, '-c', RESOLVE], env=inherited | environment, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -48,27 +49,38 @@ def compiled():
 
 
 @pytest.fixture(scope='module')
+def old_device():
+    return resolve('7.5')
+
+
+@pytest.fixture(scope='module')
 def interpreted():
     return resolve(TRITON_INTERPRET='1')
 
 
-def test_auto_is_triton_where_its_kernels_run(compiled, interpreted):
+def test_auto_is_triton_where_its_kernels_run(compiled, old_device, interpreted):
     assert compiled['auto'] == {'cpu': 'torch', 'cuda': 'triton', 'meta': 'torch'}
+    assert old_device['auto'] == {'cpu': 'torch', 'cuda': 'torch', 'meta': 'torch'}
     assert interpreted['auto'] == {'cpu': 'triton', 'cuda': 'torch', 'meta': 'torch'}
 
 
-def test_torch_runs_everywhere(compiled, interpreted):
-    assert compiled['torch'] == interpreted['torch'] == {'cpu': 'torch', 'cuda': 'torch', 'meta': 'torch'}
+def test_torch_runs_everywhere(compiled, old_device, interpreted):
+    for resolved in (compiled, old_device, interpreted):
+        assert resolved['torch'] == {'cpu': 'torch', 'cuda': 'torch', 'meta': 'torch'}
 
 
-def test_triton_is_refused_where_it_cannot_run(compiled, interpreted):
+def test_triton_is_refused_where_it_cannot_run(compiled, old_device, interpreted):
     assert compiled['triton']['cuda'] == 'triton'
     assert interpreted['triton']['cpu'] == 'triton'
-    for refused in (compiled['triton']['cpu'], interpreted['triton']['cuda']):
+    for refused, reason in (
+        (compiled['triton']['cpu'], 'TRITON_INTERPRET=1'),
+        (interpreted['triton']['cuda'], 'TRITON_INTERPRET=1'),
+        (old_device['triton']['cuda'], '7.5'),
+        (compiled['triton']['meta'], 'meta'),
+        (interpreted['triton']['meta'], 'TRITON_INTERPRET=1'),
+    ):
         assert refused.startswith('RuntimeError: ')
-        assert 'TRITON_INTERPRET=1' in refused
-    for refused in (compiled['triton']['meta'], interpreted['triton']['meta']):
-        assert refused.startswith('RuntimeError: ')
+        assert reason in refused
 
 
 def test_use_is_remembered():
@@ -85,16 +97,18 @@ def test_an_unknown_choice_changes_nothing(choice):
     assert implementation.requested() == 'torch'
 
 
-def test_the_choice_is_logged_once_for_each_type_of_device(caplog, monkeypatch):
+def test_the_choice_is_logged_once_for_each_device(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger('lmdeploy_vico'), 'propagate', True)  # a server's start turns it off
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (9, 0))
     implementation._resolve.cache_clear()
     implementation.use('torch')
     with caplog.at_level(logging.INFO, logger='lmdeploy_vico'):
-        for device in ('cpu', 'cpu', 'cuda:0', 'cuda:1', 'cpu', 'meta'):
+        for device in ('cpu', 'cpu', 'cuda:0', 'cuda:1', 'cuda:0', 'cpu', 'meta'):
             implementation.implementation(torch.device(device))
+    implementation._resolve.cache_clear()  # of what it was made to believe
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 3
-    for message, device in zip(messages, ('cpu', 'cuda', 'meta'), strict=True):
+    assert len(messages) == 4
+    for message, device in zip(messages, ('cpu', 'cuda:0', 'cuda:1', 'meta'), strict=True):
         assert device in message
         assert 'torch' in message
 

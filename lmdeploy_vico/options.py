@@ -32,6 +32,7 @@ class Options:
         preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
         vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", ...
         tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
+        max_queued_tiles: tiles that may wait to be encoded; beyond, requests with images are answered with a 503.
         kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
     """
 
@@ -40,6 +41,7 @@ class Options:
     preprocess_threads: int = dataclasses.field(default_factory=_default_threads)
     vision_device: str = 'auto'
     tile_batch: int = 0
+    max_queued_tiles: int = 2048
     kernels: str = AUTO
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class Options:
             object.__setattr__(self, 'compression', parse_compression(self.compression))
         except ValueError as error:
             raise OptionError(str(error)) from error
-        for name, least in (('max_tiles', 1), ('preprocess_threads', 1), ('tile_batch', 0)):
+        for name, least in (('max_tiles', 1), ('preprocess_threads', 1), ('tile_batch', 0), ('max_queued_tiles', 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f'{name} must be an integer of at least {least}, not {value!r}.')

@@ -136,6 +136,25 @@ def guard_vlm_engine(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(engine_class, 'close', close)
 
 
+def say_when_to_retry(module: ModuleType) -> None:
+    """Add ``Retry-After`` to the 503 of a request that came while too many tiles were waiting.
+
+    Can go when LMDeploy's error responses carry a header that an error asks for.
+    """
+    if _is_wrapped(module.create_request_error_response):
+        return
+
+    def respond(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        del instance
+        response = wrapped(*args, **kwargs)
+        error = kwargs['error'] if 'error' in kwargs else args[0]
+        if hasattr(error, 'retry_after'):
+            response.headers['Retry-After'] = str(error.retry_after)
+        return response
+
+    wrapt.wrap_function_wrapper(module, 'create_request_error_response', respond)
+
+
 def register_chat_models(module: ModuleType) -> None:
     """Name our engine-side classes in the map that LMDeploy keeps for custom models.
 
@@ -180,6 +199,8 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.vl.model.builder': register_vision_model,
     'lmdeploy.vl.engine': start_vision_model,
     'lmdeploy.serve.core.vl_async_engine': guard_vlm_engine,
+    'lmdeploy.serve.openai.errors': say_when_to_retry,
+    'lmdeploy.serve.anthropic.errors': say_when_to_retry,
     'lmdeploy.pytorch.models.module_map': register_chat_models,
     'lmdeploy.pytorch.configurations': register_model_config,
 }

@@ -18,6 +18,7 @@ from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.decoding import guard_image_decoding
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
+from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, image_jobs, prompt_compression
@@ -25,6 +26,7 @@ from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedChec
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import OptionError, Options
+from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
@@ -83,7 +85,8 @@ class VicoVisionModel(VisionModel):
         )
         if encoder.device.type == 'cuda':
             encoder.warm_up()
-        self.stage = VisionStage(encoder, self.mm_feature_dtype or torch.bfloat16, options.preprocess_threads)
+        dtype = self.mm_feature_dtype or torch.bfloat16
+        self.stage = VisionStage(encoder, dtype, options.preprocess_threads, options.max_queued_tiles)
         torch.cuda.empty_cache()  # the engine's process sizes its KV cache by what is free; does nothing without CUDA
         self._log_start(encoder, time.perf_counter() - began)
 
@@ -148,8 +151,15 @@ class VicoVisionModel(VisionModel):
 
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the message.
+            OverloadError: too much is being encoded already; LMDeploy answers 503.
         """
-        images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
+        try:
+            images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
+        except StageBusyError as error:
+            raise OverloadError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            get_logger().error('out of memory while encoding images: %s', error)
+            raise OverloadError('Out of memory while encoding the images. Try again later, or with fewer.') from error
         return await asyncio.to_thread(self._assemble, input_prompt, images)
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:

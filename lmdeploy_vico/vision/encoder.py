@@ -128,7 +128,6 @@ class VisionEncoder:
         config = self.config
         return config.min_tiles, config.max_tiles if max_tiles is None else max_tiles, config.use_thumbnail
 
-    @torch.inference_mode()
     def encode_tiles(
         self,
         tiles: Sequence[np.ndarray],
@@ -147,13 +146,28 @@ class VisionEncoder:
         """
         if not tiles:
             return []
-        own = list(image_compression or [None] * len(tiles))
-        counts = [len(image) for image in tiles]
+        compression = parse_compression(compression)
         features = self.features(np.concatenate(tiles))
+        return self.visual_tokens(features, [len(image) for image in tiles], compression, image_compression)
+
+    @torch.inference_mode()
+    def visual_tokens(
+        self,
+        features: TileFeatures,
+        counts: Sequence[int],
+        compression: Compression = 'auto',
+        image_compression: Sequence[Compression | None] | None = None,
+    ) -> list[VisualTokens]:
+        """Route and project the encoded tiles of **one prompt**, ``counts`` of them for each image.
+
+        The rest as in :meth:`encode_tiles`.
+        """
         scores = features.scores.cpu()
+        own = list(image_compression or [None] * len(counts))
         compressed = self.route_prompt(scores, counts, parse_compression(compression), own)
         return self._pack(features, scores, compressed, counts)
 
+    @torch.inference_mode()
     def features(self, tiles: np.ndarray) -> TileFeatures:
         """Encode and score uint8 tiles ``[n, 448, 448, 3]`` in fixed batches."""
         if tiles.shape[1:] != TILE_SHAPE or tiles.dtype != np.uint8:
@@ -184,6 +198,7 @@ class VisionEncoder:
             compressed[chosen] = route(scores[chosen], value, config.relative_threshold, config.absolute_threshold)
         return compressed
 
+    @torch.inference_mode()
     def project(self, features: TileFeatures, compressed: torch.Tensor) -> list[torch.Tensor]:
         """Visual tokens of each tile, ``[64 or 256, H]``, computing for each only the branch it is routed to.
 

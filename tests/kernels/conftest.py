@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from lmdeploy_vico.kernels import implementation
 
@@ -27,8 +27,11 @@ SPLIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-
 OPERATIONS = ('attention_pool', 'linear', 'pixel_shuffle', 'pack')
 GUARD = 64  # elements around each poisoned tensor; a multiple of what vectorised accesses are aligned to
 
-# The same examples in every run, so that a failure is a change of the code.
-settings.register_profile('kernels', derandomize=True, deadline=None, database=None, max_examples=30)
+# The same examples in every run, so that a failure is a change of the code. In the interpreter, shrinking a failing one
+# takes minutes, and they are small as they are.
+settings.register_profile(
+    'kernels', derandomize=True, deadline=None, database=None, max_examples=30, phases=[Phase.explicit, Phase.generate]
+)
 
 
 @pytest.fixture(scope='session')

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tiling import tile_digests
@@ -16,7 +17,7 @@ def encoder(make_checkpoint):
 
 @pytest.fixture
 def stage(encoder):
-    stage = VisionStage(encoder, torch.bfloat16, threads=2)
+    stage = VisionStage(encoder, torch.bfloat16, threads=2, capacity=200)
     yield stage
     stage.close()
 
@@ -67,7 +68,7 @@ def test_a_failure_belongs_to_its_prompt(stage, pictures):
 def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp_path, kind):
     pictures['coffee'].save(tmp_path / 'picture', kind)
     [expected] = encoder.encode([Image.open(tmp_path / 'picture')])
-    stage = VisionStage(encoder, torch.float32, threads=8)
+    stage = VisionStage(encoder, torch.float32, threads=8, capacity=200)
     lazy = Image.open(tmp_path / 'picture')
     for future in [stage.submit([ImageJob(lazy)] * 4, 'auto') for _ in range(4)]:
         for image in future.result():
@@ -76,20 +77,80 @@ def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp
     stage.close()
 
 
-def test_close_cancels_what_is_queued(encoder, pictures, monkeypatch):
-    stage = VisionStage(encoder, torch.bfloat16, threads=1)
+@pytest.fixture
+def held(encoder, monkeypatch):
+    """``(entered, release)``: the device is held in its first batch until released."""
     entered, release = threading.Event(), threading.Event()
 
-    def blocked(image, max_tiles):
+    def features(tiles):
         entered.set()
         release.wait()
-        return cut(image, max_tiles)
+        return encode(tiles)
 
-    cut = encoder.cut
-    monkeypatch.setattr(encoder, 'cut', blocked)
-    running = stage.submit([ImageJob(pictures['astronaut'])], 'auto')
-    queued = stage.submit([ImageJob(pictures['astronaut'])], 'auto')
-    entered.wait()
-    stage.close()
+    encode = encoder.features
+    monkeypatch.setattr(encoder, 'features', features)
+    yield entered, release
     release.set()
-    assert queued.cancelled() and len(running.result()) == 1
+
+
+def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held, pictures):
+    entered, release = held
+    running = stage.submit([ImageJob(pictures['astronaut'], max_tiles=1)], 'auto')
+    entered.wait()
+    waiting = stage.submit([ImageJob(pictures['astronaut'])], 'auto')
+    closing = threading.Thread(target=stage.close)
+    closing.start()
+    release.set()
+    closing.join()
+    assert len(running.result()) == 1 and waiting.cancelled()
+
+
+def test_a_cancelled_prompt_leaves_the_queue(encoder, held, pictures):
+    entered, release = held
+    stage = VisionStage(encoder, torch.bfloat16, threads=2, capacity=1)
+    jobs = [ImageJob(pictures['astronaut'], max_tiles=1)]
+    running = stage.submit(jobs, 'auto')
+    entered.wait()
+    with pytest.raises(StageBusyError, match='1 tiles are waiting .* limit of 1 .* Try again later'):
+        stage.submit(jobs, 'auto')
+    running.cancel()
+    waiting = stage.submit(jobs, 'auto')
+    release.set()
+    assert len(waiting.result()) == 1
+    stage.close()
+
+
+def test_a_prompt_larger_than_the_queue_is_accepted_when_nothing_waits(encoder, pictures):
+    stage = VisionStage(encoder, torch.bfloat16, threads=2, capacity=1)
+    assert len(stage.submit([ImageJob(pictures['coffee'])], 'auto').result()[0].digests) > 1
+    stage.close()
+
+
+def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkeypatch):
+    encoder = VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
+    [alone] = encoder.encode([pictures['coffee']], 'none')
+    entered, release, sizes = threading.Event(), threading.Event(), []
+
+    def features(tiles):
+        entered.set()
+        release.wait()
+        sizes.append(len(tiles))
+        return encode(tiles)
+
+    encode = encoder.features
+    monkeypatch.setattr(encoder, 'features', features)
+    stage = VisionStage(encoder, torch.float32, threads=1, capacity=200)
+    first = stage.submit([ImageJob(pictures['page'], max_tiles=1)], 'none')
+    entered.wait()  # in a batch of its own, since a lone request does not wait for company
+    others = [stage.submit([ImageJob(pictures['coffee'])], 'none') for _ in range(2)]
+    others += [stage.submit([ImageJob(pictures['chelsea'], max_tiles=1)], 'none') for _ in range(3)]
+    last = stage._prepare.submit(lambda: None)
+    last.result()  # the only thread has cut everything by now
+    release.set()
+    tiles = len(alone.tile_tokens)
+    for future in others[:2]:
+        assert torch.equal(future.result()[0].tokens.embeddings, alone.embeddings)
+    assert [len(future.result()) for future in (first, *others[2:])] == [1] * 4
+    assert sizes[0] == 1 and sum(sizes) == 1 + 2 * tiles + 3
+    assert sizes[1:] == [4] * ((2 * tiles + 3) // 4) + ([(2 * tiles + 3) % 4] if (2 * tiles + 3) % 4 else [])
+    stage.close()

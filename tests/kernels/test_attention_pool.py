@@ -151,6 +151,19 @@ def test_float32_queries_are_not_rounded(inside, float64, assert_close, width, d
 
 
 @both
+@pytest.mark.filterwarnings('ignore:(All-NaN|invalid|overflow)')  # numpy's, in the interpreter
+@pytest.mark.parametrize('width', [64, 1100])
+@pytest.mark.parametrize('scale', [1.0, 1e-4])
+def test_float16_queries_up_to_its_range(inside, float64, assert_close, rng, scale, width):
+    values = rng.standard_normal((1, 50, width))
+    values[..., 0] = np.resize([1, -1], 50)
+    x = inside(values, torch.float16, (0, 0, 0), (0, 0, 0))
+    u = torch.zeros(1, 2, width, dtype=torch.float16, device=x.device)
+    u[0, :, 0] = torch.tensor([60000, -60000])
+    assert_close(attention_pool(x, u, scale), reference(float64(x), float64(u), scale), torch.float16)
+
+
+@both
 @pytest.mark.filterwarnings('ignore:All-NaN slice')  # numpy's, in the interpreter
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('tokens, width', [(150, 48), (70, 1040)])

@@ -129,6 +129,13 @@ def test_every_other_offset(sources_of, check, refused_or_right, device, rng):
 
 
 @both
+def test_groups_without_offsets(sources_of, check, refused_or_right, rng):
+    sources = sources_of([5], 8, torch.float32, rng)
+    with refused_or_right('groups: '):
+        check(20, 8, torch.float32, sources, [2], None, [0, 0])
+
+
+@both
 def test_nothing_to_copy(device):
     out = torch.rand(5, 8, device=device)
     before = out.clone()

@@ -26,7 +26,7 @@ ONE_PASS_WIDTH = {2: 1024, 4: 256}
 BLOCK_HEADS = 16  # rows of the smallest matrix instruction; the router's heads
 SPLIT_COST = 3  # in blocks of tokens
 WEIGHTED_SUMS_AT_ONCE = 3  # programs of weighted_sum_kernel that fit one multiprocessor
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def attention_pool(x: torch.Tensor, u: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -109,7 +109,7 @@ def pool_kernel(
         b_x = tl.load(p_x, mask=m_t[None, :, None] & m_d, other=0.0).to(DOT)  # [SLICES, BT, BD]
         b_xt = tl.permute(b_x, (0, 2, 1))
         b_products = split_dot(b_u, b_xt, tl.zeros([SLICES, BH, BT], tl.float32), ROUND, DOT)
-        b_logits = tl.where(m_t[None, :], tl.sum(b_products, 0), float('-inf'))
+        b_logits = tl.where(m_t[None, :], tl.sum(b_products, 0) * LOG2E, float('-inf'))
         b_p, b_scale, b_max, b_sum = _weigh(b_logits, b_max, b_sum)
         b_p = tl.broadcast_to(b_p[None], [SLICES, BH, BT])
         b_ctx = split_dot(b_p, b_x, b_ctx * b_scale[None, :, None], ROUND, DOT)
@@ -146,7 +146,7 @@ def logits_kernel(
         b_xt = tl.permute(b_x.to(DOT), (0, 2, 1))
         b_products = split_dot(b_u.to(tl.float32) * scale, b_xt, b_products, ROUND, DOT)
     p_out = logits + (i_b * H + o_h[:, None]) * tokens + o_t[None, :]
-    tl.store(p_out, tl.sum(b_products, 0), mask=(o_h < H)[:, None] & (o_t < tokens)[None, :])
+    tl.store(p_out, tl.sum(b_products, 0) * LOG2E, mask=(o_h < H)[:, None] & (o_t < tokens)[None, :])
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def _pool_in_one_pass(x: torch.Tensor, u: torch.Tensor, scale: float, settings: 
         x=x, u=u, ctx=partial, stats=stats,
         tokens=tokens, split_tokens=triton.cdiv(blocks, splits) * settings['BT'],
         stride_xb=x.stride(0), stride_xt=x.stride(1), stride_ub=_batch_stride(u), stride_uh=u.stride(1),
-        scale=scale * LOG2E,
+        scale=scale,
         D=width, H=u.shape[1], BH=_block_heads(u), FINAL=splits == 1, DOT=dot_type(x.dtype), **settings,
     )  # fmt: skip
     return _merge(ctx, partial, stats, splits)
@@ -283,7 +283,7 @@ def _pool_in_two_passes(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch
     settings = logits_settings(x.dtype, few_programs=tiles * triton.cdiv(tokens, 64) < 2 * device.processors)
     logits_kernel[(tiles, triton.cdiv(tokens, settings['BT']))](
         x=x, u=u, logits=logits,
-        tokens=tokens, scale=scale * LOG2E,
+        tokens=tokens, scale=scale,
         stride_xb=x.stride(0), stride_xt=x.stride(1), stride_ub=_batch_stride(u), stride_uh=u.stride(1),
         D=width, H=heads, BH=_block_heads(u), DOT=dot_type(x.dtype), **settings,
     )  # fmt: skip

@@ -100,6 +100,8 @@ def _check(
     if sources:
         check('sources[0]', sources[0], (None, out.shape[1]), out.device)
     if offsets is None:
+        if groups:
+            raise ValueError(f'groups: expected none without offsets, not {groups}')
         return
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64) or offsets.device != out.device:
         given = f'{offsets.dtype} {list(offsets.shape)} on {offsets.device}'

@@ -24,9 +24,9 @@ def tiles(rng):
     return rng.integers(0, 256, (3, 448, 448, 3), dtype=np.uint8)
 
 
-@pytest.fixture(params=['layer_norm', 'rms_norm'])
-def encoder(request, make_checkpoint):
-    return VisionEncoder.from_pretrained(make_checkpoint(vit=request.param), tile_batch=2)
+@pytest.fixture
+def encoder(make_checkpoint):
+    return VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=2)
 
 
 @pytest.fixture

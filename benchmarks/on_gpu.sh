@@ -35,8 +35,8 @@ else
 fi
 step 'kernel timings' "$python" -m pytest -q benchmarks/kernels.py -o python_files=kernels.py \
     --benchmark-columns=median,iqr,rounds --benchmark-json="$prefix-kernels.json"
-prompts=$([ "$VICO_TEST_DEVICE" = cuda ] && echo 32 || echo 1)
-for width in 1024 $([ "$VICO_TEST_DEVICE" = cuda ] && echo 3200); do
+if [ "$VICO_TEST_DEVICE" = cuda ]; then widths=(1024 3200) prompts=32; else widths=(256) prompts=1; fi
+for width in "${widths[@]}"; do
     step "routing flips, D = $width" "$python" benchmarks/routing_flips.py --width "$width" --prompts "$prompts" \
         --output "$prefix-routing-flips-$width.json"
 done

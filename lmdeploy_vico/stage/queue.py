@@ -1,6 +1,7 @@
 """The tiles of all waiting prompts, in the order in which a device takes them."""
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class PendingPrompt:
         compression: for the prompt, and for each image that has a value of its own.
         tiles: how many the images will be cut into.
         future: gets the result; a cancelled one drops the prompt wherever it is.
+        arrived: ``time.perf_counter()`` when it came.
+        begun: whether a tile of it has been on the device.
     """
 
     images: list[PendingImage]
@@ -52,6 +55,8 @@ class PendingPrompt:
     image_compression: list[Compression | None]
     tiles: int
     future: 'Future[Any]' = field(default_factory=Future)
+    arrived: float = field(default_factory=time.perf_counter)
+    begun: bool = False
 
 
 @dataclass(frozen=True)

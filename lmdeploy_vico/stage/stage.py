@@ -1,6 +1,7 @@
 """VisionStage: prepares the images of many requests in parallel and encodes their tiles in common device batches."""
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import Part, PendingImage, PendingPrompt, TileQueue
 from lmdeploy_vico.vision.encoder import TileFeatures, VisionEncoder, VisualTokens
 from lmdeploy_vico.vision.routing import Compression, parse_compression
@@ -52,6 +54,7 @@ class VisionStage:
     def __init__(self, encoder: VisionEncoder, output_dtype: torch.dtype, threads: int, capacity: int) -> None:
         self.encoder = encoder
         self.output_dtype = output_dtype
+        self._metrics = stage_metrics()
         self._queue = TileQueue(capacity)
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
         self._decoding = threading.Lock()
@@ -93,7 +96,8 @@ class VisionStage:
         try:
             with self._decoding:
                 job.image.load()  # opened but not read yet? Pillow cannot read one file from several threads
-            tiles = self.encoder.cut(job.image, job.max_tiles)
+            with self._metrics.preprocess.time():
+                tiles = self.encoder.cut(job.image, job.max_tiles)
             self._queue.cut(image, tiles, tile_digests(tiles))
         except Exception as error:
             _fail(prompt, error)
@@ -115,6 +119,7 @@ class VisionStage:
         if not parts:
             return []
         prompts = list(dict.fromkeys(part.prompt for part in parts))
+        self._count(prompts, sum(len(part.tiles) for part in parts))
         try:
             features = self.encoder.features(np.concatenate([part.tiles for part in parts]))
         except Exception as error:
@@ -127,6 +132,13 @@ class VisionStage:
             part.image.features.append(TileFeatures(features.patches[of_part], features.scores[of_part]))
             start += len(part.tiles)
         return [prompt for prompt in prompts if all(image.encoded for image in prompt.images)]
+
+    def _count(self, prompts: Sequence[PendingPrompt], tiles: int) -> None:
+        self._metrics.tiles_per_batch.observe(tiles)
+        for prompt in prompts:
+            if not prompt.begun:
+                prompt.begun = True
+                self._metrics.queue_wait.observe(time.perf_counter() - prompt.arrived)
 
     def _finish(self, prompt: PendingPrompt) -> None:
         if prompt.future.done():
@@ -146,12 +158,10 @@ class VisionStage:
         except Exception as error:
             _fail(prompt, error)
             return
-        _settle(prompt, images)
-
-
-def _settle(prompt: PendingPrompt, images: list[EncodedImage]) -> None:
-    with suppress(InvalidStateError):  # cancelled in the meantime
-        prompt.future.set_result(images)
+        for one in tokens:
+            self._metrics.count_tiles(one.tile_tokens)
+        with suppress(InvalidStateError):  # cancelled in the meantime
+            prompt.future.set_result(images)
 
 
 def _fail(prompt: PendingPrompt, error: Exception) -> None:

@@ -1,6 +1,7 @@
 """More images than the vision stage accepts: 503 for some, right answers for the others, and recovery."""
 
 import asyncio
+import urllib.request
 
 import openai
 import pytest
@@ -52,3 +53,10 @@ def test_refused_and_recovered(server, prompts, judge):
         assert 'tiles are waiting' in error.message and 'Try again later' in error.message
     for answer in (*answers, *later):
         judge().check(prompts['one photograph'], answer)
+
+
+def test_metrics_tell_of_it(server):
+    with urllib.request.urlopen(f'{server.url}/metrics') as response:
+        text = response.read().decode()
+    for name in ('vico:tiles_total{resolution="low"}', 'vico:visual_tokens_total', 'vico:encoder_tiles_per_batch_'):
+        assert name in text

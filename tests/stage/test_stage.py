@@ -154,3 +154,27 @@ def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkey
     assert sizes[0] == 1 and sum(sizes) == 1 + 2 * tiles + 3
     assert sizes[1:] == [4] * ((2 * tiles + 3) // 4) + ([(2 * tiles + 3) % 4] if (2 * tiles + 3) % 4 else [])
     stage.close()
+
+
+def test_metrics(stage, pictures):
+    from prometheus_client import REGISTRY
+
+    names = {
+        'vico:tiles_total': {'resolution': 'low'},
+        'vico:visual_tokens_total': {},
+        'vico:visual_tokens_saved_total': {},
+        'vico:encoder_preprocess_seconds_count': {},
+        'vico:encoder_queue_wait_seconds_count': {},
+        'vico:encoder_tiles_per_batch_sum': {},
+    }
+
+    def read():
+        return [REGISTRY.get_sample_value(name, labels) or 0 for name, labels in names.items()]
+
+    before = read()
+    [first, second] = stage.submit([ImageJob(pictures['coffee']), ImageJob(pictures['page'], 1)], 0.5).result()
+    tile_tokens = [*first.tokens.tile_tokens, *second.tokens.tile_tokens]
+    low = tile_tokens.count(64)
+    assert 0 < low < len(tile_tokens)
+    gained = [after - then for after, then in zip(read(), before, strict=True)]
+    assert gained == [low, sum(tile_tokens), 192 * low, 2, 1, len(tile_tokens)]

@@ -145,6 +145,7 @@ def test_hooks_are_idempotent(make_checkpoint):
         import lmdeploy.hf_configs, lmdeploy.pytorch.transformers, lmdeploy.turbomind.supported_models
         import lmdeploy.vl.model.builder, lmdeploy.vl.engine, lmdeploy.pytorch.models.module_map
         import lmdeploy.pytorch.configurations, lmdeploy.serve.core.vl_async_engine
+        import lmdeploy.serve.openai.errors, lmdeploy.serve.anthropic.errors
         from lmdeploy_vico.adapter.hooks import HOOKS
         def state():
             m = sys.modules
@@ -152,6 +153,8 @@ def test_hooks_are_idempotent(make_checkpoint):
                     m['lmdeploy.turbomind.supported_models'].is_supported,
                     list(m['lmdeploy.vl.model.builder'].VISION_MODELS.module_dict),
                     m['lmdeploy.vl.engine'].ImageEncoder.__dict__['__init__'],
+                    m['lmdeploy.serve.openai.errors'].create_request_error_response,
+                    m['lmdeploy.serve.anthropic.errors'].create_request_error_response,
                     m['lmdeploy.serve.core.vl_async_engine'].VLAsyncEngine.__dict__['close'],
                     dict(m['lmdeploy.pytorch.models.module_map'].CUSTOM_MODULE_MAP),
                     list(m['lmdeploy.pytorch.configurations'].AutoModelConfigBuilder._sub_classes))
@@ -162,4 +165,4 @@ def test_hooks_are_idempotent(make_checkpoint):
         print([a is b or a == b for a, b in zip(before, after)])
         """
     )
-    assert out == str([True] * 7)
+    assert out == str([True] * 9)

@@ -18,6 +18,7 @@ from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 from lmdeploy_vico.adapter.architectures import PREFIX, vico_architecture
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
+from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import OVERRIDES_KEY, Options
 
 MODALITY = 'image'
@@ -48,6 +49,7 @@ class VisualTokensMixin:
         # Served by LMDeploy's engine process, which sees --hf-overrides as attributes of the config.
         use(Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})}).kernels)
         super().__init__(config.llm_config, *args, **kwargs)
+        get_logger()  # so that it is seen which implementation packs
         self._compile_pack()
 
     def _compile_pack(self) -> None:

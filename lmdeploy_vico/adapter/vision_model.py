@@ -68,6 +68,7 @@ class VicoVisionModel(VisionModel):
             UnsupportedCheckpointError, OptionError: the server must not start; the message says why.
         """
         require_all_hooks()
+        get_logger()  # which implementation of the kernels runs is logged below, by a room that knows no handlers
         began = time.perf_counter()
         self.backend_config = backend_config
         self.options = options = Options.load(backend_config.hf_overrides)

@@ -49,6 +49,7 @@ def test_compression_of_a_request(client, kind, prompts, judge, compression):
 
 def test_start_up_log_says_what_runs(client):
     log = client.server.log_text()
+    assert 'vision kernels on cpu: torch' in log
     assert log.count('no CUDA device: running on the CPU reference backend') == 1
     assert log.count('vision side on cpu in float32') == 1
     assert 'trust' not in log and 'Traceback' not in log

@@ -52,7 +52,7 @@ bench: $(STAMP) ## Run the benchmarks
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)
 
-kernel-resources: $(STAMP) ## Compile the Triton kernels for sm_80 and sm_90 and commit what they take to the table
+kernel-resources: $(STAMP) ## Compile the Triton kernels for sm_80, sm_89 and sm_90 and write what they take to the table
 	@$(BIN)/python benchmarks/kernel_resources.py --update
 
 clean: ## Remove the virtual environment and everything generated

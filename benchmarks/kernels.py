@@ -51,8 +51,13 @@ def xs(shape):
     """Sets of patch tokens as the ViT leaves them, the class token skipped by a view; more than caches hold."""
     width, tiles = shape
     torch.manual_seed(20)
-    sets = min(64, -(-CACHES // (tiles * PATCHES * width * ITEM)))
+    sets = sets_beyond_caches(tiles * PATCHES * width * ITEM)
     return [torch.randn(tiles, PATCHES + 1, width, device=DEVICE, dtype=DTYPE)[:, 1:] for _ in range(sets)]
+
+
+def sets_beyond_caches(size):
+    """How many sets of so many bytes are more than the caches hold; at most 64."""
+    return min(64, -(-CACHES // size))
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +198,7 @@ def test_pack(shape, report):
     text = 64  # tokens between two tiles
     starts = [sum(lengths[:tile]) + (tile + 1) * text for tile in range(tiles)]
     rows = sum(lengths) + (tiles + 1) * text
-    sets = min(64, -(-CACHES // (sum(lengths) * LLM_WIDTH * ITEM)))
+    sets = sets_beyond_caches(sum(lengths) * LLM_WIDTH * ITEM)
     sources = [[torch.randn(length, LLM_WIDTH, device=DEVICE, dtype=DTYPE) for length in lengths] for _ in range(sets)]
     embeddings = torch.randn(rows, LLM_WIDTH, device=DEVICE, dtype=DTYPE)
     mask = torch.zeros(rows, dtype=torch.bool, device=DEVICE)

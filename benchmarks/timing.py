@@ -36,7 +36,7 @@ def clock() -> Callable[[], float]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and fastest of so many rounds."""
+    """Seconds of one call: median, fastest and slowest of so many rounds."""
 
     median: float
     fastest: float

@@ -160,11 +160,11 @@ class VisionEncoder:
     ) -> list[VisualTokens]:
         """Route and project the encoded tiles of **one prompt**, ``counts`` of them for each image.
 
-        The rest as in :meth:`encode_tiles`.
+        The rest as in :meth:`encode_tiles`, which has parsed ``compression``.
         """
         scores = features.scores.cpu()
         own = list(image_compression or [None] * len(counts))
-        compressed = self.route_prompt(scores, counts, parse_compression(compression), own)
+        compressed = self.route_prompt(scores, counts, compression, own)
         return self._pack(features, scores, compressed, counts)
 
     @torch.inference_mode()

@@ -97,6 +97,28 @@ def start_vision_model(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(encoder_class, '__init__', init)
 
 
+def admit_before_decoding(module: ModuleType) -> None:
+    """Have a request ask for a place in the vision stage before its images are fetched and decoded.
+
+    Why: decoding is the first thing LMDeploy does, so a server with too much to do would decode what it then refuses.
+    Can go when LMDeploy asks its vision model before it decodes.
+    """
+    processor_class = module.MultimodalProcessor
+    if _is_wrapped(processor_class._get_multimodal_prompt_input):
+        return
+
+    async def prompt_input(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+
+        model = getattr(instance.vl_encoder, 'model', None)
+        if not isinstance(model, VicoVisionModel):
+            return await wrapped(*args, **kwargs)
+        async with model.admit(*_admission_arguments(*args, **kwargs)):
+            return await wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(processor_class, '_get_multimodal_prompt_input', prompt_input)
+
+
 def guard_vlm_engine(module: ModuleType) -> None:
     """Refuse token ids outside the vocabulary, and stop our threads when the engine is closed.
 
@@ -187,6 +209,10 @@ def _backend_config(
     return backend_config
 
 
+def _admission_arguments(messages: Any, *args: Any, media_io_kwargs: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    return messages, media_io_kwargs
+
+
 def _is_supported_arguments(model_path: str, trust_remote_code: bool = False) -> tuple[str, bool]:
     return model_path, trust_remote_code
 
@@ -198,6 +224,7 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.turbomind.supported_models': choose_pytorch_engine,
     'lmdeploy.vl.model.builder': register_vision_model,
     'lmdeploy.vl.engine': start_vision_model,
+    'lmdeploy.serve.processors.multimodal': admit_before_decoding,
     'lmdeploy.serve.core.vl_async_engine': guard_vlm_engine,
     'lmdeploy.serve.openai.errors': say_when_to_retry,
     'lmdeploy.serve.anthropic.errors': say_when_to_retry,

@@ -16,6 +16,7 @@ from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.decoding import guard_image_decoding
+from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.overload import OverloadError
@@ -74,6 +75,7 @@ class VicoVisionModel(VisionModel):
         self.options = options = Options.load(backend_config.hf_overrides)
         use(options.kernels)
         guard_image_decoding()
+        watch_clients()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
         config = read_config(self.model_path, backend_config.hf_overrides)
@@ -153,9 +155,10 @@ class VicoVisionModel(VisionModel):
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the message.
             OverloadError: too much is being encoded already; LMDeploy answers 503.
+            RequestError: the client has gone.
         """
         try:
-            images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
+            images = await while_client_waits(partial(self._submit, input_prompt, mm_processor_kwargs))
         except StageBusyError as error:
             raise OverloadError(str(error)) from error
         except torch.OutOfMemoryError as error:

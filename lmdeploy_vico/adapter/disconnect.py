@@ -24,10 +24,12 @@ class ServedRequest:
 
     Attributes:
         client_gone: whether the connection has been closed.
+        image_tokens: visual tokens of its prompt.
         pending: what its client's leaving cancels.
     """
 
     client_gone: bool = False
+    image_tokens: int = 0
     pending: 'set[Future[Any]]' = field(default_factory=set)
 
     def abandon(self) -> None:

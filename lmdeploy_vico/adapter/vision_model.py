@@ -23,6 +23,7 @@ from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, image_jobs, prompt_compression
+from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
@@ -76,6 +77,7 @@ class VicoVisionModel(VisionModel):
         use(options.kernels)
         guard_image_decoding()
         watch_clients()
+        show_image_tokens()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
         config = read_config(self.model_path, backend_config.hf_overrides)
@@ -164,7 +166,9 @@ class VicoVisionModel(VisionModel):
         except torch.OutOfMemoryError as error:
             get_logger().error('out of memory while encoding images: %s', error)
             raise OverloadError('Out of memory while encoding the images. Try again later, or with fewer.') from error
-        return await asyncio.to_thread(self._assemble, input_prompt, images)
+        prompt = await asyncio.to_thread(self._assemble, input_prompt, images)
+        count_image_tokens(prompt['multimodal'])
+        return prompt
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)

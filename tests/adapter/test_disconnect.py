@@ -6,11 +6,14 @@ from concurrent.futures import Future
 
 import anyio
 import pytest
+from fastapi import FastAPI
+from lmdeploy.messages import PytorchEngineConfig
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
-from lmdeploy.serve.openai.api_server import ConcurrencyLimitMiddleware
+from lmdeploy.serve.openai import api_server
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
+from lmdeploy_vico.adapter import disconnect
 from lmdeploy_vico.adapter.disconnect import DisconnectMiddleware, served_request, while_client_waits
 
 HTTP = {'type': 'http', 'method': 'POST', 'path': '/', 'headers': [], 'asgi': {'spec_version': '2.3'}}
@@ -153,7 +156,7 @@ async def test_failures_pass():
 
 @pytest.mark.parametrize(
     'wrap',
-    [DisconnectMiddleware, lambda app: ConcurrencyLimitMiddleware(DisconnectMiddleware(app), 4)],
+    [DisconnectMiddleware, lambda app: api_server.ConcurrencyLimitMiddleware(DisconnectMiddleware(app), 4)],
     ids=['alone', 'under BaseHTTPMiddleware'],
 )
 class TestVisionWork:
@@ -283,3 +286,18 @@ async def test_requests_know_nothing_of_each_other():
 
     await serve_next()
     assert len(seen) == 2 and seen[0] is not seen[1]
+
+
+@pytest.mark.parametrize('started', [False, True])
+@pytest.mark.parametrize('by_name', [False, True])
+def test_only_servers_of_vico_models_get_the_middleware(monkeypatch, started, by_name):
+    monkeypatch.setattr(disconnect, '_watching', False)
+    if started:
+        disconnect.watch_clients()
+    app, config = FastAPI(), PytorchEngineConfig(enable_metrics=True)
+    if by_name:
+        api_server.mount_metrics(app=app, backend_config=config)
+    else:
+        api_server.mount_metrics(app, config)
+    assert [one.cls for one in app.user_middleware] == [DisconnectMiddleware] * started
+    assert app.routes[-1].path == '/metrics'

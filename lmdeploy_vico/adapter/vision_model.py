@@ -19,12 +19,14 @@ from lmdeploy.vl.model.base import VisionModel
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.decoding import guard_image_decoding
+from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, image_jobs, prompt_compression
+from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
@@ -77,6 +79,8 @@ class VicoVisionModel(VisionModel):
         self.options = options = Options.load(backend_config.hf_overrides)
         use(options.kernels)
         guard_image_decoding()
+        watch_clients()
+        show_image_tokens()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
         config = read_config(self.model_path, backend_config.hf_overrides)
@@ -166,17 +170,19 @@ class VicoVisionModel(VisionModel):
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the message.
             OverloadError: too much is being encoded already; LMDeploy answers 503.
-            RequestError: the vision side failed; LMDeploy answers 500.
+            RequestError: the vision side failed, which LMDeploy answers with a 500, or the client has gone.
         """
         try:
-            images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
+            images = await while_client_waits(partial(self._submit, input_prompt, mm_processor_kwargs))
         except StageBusyError as error:
             raise OverloadError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise OverloadError('Out of memory while encoding the images. Try again later, or with fewer.') from error
         except EncodingError as error:
             raise RequestError(ErrorCode.INTERNAL_ERROR, str(error)) from error
-        return await asyncio.to_thread(self._assemble, input_prompt, images)
+        prompt = await asyncio.to_thread(self._assemble, input_prompt, images)
+        count_image_tokens(prompt['multimodal'])
+        return prompt
 
     def admit(
         self, messages: Sequence[Any], media_io_kwargs: Mapping[str, Any] | None

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,9 +61,9 @@ class _Slot:
     staging: torch.Tensor
     patches: torch.Tensor
     scores: torch.Tensor
-    begun: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(enable_timing=True))
-    encoded: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(enable_timing=True))
-    copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    begun: torch.cuda.Event
+    encoded: torch.cuda.Event
+    copied: torch.cuda.Event
 
 
 class _CudaBatch(RunningBatch):
@@ -116,6 +116,9 @@ class CudaBatches:
             staging=torch.empty(self._tiles.shape, dtype=torch.uint8, pin_memory=True),
             patches=torch.empty(patches.shape, dtype=patches.dtype, device=patches.device),
             scores=torch.empty_like(scores),
+            begun=torch.cuda.Event(enable_timing=True),
+            encoded=torch.cuda.Event(enable_timing=True),
+            copied=torch.cuda.Event(),
         )
 
     def start(self, tiles: Sequence[np.ndarray]) -> RunningBatch:

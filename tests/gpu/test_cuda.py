@@ -11,7 +11,9 @@ from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS, Answer
 from parity.reference import Reference
 
+from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.weights import Checkpoint
 
 DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
 # Relative norm error of a float32 result computed in the vision side's dtype, and the largest error of a score.
@@ -58,6 +60,35 @@ def test_bit_identical_among_others(encoder, pictures, rng):
         for place, tokens in enumerate(encoder.project(features.patches, compressed)):
             [expected] = encoder.project(alone[order[place]].patches, compressed[place : place + 1])
             assert torch.equal(tokens, expected)
+
+
+def test_a_graph_and_single_launches_agree(encoder, make_checkpoint, vit, pictures):
+    eager = VisionEncoder.load(
+        Checkpoint(make_checkpoint(vit=vit)), encoder.config, device=DEVICE, tile_batch=4, graph=False
+    )
+    for name in PICTURES:
+        tiles = encoder.cut(pictures[name])
+        ours, theirs = encoder.features(tiles), eager.features(tiles)
+        assert torch.equal(ours.scores, theirs.scores)
+        assert all(torch.equal(a, b) for a, b in zip(ours.patches, theirs.patches, strict=True))
+
+
+def test_stage_under_load(encoder, pictures, rng):
+    """Many prompts at once: each gets bit for bit what it gets alone, and device memory stays as it was."""
+    expected = {name: encoder.encode([pictures[name]]) for name in PICTURES}
+    encoder.warm_up()
+    stage = VisionStage([encoder], encoder.dtype, threads=4)
+    reserved = torch.cuda.memory_reserved() if DEVICE == 'cuda' else 0
+    for _ in range(3):
+        names = rng.choice(PICTURES, 16)
+        futures = [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]
+        for name, future in zip(names, futures, strict=True):
+            [image] = future.result()
+            assert image.tokens.tile_tokens == expected[name][0].tile_tokens
+            assert torch.equal(image.tokens.embeddings, expected[name][0].embeddings)
+    stage.close()
+    if DEVICE == 'cuda':
+        assert torch.cuda.memory_reserved() == reserved
 
 
 @pytest.mark.parametrize('llm', ['dense', 'moe'])

@@ -105,6 +105,19 @@ def test_bit_identical_alone_or_among_others(make_checkpoint, rng, tile_batch):
             assert torch.equal(tokens, expected)
 
 
+def test_bit_identical_in_two_hundred_random_batches(make_checkpoint, rng):
+    encoder = VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
+    tiles = random_tiles(rng, 12)
+    tiles[6:] = tiles[:6] ^ 1  # scores as close as can be
+    alone = [encoder.start([tile]).wait() for tile in tiles]
+    for _ in range(200):
+        chosen = rng.choice(len(tiles), rng.integers(1, 5))
+        features = encoder.start(list(tiles[chosen])).wait()
+        for place, index in enumerate(chosen):
+            assert torch.equal(features.patches[place], alone[index].patches[0])
+            assert torch.equal(features.scores[place], alone[index].scores[0])
+
+
 def test_only_the_routed_branch_is_computed(encoder, pictures, monkeypatch):
     calls = []
     project = encoder.tower.project

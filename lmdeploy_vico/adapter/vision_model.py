@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,8 @@ from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, Vis
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
 from lmdeploy_vico.vision.weights import Checkpoint
+
+ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,14 @@ class VicoVisionModel(VisionModel):
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         dtype = self.mm_feature_dtype or torch.bfloat16
         self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
+        # Of its own, since in the loop's default pool finished prompts would wait behind other requests' decoding.
+        self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
         self._log_start(encoders, time.perf_counter() - began)
 
     def close(self) -> None:
         """Stop the threads and let go of the vision side's memory."""
         self.stage.close()
+        self._assembling.shutdown()
         del self.stage
 
     def _log_start(self, encoders: Sequence[VisionEncoder], seconds: float) -> None:
@@ -180,7 +186,8 @@ class VicoVisionModel(VisionModel):
             raise OverloadError('Out of memory while encoding the images. Try again later, or with fewer.') from error
         except EncodingError as error:
             raise RequestError(ErrorCode.INTERNAL_ERROR, str(error)) from error
-        prompt = await asyncio.to_thread(self._assemble, input_prompt, images)
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(self._assembling, self._assemble, input_prompt, images)
         count_image_tokens(prompt['multimodal'])
         return prompt
 

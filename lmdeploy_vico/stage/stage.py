@@ -20,11 +20,15 @@ from lmdeploy_vico.vision.tiling import tile_digests
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image of a prompt: the decoded picture, and what its request asked for (None: the server's default)."""
+    """One image of a prompt: the decoded picture, and what its request asked for (None: the server's default).
+
+    Jobs with the same number in ``routed_with`` are routed together, at their own compression.
+    """
 
     image: Image.Image
     max_tiles: int | None = None
     compression: Compression | None = None
+    routed_with: int | None = None
 
 
 @dataclass(frozen=True)

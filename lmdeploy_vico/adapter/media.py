@@ -4,15 +4,19 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from requests import RequestException
 
-from lmdeploy_vico.adapter.requests import VIDEO_TYPES, video_options
+from lmdeploy_vico.adapter.requests import VIDEO_TYPES, check_kind, video_options
 
 Message = dict[str, Any]
+TEXT = {'type': 'text'}
 
 
 class MediaParser:
-    """Stands in for ``MultimodalProcessor.async_parse_multimodal_item``: same arguments and result, item by item.
+    """Stands in for ``MultimodalProcessor.async_parse_multimodal_item``: same arguments and result, but item by item.
 
     Every item is parsed by LMDeploy, as the only one of its message, in the event loop's default executor. Pictures
     that are Pillow objects already pass through untouched; they may be the same lazy object many times.
@@ -52,11 +56,12 @@ class MediaParser:
         self, index: int, message: Message, media_io_kwargs: Mapping[str, Any], allowed_media_domains: Any
     ) -> Message:
         content = message.get('content')
-        item = content[0] if isinstance(content, list) and content else {}
+        item = content[0] if isinstance(content, list) and content else TEXT
         if not isinstance(item, Mapping):
             raise ValueError(f'A content item must be an object with a "type", not {item!r}.')
+        check_kind(item.get('type'))
         num_frames = None
-        if item.get('type') in VIDEO_TYPES:
+        if item['type'] in VIDEO_TYPES:
             options, num_frames = video_options(item, media_io_kwargs, self._session_len())
             media_io_kwargs = {**media_io_kwargs, 'video': options}
         parsed: dict[int, Message] = {}
@@ -66,9 +71,27 @@ class MediaParser:
             raise ValueError(str(error)) from error
         except RequestException as error:
             raise ValueError(f'A URL could not be fetched: {error}') from error
-        if num_frames is not None and parsed[index] is not message:
-            parsed[index]['content'][0]['num_frames'] = num_frames  # wherever the client said it
+        if item['type'] in VIDEO_TYPES and parsed[index] is not message:
+            [video] = parsed[index]['content']
+            if isinstance(video['data'], np.ndarray | torch.Tensor):
+                video['data'] = video_frames(video['data'], video['video_metadata']['video_backend'], num_frames)
         return parsed[index]
+
+
+def video_frames(frames: np.ndarray | torch.Tensor, backend: str, num_frames: int | None) -> list[Image.Image]:
+    """The frames of a decoded video as pictures, at most ``num_frames`` if a client asked for a number.
+
+    Args:
+        frames: uint8 ``[T, H, W, 3]``; those of the backend "torchcodec" are ``[T, 3, H, W]``.
+        backend: which of LMDeploy's loaders decoded them.
+        num_frames: None or -1 for all. Of a sequence of JPEG frames LMDeploy decodes all, whatever it is asked for;
+            these are sampled here as its loaders sample videos.
+    """
+    if isinstance(frames, torch.Tensor):
+        frames = (frames.permute(0, 2, 3, 1) if backend == 'torchcodec' else frames).contiguous().cpu().numpy()
+    if num_frames is not None and 0 < num_frames < len(frames):
+        frames = frames[np.linspace(0, len(frames) - 1, num_frames, dtype=int)]
+    return [Image.fromarray(frame) for frame in frames]
 
 
 def _split(message: Message) -> list[Message]:

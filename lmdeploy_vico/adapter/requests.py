@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED
@@ -28,12 +26,18 @@ def check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
                 raise ValueError('A content item of type "text" must have a string "text".')
 
 
+def check_kind(kind: Any) -> None:
+    """Raise ValueError unless ``kind`` is a type of content items that this model takes."""
+    if kind not in ('text', *IMAGE_TYPES, *VIDEO_TYPES):
+        raise ValueError(f'Content items of type {kind!r} are not supported; text, image_url and video_url are.')
+
+
 def media_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> tuple[list[ImageJob], list[int]]:
     """The images of a request in order, the frames of its videos among them, with what each item asks for.
 
     Args:
-        messages: as LMDeploy hands them over, every image item being ``{'type': 'image', 'data': picture, **params}``,
-            every video ``{'type': 'video', 'data': frames uint8 [T, H, W, 3], 'video_metadata': ..., **params}``.
+        messages: as our MediaParser hands them over, every image item being ``{'type': 'image', 'data': picture,
+            **params}``, every video ``{'type': 'video', 'data': pictures, 'video_metadata': ..., **params}``.
         max_tiles: the server's limit on the tiles of one image.
 
     Returns:
@@ -51,10 +55,7 @@ def media_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> tuple[l
             kind = item.get('type') if isinstance(item, Mapping) else None
             if kind == 'text':
                 continue
-            if kind not in IMAGE_TYPES + VIDEO_TYPES:
-                raise ValueError(
-                    f'Content items of type {kind!r} are not supported; text, image_url and video_url are.'
-                )
+            check_kind(kind)
             if message['role'] not in MEDIA_ROLES:
                 raise ValueError(
                     f'Images and videos are accepted in user and tool messages, not in {message["role"]!r} messages.'
@@ -177,34 +178,16 @@ def _image_job(item: Mapping[str, Any], max_tiles: int) -> ImageJob:
 def _frame_jobs(item: Mapping[str, Any], routed_with: int) -> list[ImageJob]:
     """A video's frames, one tile each; those of a video with a compression of its own are routed together."""
     frames = item.get('data')
-    if not isinstance(frames, np.ndarray | torch.Tensor):
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, Image.Image) for frame in frames):
         raise ValueError('A video item must have either "url" or "data", not both, and no "type" of its own.')
     unknown = sorted(item.keys() - VIDEO_KEYS)
     if unknown:
         raise ValueError(f'{unknown[0]!r} is not a key of a video item; url, num_frames, compression are.')
     compression = item.get('compression')
-    if compression is not None:
-        compression = parse_compression(compression, 'video_url["compression"]')
-    if isinstance(frames, torch.Tensor):
-        # torchcodec's frames are [T, 3, H, W].
-        channels_first = item['video_metadata']['video_backend'] == 'torchcodec'
-        frames = (frames.permute(0, 2, 3, 1) if channels_first else frames).contiguous().cpu().numpy()
-    return [
-        ImageJob(
-            image=Image.fromarray(frame),
-            max_tiles=1,
-            compression=compression,
-            routed_with=None if compression is None else routed_with,
-        )
-        for frame in _sample(frames, item.get('num_frames'))
-    ]
-
-
-def _sample(frames: np.ndarray, count: int | None) -> np.ndarray:
-    """Take ``count`` frames evenly, as LMDeploy's loaders do; of a sequence of JPEG frames they decode all."""
-    if count is None or not 0 < count < len(frames):
-        return frames
-    return frames[np.linspace(0, len(frames) - 1, count, dtype=int)]
+    if compression is None:
+        return [ImageJob(image=frame, max_tiles=1) for frame in frames]
+    compression = parse_compression(compression, 'video_url["compression"]')
+    return [ImageJob(image=frame, max_tiles=1, compression=compression, routed_with=routed_with) for frame in frames]
 
 
 def _tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:

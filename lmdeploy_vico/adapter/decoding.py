@@ -19,24 +19,29 @@ _LOADERS = ('load_bytes', 'load_base64', 'load_file')
 # Containers may announce a few frames more than they hold; when more than this share of a video's frames cannot be
 # read, and more than one, it is damaged.
 _UNREADABLE = 0.1
+# Frames in a row; a stream may recover from fewer.
+_END = 100
 
 
 def guard_media_decoding() -> None:
     """Refuse damaged pictures and videos, and say in a sentence what is wrong with those that cannot be decoded.
 
-    Why: LMDeploy tells Pillow to accept truncated files, so half a picture would be answered as if it were whole, skips
-    the frames of a video that it cannot read, and reports every decoding error but ValueError as "Request preprocessing
-    failed." Called when a ViCO model starts, so that other processes keep LMDeploy's behaviour. Can go when LMDeploy
-    rejects truncated images and videos and names the error. Idempotent.
+    Why: LMDeploy tells Pillow to accept truncated files, so half a picture would be answered as if it were whole; it
+    skips the frames of a video that it cannot read, and goes on, for as many frames as the header announces, where a
+    video has ended, which can take minutes; and it reports every decoding error but ValueError as "Request
+    preprocessing failed." Called when a ViCO model starts, so that other processes keep LMDeploy's behaviour. Can go
+    when LMDeploy rejects truncated images and videos and names the error. Idempotent.
     """
     from lmdeploy.vl.media.image import ImageMediaIO
     from lmdeploy.vl.media.video import VideoMediaIO
+    from lmdeploy.vl.media.video_loader import OpenCVVideoLoader
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     for name in _LOADERS:
         _wrap(ImageMediaIO, name, _explain)
         _wrap(VideoMediaIO, name, _explain_video)
     _wrap(VideoMediaIO, '__init__', _explain_video_backend)
+    _wrap(OpenCVVideoLoader, '_read_frames', _stop_at_the_end)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -99,3 +104,31 @@ def _refuse_missing_frames(loader: Any, frames: int, metadata: Mapping[str, Any]
     expected, _ = loader.video_loader.smart_nframes(*announced)
     if expected - frames > max(1, _UNREADABLE * expected):
         raise VideoError(f'The video is damaged or truncated: {expected - frames} of {expected} frames cannot be read.')
+
+
+def _stop_at_the_end(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+    del instance
+    capture, *others = args
+    return wrapped(_Capture(capture), *others, **kwargs)
+
+
+class _Capture:
+    """An OpenCV capture that gives up where a video has ended, whatever its header says."""
+
+    def __init__(self, capture: Any) -> None:
+        self._capture = capture
+        self._grabbed = self._failed = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._capture, name)
+
+    def grab(self) -> bool:
+        """Go to the next frame; raises VideoError after too many that are not there."""
+        if self._capture.grab():
+            self._grabbed += 1
+            self._failed = 0
+            return True
+        self._failed += 1
+        if self._failed > max(_END, _UNREADABLE * self._grabbed):
+            raise VideoError(f'The video is damaged or truncated: it ends after {self._grabbed} frames.')
+        return False

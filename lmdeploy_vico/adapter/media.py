@@ -1,17 +1,19 @@
 """Decodes the images and videos of a request side by side, each with LMDeploy's own loaders."""
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from requests import RequestException
 
 from lmdeploy_vico.adapter.requests import VIDEO_TYPES, check_kind, video_options
 
 Message = dict[str, Any]
+# Items of one request; the default executor has more threads than that, which are for other requests.
+AT_ONCE = max(2, min(16, os.cpu_count() or 1))
 TEXT = {'type': 'text'}
 
 
@@ -38,18 +40,24 @@ class MediaParser:
     ) -> list[Message]:
         """Messages with decoded items; raises the error of the first item, in the prompt's order, that has one."""
         loop = asyncio.get_running_loop()
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def parse(index: int, part: Message) -> Message:
+            async with turn:
+                return await loop.run_in_executor(
+                    None, self._parse, index, part, media_io_kwargs or {}, allowed_media_domains
+                )
+
         parts = [_split(message) for message in messages]
-        futures = [
-            loop.run_in_executor(None, self._parse, index, part, media_io_kwargs or {}, allowed_media_domains)
-            for index, of_message in enumerate(parts)
-            for part in of_message
+        tasks = [
+            asyncio.create_task(parse(index, part)) for index, of_message in enumerate(parts) for part in of_message
         ]
         try:
-            parsed = iter([await future for future in futures])
+            parsed = iter([await task for task in tasks])
         finally:
-            for future in futures:  # of a request that fails, what has not been begun is not decoded
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # seen, so that asyncio does not log it
+            for task in tasks:  # of a request that fails, what has not been begun is not decoded
+                if not task.cancel() and not task.cancelled():
+                    task.exception()  # seen, so that asyncio does not log it
         return [_join([next(parsed) for _ in of_message]) for of_message in parts]
 
     def _parse(
@@ -69,8 +77,8 @@ class MediaParser:
             self._parse_message(index, {index: message}, parsed, media_io_kwargs, allowed_media_domains)
         except NotImplementedError as error:
             raise ValueError(str(error)) from error
-        except RequestException as error:
-            raise ValueError(f'A URL could not be fetched: {error}') from error
+        except OSError as error:  # those of requests are OSErrors too
+            raise ValueError(f'An image or video could not be fetched: {error}') from error
         if item['type'] in VIDEO_TYPES and parsed[index] is not message:
             [video] = parsed[index]['content']
             if isinstance(video['data'], np.ndarray | torch.Tensor):

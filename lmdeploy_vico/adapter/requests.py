@@ -93,7 +93,7 @@ def video_options(
         raise ValueError(f'media_io_kwargs["video"] has the keys "num_frames" and "fps", not {unknown[0]!r}.')
     asked = _num_frames(options.get('num_frames'), 'media_io_kwargs["video"]["num_frames"]')
     fps = options.get('fps')
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0):
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float('inf')):
         raise ValueError(f'media_io_kwargs["video"]["fps"] must be a number above 0, not {fps!r}.')
     own = item.get(item['type'])
     params = own if isinstance(own, Mapping) else item

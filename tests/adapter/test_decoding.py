@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lmdeploy.vl.media.image import ImageMediaIO
 from lmdeploy.vl.media.video import VideoMediaIO
+from lmdeploy.vl.media.video_loader import OpenCVVideoLoader
 from parity.conversations import data_url
 from parity.videos import moving_crops, write_video
 from PIL import Image, ImageFile
@@ -27,6 +28,7 @@ def guarded(monkeypatch):
         monkeypatch.setattr(ImageMediaIO, name, ImageMediaIO.__dict__[name])
     for name in ('__init__', 'load_bytes', 'load_base64', 'load_file'):
         monkeypatch.setattr(VideoMediaIO, name, VideoMediaIO.__dict__[name])
+    monkeypatch.setattr(OpenCVVideoLoader, '_read_frames', OpenCVVideoLoader.__dict__['_read_frames'])
     guard_media_decoding()
 
 
@@ -95,9 +97,13 @@ def test_missing_file(tmp_path):
 
 
 def test_guarding_twice_changes_nothing():
-    before = ImageMediaIO.__dict__['load_bytes'], VideoMediaIO.__dict__['__init__']
+    def guards():
+        owners = {ImageMediaIO: 'load_bytes', VideoMediaIO: '__init__', OpenCVVideoLoader: '_read_frames'}
+        return [id(owner.__dict__[name]) for owner, name in owners.items()]
+
+    before = guards()
     guard_media_decoding()
-    assert (ImageMediaIO.__dict__['load_bytes'], VideoMediaIO.__dict__['__init__']) == before
+    assert guards() == before
 
 
 # --- videos ----------------------------------------------------------------------------------------------------------
@@ -132,6 +138,16 @@ def test_a_video_cut_anywhere_is_refused(video, share):
 def test_the_last_frame_missing_is_no_damage(video):
     frames, _ = read(video[: int(0.96 * len(video))], num_frames=20)
     assert len(frames) == 19
+
+
+def test_a_header_that_announces_a_million_frames(video):
+    data = bytearray(video)
+    for chunk, offset in ((b'avih', 24), (b'strh', 40)):
+        start = data.find(chunk) + offset
+        assert data[start : start + 4] == (40).to_bytes(4, 'little')
+        data[start : start + 4] = (10**6).to_bytes(4, 'little')
+    with pytest.raises(ValueError, match='damaged or truncated: it ends after 40 frames'):
+        read(bytes(data), num_frames=8)
 
 
 @pytest.mark.parametrize('data', [b'', b'hello, this is text', bytes(5000)])

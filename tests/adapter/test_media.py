@@ -165,5 +165,5 @@ def test_errors_become_sentences(monkeypatch):
 
     monkeypatch.setattr('lmdeploy.vl.media.connection._is_safe_url', lambda url: (True, ''))
     monkeypatch.setattr(requests.Session, 'get', get)
-    with pytest.raises(ValueError, match='A URL could not be fetched: 404'):
+    with pytest.raises(ValueError, match='An image or video could not be fetched: 404'):
         parse([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}])

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from lmdeploy.model import BaseChatTemplate
 from PIL import Image
 
 from lmdeploy_vico.adapter.requests import media_jobs, prompt_compression, video_options
+from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+from lmdeploy_vico.options import Options
 
 URL = 'https://example.com/cat.mp4'
 FRAMES = [Image.new('RGB', (8, 6), (i, 100, 200)) for i in range(10)]
@@ -74,6 +77,13 @@ def test_compression_of_the_request_has_no_section_for_videos():
         prompt_compression({'video': {'compression': 'all'}}, 'auto')
 
 
+def test_videos_in_raw_prompts():
+    model = VicoVisionModel.__new__(VicoVisionModel)
+    model.options = Options()
+    with pytest.raises(ValueError, match='Videos are accepted in chat messages only, not in raw prompts'):
+        model.get_input_prompt([{'role': 'user', 'content': [video()]}], BaseChatTemplate())
+
+
 # --- before decoding -------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +109,7 @@ def test_bad_num_frames(value):
         options({'num_frames': value})
 
 
-@pytest.mark.parametrize('value', [0, -1, '2', True, float('nan')])
+@pytest.mark.parametrize('value', [0, -1, '2', True, float('nan'), float('inf')])
 def test_bad_fps(value):
     with pytest.raises(ValueError, match=r'\["fps"\] must be a number above 0, not '):
         options(fps=value)

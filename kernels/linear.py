@@ -43,15 +43,16 @@ def linear(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, g
 
 
 def linear_torch(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
-    """The same in plain torch; weights that are not float32 are copied to float32."""
-    groups, rows, _ = a.shape
-    out = a.new_empty(rows, groups, w.shape[1]).transpose(0, 1)
-    if groups == 1:
-        out[0] = F.linear(a[0], w[0].float(), None if bias is None else bias.float())
-    else:
-        out.copy_(a @ w.float().transpose(1, 2))
-        if bias is not None:
-            out += bias.float()
+    """The same in plain torch, row by row; weights that are not float32 are copied to float32.
+
+    A product of several rows would do, but a CPU's libraries may sum a row differently depending on its place in them.
+    """
+    w = w.float()
+    out = a.new_empty(a.shape[1], a.shape[0], w.shape[1]).transpose(0, 1)
+    for row in range(a.shape[1]):
+        out[:, row] = (w @ a[:, row, :, None])[..., 0]
+    if bias is not None:
+        out += bias.float()
     return F.gelu(out) if gelu else out
 
 

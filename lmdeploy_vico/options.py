@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from lmdeploy_vico.kernels.implementation import AUTO, CHOICES
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
+LEAST = {'max_tiles': 1, 'preprocess_threads': 1, 'tile_batch': 0, 'max_queued_tiles': 1, 'cache_bytes': 0}
 
 
 class OptionError(ValueError):
@@ -19,6 +22,10 @@ class OptionError(ValueError):
 
 def _default_threads() -> int:
     return min(os.cpu_count() or 1, 16)
+
+
+def _default_cache_bytes() -> int:
+    return min(4 * 2**30, psutil.virtual_memory().total // 16)
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,11 @@ class Options:
         max_tiles: the most tiles an image may be cut into, without its thumbnail, whatever a client or the checkpoint
             asks for (``max_dynamic_patch``).
         preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
-        vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", ...
+        vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", or
+            several devices that share the work, "cuda:0,cuda:1".
         tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
         max_queued_tiles: tiles that may wait to be encoded; beyond, requests with images are answered with a 503.
+        cache_bytes: host memory for the ViT-level results of tiles that may be asked about again; 0 keeps none.
         kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
     """
 
@@ -42,6 +51,7 @@ class Options:
     vision_device: str = 'auto'
     tile_batch: int = 0
     max_queued_tiles: int = 2048
+    cache_bytes: int = dataclasses.field(default_factory=_default_cache_bytes)
     kernels: str = AUTO
 
     def __post_init__(self) -> None:
@@ -49,7 +59,7 @@ class Options:
             object.__setattr__(self, 'compression', parse_compression(self.compression))
         except ValueError as error:
             raise OptionError(str(error)) from error
-        for name, least in (('max_tiles', 1), ('preprocess_threads', 1), ('tile_batch', 0), ('max_queued_tiles', 1)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f'{name} must be an integer of at least {least}, not {value!r}.')

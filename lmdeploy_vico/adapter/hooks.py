@@ -97,6 +97,34 @@ def start_vision_model(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(encoder_class, '__init__', init)
 
 
+def prepare_media(module: ModuleType) -> None:
+    """The two hooks on what fetches and decodes a request's images and videos."""
+    admit_before_decoding(module)
+    decode_side_by_side(module)
+
+
+def admit_before_decoding(module: ModuleType) -> None:
+    """Have a request ask for a place in the vision stage before its images are fetched and decoded.
+
+    Why: decoding is the first thing LMDeploy does, so a server with too much to do would decode what it then refuses.
+    Can go when LMDeploy asks its vision model before it decodes.
+    """
+    processor_class = module.MultimodalProcessor
+    if _is_wrapped(processor_class._get_multimodal_prompt_input):
+        return
+
+    async def prompt_input(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+        from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+
+        model = getattr(instance.vl_encoder, 'model', None)
+        if not isinstance(model, VicoVisionModel):
+            return await wrapped(*args, **kwargs)
+        async with model.admit(*_admission_arguments(*args, **kwargs)):
+            return await wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(processor_class, '_get_multimodal_prompt_input', prompt_input)
+
+
 def guard_vlm_engine(module: ModuleType) -> None:
     """Refuse token ids outside the vocabulary, and stop our threads when the engine is closed.
 
@@ -180,6 +208,28 @@ def say_when_to_retry(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(module, 'create_request_error_response', respond)
 
 
+def notice_clients_that_leave(module: ModuleType) -> None:
+    """Let the server of a ViCO model cancel the vision work of requests whose client has gone.
+
+    Why: LMDeploy looks for a disconnect only between tokens of an answer, so the images of an abandoned request would
+    be encoded, and hold up those of others. Can go when LMDeploy cancels ``preprocess`` on a disconnect. Attached to
+    ``mount_metrics``, which every server calls with its application, after its model has been started.
+    """
+    if _is_wrapped(module.mount_metrics):
+        return
+
+    def mount(wrapped: Callable[..., None], instance: Any, args: Any, kwargs: Any) -> None:
+        del instance
+        from lmdeploy_vico.adapter.disconnect import DisconnectMiddleware, watching_clients
+
+        wrapped(*args, **kwargs)
+        if watching_clients():
+            app = kwargs['app'] if 'app' in kwargs else args[0]
+            app.add_middleware(DisconnectMiddleware)
+
+    wrapt.wrap_function_wrapper(module, 'mount_metrics', mount)
+
+
 def register_chat_models(module: ModuleType) -> None:
     """Name our engine-side classes in the map that LMDeploy keeps for custom models.
 
@@ -212,6 +262,10 @@ def _backend_config(
     return backend_config
 
 
+def _admission_arguments(messages: Any, *args: Any, media_io_kwargs: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    return messages, media_io_kwargs
+
+
 def _is_supported_arguments(model_path: str, trust_remote_code: bool = False) -> tuple[str, bool]:
     return model_path, trust_remote_code
 
@@ -223,10 +277,11 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.turbomind.supported_models': choose_pytorch_engine,
     'lmdeploy.vl.model.builder': register_vision_model,
     'lmdeploy.vl.engine': start_vision_model,
+    'lmdeploy.serve.processors.multimodal': prepare_media,
     'lmdeploy.serve.core.vl_async_engine': guard_vlm_engine,
-    'lmdeploy.serve.processors.multimodal': decode_side_by_side,
     'lmdeploy.serve.openai.errors': say_when_to_retry,
     'lmdeploy.serve.anthropic.errors': say_when_to_retry,
+    'lmdeploy.serve.openai.api_server': notice_clients_that_leave,
     'lmdeploy.pytorch.models.module_map': register_chat_models,
     'lmdeploy.pytorch.configurations': register_model_config,
 }

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,23 +12,27 @@ from typing import Any
 
 import torch
 from lmdeploy.model import BaseChatTemplate
+from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 from lmdeploy.tokenizer import Tokenizer
 from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico import __version__
+from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
+from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.queue import StageBusyError
-from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
+from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
 from lmdeploy_vico.vision.weights import Checkpoint
@@ -74,36 +79,48 @@ class VicoVisionModel(VisionModel):
         self.options = options = Options.load(backend_config.hf_overrides)
         use(options.kernels)
         guard_media_decoding()
+        watch_clients()
+        show_image_tokens()
         checkpoint = Checkpoint(self.model_path)
         checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
         config = read_config(self.model_path, backend_config.hf_overrides)
-        encoder = VisionEncoder.load(
-            checkpoint,
-            replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
-            device=vision_device(options.vision_device),
-            dtype=self.mm_feature_dtype,
-            tile_batch=options.tile_batch or None,
-        )
-        if encoder.device.type == 'cuda':
-            encoder.warm_up()
+        encoders = [
+            VisionEncoder.load(
+                checkpoint,
+                replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
+                device=device,
+                dtype=self.mm_feature_dtype,
+                tile_batch=options.tile_batch or None,
+                graph=not backend_config.eager_mode,
+            )
+            for device in vision_devices(options.vision_device)
+        ]
+        torch.cuda.empty_cache()  # of loading; what warming up takes is kept, and the KV cache is sized by what is free
+        for encoder in encoders:
+            if encoder.device.type == 'cuda':
+                encoder.warm_up()
+        # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
+        capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         dtype = self.mm_feature_dtype or torch.bfloat16
-        self.stage = VisionStage(encoder, dtype, options.preprocess_threads, options.max_queued_tiles)
-        torch.cuda.empty_cache()  # the engine's process sizes its KV cache by what is free; does nothing without CUDA
-        self._log_start(encoder, time.perf_counter() - began)
+        self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
+        self._log_start(encoders, time.perf_counter() - began)
 
     def close(self) -> None:
         """Stop the threads and let go of the vision side's memory."""
         self.stage.close()
         del self.stage
 
-    def _log_start(self, encoder: VisionEncoder, seconds: float) -> None:
+    def _log_start(self, encoders: Sequence[VisionEncoder], seconds: float) -> None:
+        encoder, options = encoders[0], self.options
         config = encoder.config
         get_logger().info(
-            'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, %d preparation threads, loaded '
-            'in %.1f s), compression %s (thresholds: quantile %g, score %g), at most %d tiles per image',
-            *(__version__, self.model_path, encoder.device, str(encoder.dtype).removeprefix('torch.')),
-            *(encoder.tile_batch, self.options.preprocess_threads, seconds, self.options.compression),
-            *(config.relative_threshold, config.absolute_threshold, self.options.max_tiles),
+            'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, %s, loaded in %.1f s), %d preparation '
+            'threads, at most %d tiles queued, cache of %.1f GiB, compression %s (thresholds: quantile %g, score %g), '
+            'at most %d tiles per image',
+            *(__version__, self.model_path, ', '.join(str(one.device) for one in encoders)),
+            *(str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, encoder.memory(), seconds),
+            *(options.preprocess_threads, options.max_queued_tiles, options.cache_bytes / 2**30, options.compression),
+            *(config.relative_threshold, config.absolute_threshold, options.max_tiles),
         )
 
     def get_input_prompt(
@@ -159,20 +176,34 @@ class VicoVisionModel(VisionModel):
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the message.
             OverloadError: too much is being encoded already; LMDeploy answers 503.
+            RequestError: the vision side failed, which LMDeploy answers with a 500, or the client has gone.
         """
         try:
-            images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
+            images = await while_client_waits(partial(self._submit, input_prompt, mm_processor_kwargs))
         except StageBusyError as error:
             raise OverloadError(str(error)) from error
         except torch.OutOfMemoryError as error:
-            get_logger().error('out of memory while encoding images: %s', error)
             raise OverloadError('Out of memory while encoding the images. Try again later, or with fewer.') from error
-        return await asyncio.to_thread(self._assemble, input_prompt, images)
+        except EncodingError as error:
+            raise RequestError(ErrorCode.INTERNAL_ERROR, str(error)) from error
+        prompt = await asyncio.to_thread(self._assemble, input_prompt, images)
+        count_image_tokens(prompt['multimodal'])
+        return prompt
+
+    def admit(
+        self, messages: Sequence[Any], media_io_kwargs: Mapping[str, Any] | None
+    ) -> AbstractAsyncContextManager[None]:
+        """Hold a place for a request whose images are to be decoded inside; raises OverloadError if there is none."""
+        config = self.stage.encoder.config
+        tiles = estimate_tiles(messages, media_io_kwargs, config.max_tiles + config.use_thumbnail)
+        limit = self.session_len()
+        # A place is not held for more than could be answered.
+        return admitted(self.stage, tiles if limit is None else min(tiles, limit // TOKENS_COMPRESSED + 1))
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)
         self._refuse_what_cannot_fit(prompt.jobs, compression)
-        return self.stage.submit(prompt.jobs, compression)
+        return self.stage.submit(prompt.jobs, compression, current_admission())
 
     def _refuse_what_cannot_fit(self, jobs: Sequence[ImageJob], compression: Compression) -> None:
         """Refuse a prompt before any encoding if even its images alone, fully compressed, exceed the session."""
@@ -212,18 +243,20 @@ def _generate_ids(messages: Sequence[Mapping[str, Any]], chat_template: Any) -> 
     return ids if isinstance(ids, list) else None
 
 
-def vision_device(option: str) -> torch.device | None:
-    """The device that the option ``vision_device`` names, None for "auto"; raises OptionError."""
-    if option == 'auto':
-        return None
+def vision_devices(option: str) -> list[torch.device | None]:
+    """The devices that the option ``vision_device`` names, None for "auto"; raises OptionError."""
+    return [None] if option == 'auto' else [_vision_device(name.strip()) for name in option.split(',')]
+
+
+def _vision_device(name: str) -> torch.device:
     try:
-        device = torch.device(option)
+        device = torch.device(name)
     except RuntimeError:
         device = torch.device('meta')
     if device.type not in ('cpu', 'cuda') or (
         device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count()
     ):
-        raise OptionError(f'vision_device {option!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".')
+        raise OptionError(f'vision_device {name!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".')
     return device
 
 

@@ -6,7 +6,7 @@ The prefix is ``vico:`` because LMDeploy unregisters every collector with "lmdep
 from collections.abc import Sequence
 from functools import cache
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 
@@ -32,9 +32,19 @@ class StageMetrics:
         self.preprocess = Histogram(
             'vico:encoder_preprocess_seconds', 'Resizing and cutting one image, in its thread.', buckets=SECONDS
         )
+        self.model_forward = Histogram(
+            'vico:encoder_model_forward_seconds', 'Encoding and scoring one device batch, on the device.',
+            buckets=SECONDS,
+        )  # fmt: skip
         self.tiles_per_batch = Histogram(
             'vico:encoder_tiles_per_batch', 'Tiles of a device batch, padding not counted.', buckets=TILES
         )
+        self.cache_hits = Counter(
+            'vico:embedding_cache_hits', 'Tiles that need not be encoded, being kept or on their way already.'
+        )
+        self.cache_misses = Counter('vico:embedding_cache_misses', 'Tiles that had to be encoded.')
+        self.cache_evictions = Counter('vico:embedding_cache_evictions', 'Tiles dropped for want of room.')
+        self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Host memory of the tiles that are kept.')
 
     def count_tiles(self, tile_tokens: Sequence[int]) -> None:
         """Count the tiles of an image by the visual tokens each became."""

@@ -1,4 +1,4 @@
-"""The tiles of all waiting prompts, in the order in which a device takes them."""
+"""The prompts that wait for their tiles to be encoded, in the order in which devices take them."""
 
 import threading
 import time
@@ -7,34 +7,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from lmdeploy_vico.stage.metrics import stage_metrics
+from lmdeploy_vico.stage.tiles import Tile
+from lmdeploy_vico.vision.encoder import RoutingGroup
 
-from lmdeploy_vico.vision.encoder import TileFeatures
-from lmdeploy_vico.vision.routing import Compression
+ATTEMPTS = 2  # how often a tile is given to a device before its prompts fail
 
 
 class StageBusyError(RuntimeError):
     """More tiles are waiting than the stage accepts; the request can be sent again later."""
-
-
-@dataclass
-class PendingImage:
-    """One image of a prompt: its tiles, once they are cut, and how many of them have been handed to the device."""
-
-    tiles: np.ndarray | None = None
-    digests: Sequence[bytes] = ()
-    taken: int = 0
-    features: list[TileFeatures] = field(default_factory=list)
-
-    @property
-    def waiting(self) -> int:
-        """Tiles that are cut and not yet handed to the device."""
-        return 0 if self.tiles is None else len(self.tiles) - self.taken
-
-    @property
-    def encoded(self) -> bool:
-        """Whether the features of all tiles are there."""
-        return self.tiles is not None and sum(len(part.scores) for part in self.features) == len(self.tiles)
 
 
 @dataclass(eq=False)
@@ -42,90 +23,171 @@ class PendingPrompt:
     """A prompt on its way through the stage.
 
     Attributes:
-        images: in the prompt's order.
-        compression: for the prompt, and for each image that has a value of its own.
-        tiles: how many the images will be cut into.
+        images: the tiles of each image in the prompt's order; None until it is cut.
+        groups: which images are routed together.
+        size: how many tiles the images will be cut into.
         future: gets the result; a cancelled one drops the prompt wherever it is.
         arrived: ``time.perf_counter()`` when it came.
-        begun: whether a tile of it has been on the device.
+        begun: whether it has stopped waiting: a tile of it is on a device, or nothing of it has to be encoded.
+        exhausted: whether no tile of it is left to be taken.
     """
 
-    images: list[PendingImage]
-    compression: Compression
-    image_compression: list[Compression | None]
-    tiles: int
+    images: list[list[Tile] | None]
+    groups: Sequence[RoutingGroup]
+    size: int
     future: 'Future[Any]' = field(default_factory=Future)
     arrived: float = field(default_factory=time.perf_counter)
     begun: bool = False
+    exhausted: bool = False
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The tiles of all images that have been cut."""
+        return [tile for image in self.images if image is not None for tile in image]
+
+    @property
+    def encoded(self) -> bool:
+        """Whether nothing is missing for routing and projecting."""
+        return all(image is not None and all(tile.encoded for tile in image) for image in self.images)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Consecutive tiles of one image, for one device batch."""
+@dataclass(eq=False)
+class Admission:
+    """A place for ``size`` tiles, held by a request whose images are not decoded yet."""
 
-    prompt: PendingPrompt
-    image: PendingImage
-    tiles: np.ndarray
+    size: int
 
 
 class TileQueue:
     """Prompts in the order of their arrival, bounded in tiles. Safe to use from several threads.
 
     Args:
-        capacity: tiles that may wait. A prompt that alone has more is accepted when nothing else waits.
+        capacity: tiles that may wait, None for any number. A prompt that alone has more is accepted when nothing else
+            waits.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int | None) -> None:
         self.capacity = capacity
         self._prompts: list[PendingPrompt] = []
+        self._admissions: list[Admission] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._metrics = stage_metrics()
 
-    def put(self, prompt: PendingPrompt) -> None:
-        """Queue a prompt whose images are still being cut; raises StageBusyError."""
+    def admit(self, size: int) -> Admission:
+        """Hold a place for about ``size`` tiles until :meth:`put` or :meth:`release`; raises StageBusyError."""
         with self._changed:
-            self._drop_finished()
-            waiting = sum(other.tiles for other in self._prompts)
-            if waiting and waiting + prompt.tiles > self.capacity:
-                raise StageBusyError(
-                    f'{waiting} tiles are waiting to be encoded, and {prompt.tiles} more would exceed the limit of '
-                    f'{self.capacity} (option max_queued_tiles). Try again later.'
-                )
+            self._require_room(size)
+            admission = Admission(size)
+            self._admissions.append(admission)
+            return admission
+
+    def release(self, admission: Admission) -> None:
+        """Give a place back; does nothing if it has been taken by :meth:`put`."""
+        with self._changed:
+            if admission in self._admissions:
+                self._admissions.remove(admission)
+
+    def put(self, prompt: PendingPrompt, admission: Admission | None = None) -> None:
+        """Queue a prompt whose images are still being cut; raises StageBusyError unless it was admitted."""
+        with self._changed:
+            if admission in self._admissions:
+                self._admissions.remove(admission)
+            else:
+                self._require_room(prompt.size)
             self._prompts.append(prompt)
 
-    def cut(self, image: PendingImage, tiles: np.ndarray, digests: Sequence[bytes]) -> None:
-        """Say that an image of a queued prompt has been cut."""
+    def _require_room(self, size: int) -> None:
+        self._drop_finished()
+        waiting = sum(prompt.size for prompt in self._prompts) + sum(place.size for place in self._admissions)
+        if self.capacity is not None and waiting and waiting + size > self.capacity:
+            raise StageBusyError(
+                f'{waiting} tiles are waiting to be encoded, and {size} more would exceed the limit of '
+                f'{self.capacity} (option max_queued_tiles). Try again later.'
+            )
+
+    def cut(self, prompt: PendingPrompt, index: int, tiles: list[Tile]) -> None:
+        """Say that an image of a queued prompt has been cut; raises the error of a tile that has been given up."""
         with self._changed:
-            image.tiles, image.digests = tiles, digests
+            for tile in tiles:
+                if tile.error is not None:  # another prompt's, given up just now
+                    raise tile.error
+            prompt.images[index] = tiles
             self._changed.notify_all()
 
-    def take(self, limit: int, wait: bool) -> list[Part]:
+    def take(self, limit: int, wait: bool) -> list[Tile]:
         """At most ``limit`` tiles for one batch, those of the oldest prompts first.
 
         Args:
             limit: of the batch.
-            wait: for tiles, if there are none. Returns nothing only without it, or after :meth:`close`.
+            wait: for tiles, if there are none, or for prompts that :meth:`pop_encoded` returns. After :meth:`close`
+                nothing is waited for or returned.
         """
         with self._changed:
-            while not (parts := self._take(limit)) and wait and not self._closed:
+            while not (tiles := self._take(limit)) and wait and not self._closed:
+                if any(prompt.encoded for prompt in self._prompts):
+                    break
                 self._changed.wait()
-            return [] if self._closed else parts
+            return [] if self._closed else tiles
 
-    def _take(self, limit: int) -> list[Part]:
+    def _take(self, limit: int) -> list[Tile]:
         self._drop_finished()
-        parts = []
+        taken: list[Tile] = []
         for prompt in self._prompts:
-            for image in prompt.images:
-                count = min(limit, image.waiting)
-                if count:
-                    assert image.tiles is not None
-                    parts.append(Part(prompt, image, image.tiles[image.taken : image.taken + count]))
-                    image.taken += count
-                    limit -= count
-        return parts
+            if len(taken) == limit:
+                break
+            if prompt.exhausted:
+                continue
+            left = [tile for tile in prompt.tiles if not tile.taken]
+            for tile in left[: limit - len(taken)]:
+                tile.taken = True
+                taken.append(tile)
+                self._begin(prompt)
+            prompt.exhausted = None not in prompt.images and all(tile.taken for tile in left)
+        return taken
+
+    def _begin(self, prompt: PendingPrompt) -> None:
+        if not prompt.begun:
+            prompt.begun = True
+            self._metrics.queue_wait.observe(time.perf_counter() - prompt.arrived)
+
+    def pop_encoded(self) -> list[PendingPrompt]:
+        """The prompts of which every tile has been encoded; they are no longer waiting."""
+        with self._changed:
+            self._drop_finished()
+            encoded = [prompt for prompt in self._prompts if prompt.encoded]
+            self._prompts = [prompt for prompt in self._prompts if prompt not in encoded]
+            for prompt in encoded:
+                self._begin(prompt)
+            return encoded
+
+    def give_back(self, tiles: Sequence[Tile], error: Exception) -> list[PendingPrompt]:
+        """Have tiles on which a device failed taken once more.
+
+        Returns:
+            The prompts with a tile that has failed too often; they are no longer waiting.
+        """
+        with self._changed:
+            for tile in tiles:
+                if tile.encoded:
+                    continue
+                tile.attempts += 1
+                tile.taken = tile.attempts >= ATTEMPTS
+                tile.error = error if tile.taken else None
+            for prompt in self._prompts:
+                prompt.exhausted = False
+            failed = [prompt for prompt in self._prompts if any(tile.error for tile in prompt.tiles)]
+            self._prompts = [prompt for prompt in self._prompts if prompt not in failed]
+            self._changed.notify_all()
+            return failed
 
     def _drop_finished(self) -> None:
         self._prompts = [prompt for prompt in self._prompts if not prompt.future.done()]
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is taken any more."""
+        return self._closed
 
     def close(self) -> list[PendingPrompt]:
         """Take no more; returns the prompts that were waiting."""

@@ -1,28 +1,39 @@
 """VisionStage: prepares the images of many requests in parallel and encodes their tiles in common device batches."""
 
+import logging
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 
 from lmdeploy_vico.stage.metrics import stage_metrics
-from lmdeploy_vico.stage.queue import Part, PendingImage, PendingPrompt, TileQueue
-from lmdeploy_vico.vision.encoder import TileFeatures, VisionEncoder, VisualTokens
+from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
+from lmdeploy_vico.stage.tiles import Tile, TileCache
+from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures
+from lmdeploy_vico.vision.encoder import RoutingGroup, VisionEncoder, VisualTokens
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 from lmdeploy_vico.vision.tiling import tile_digests
+
+logger = logging.getLogger(__name__)
+
+
+class EncodingError(RuntimeError):
+    """A device failed on a prompt's tiles, twice; the request is not at fault."""
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image of a prompt: the decoded picture, and what its request asked for (None: the server's default).
+    """One image of a prompt: the decoded picture, and what its request asked for.
 
-    Jobs with the same number in ``routed_with`` are routed together, at their own compression.
+    Attributes:
+        image: as its client sent it.
+        max_tiles: None for the server's default.
+        compression: None to be routed together with the rest of the prompt.
+        routed_with: jobs with the same number are routed together, at their own compression: the frames of a video.
     """
 
     image: Image.Image
@@ -42,130 +53,179 @@ class EncodedImage:
 class VisionStage:
     """Turns prompts' images into visual tokens.
 
-    Images are cut by a pool of threads. One thread owns the device: it fills each batch with the tiles of the oldest
+    Images are cut by a pool of threads. One thread owns each device: it fills every batch with the tiles of the oldest
     prompts, so that large prompts spread over several batches and small ones share one, and starts at once with what
-    is there. A prompt is routed and projected when its last tile has been encoded, by the scores of its own tiles
-    only. An exception belongs to the prompt that caused it and is raised from its future; a future that is cancelled
-    takes its prompt out of the queue.
+    is there. A tile that is kept from earlier, or on its way for another prompt, is not encoded again. A prompt is
+    routed and projected when its last tile is there, by the scores of its own tiles only. An exception belongs to the
+    prompt that caused it and is raised from its future; a future that is cancelled takes its prompt out of the queue.
 
     Args:
-        encoder: the vision side of the checkpoint.
+        encoders: the vision side of the checkpoint, once for each device.
         output_dtype: dtype of the embeddings handed on, the language model's.
         threads: preparation threads.
-        capacity: tiles that may wait; beyond, :meth:`submit` raises StageBusyError.
+        capacity: tiles that may wait; beyond, :meth:`submit` and :meth:`admit` raise StageBusyError. None: any number.
+        cache_bytes: host memory for the ViT-level results of tiles that may come again.
     """
 
-    def __init__(self, encoder: VisionEncoder, output_dtype: torch.dtype, threads: int, capacity: int) -> None:
-        self.encoder = encoder
+    def __init__(
+        self,
+        encoders: Sequence[VisionEncoder],
+        output_dtype: torch.dtype,
+        threads: int,
+        capacity: int | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.encoder = encoders[0]
         self.output_dtype = output_dtype
         self._metrics = stage_metrics()
         self._queue = TileQueue(capacity)
+        self._cache = TileCache(cache_bytes)
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
         self._decoding = threading.Lock()
-        self._device = threading.Thread(target=self._run_device, name='vico-device', daemon=True)
-        self._device.start()
+        self._devices = [
+            threading.Thread(target=self._run_device, args=[encoder], name=f'vico-device-{index}', daemon=True)
+            for index, encoder in enumerate(encoders)
+        ]
+        for device in self._devices:
+            device.start()
 
-    def submit(self, jobs: Sequence[ImageJob], compression: Compression) -> 'Future[list[EncodedImage]]':
-        """Queue the images of one prompt; ``compression`` holds for those that have none of their own.
+    def admit(self, size: int) -> Admission:
+        """Hold a place for about ``size`` tiles of a request whose images are still to be decoded.
 
         Raises:
             StageBusyError: too many tiles are waiting.
         """
+        return self._queue.admit(size)
+
+    def release(self, admission: Admission) -> None:
+        """Give up a place that :meth:`submit` has not been given."""
+        self._queue.release(admission)
+
+    def submit(
+        self, jobs: Sequence[ImageJob], compression: Compression, admission: Admission | None = None
+    ) -> 'Future[list[EncodedImage]]':
+        """Queue the images of one prompt; ``compression`` holds for those that have none of their own.
+
+        Raises:
+            StageBusyError: too many tiles are waiting, and the prompt has no admission.
+        """
         prompt = PendingPrompt(
-            images=[PendingImage() for _ in jobs],
-            compression=parse_compression(compression),
-            image_compression=[job.compression for job in jobs],
-            tiles=sum(self.encoder.tile_count(job.image.size, job.max_tiles) for job in jobs),
+            images=[None] * len(jobs),
+            groups=_routing_groups(jobs, parse_compression(compression)),
+            size=sum(self.encoder.tile_count(job.image.size, job.max_tiles) for job in jobs),
         )
         if not jobs:
             prompt.future.set_result([])
             return prompt.future
-        self._queue.put(prompt)
-        cutting = [
-            self._prepare.submit(self._cut, prompt, image, job) for image, job in zip(prompt.images, jobs, strict=True)
-        ]
+        self._queue.put(prompt, admission)
+        cutting = [self._prepare.submit(self._cut, prompt, index, job) for index, job in enumerate(jobs)]
         # Of a prompt that failed or was cancelled, no further image is prepared.
         prompt.future.add_done_callback(lambda _: [future.cancel() for future in cutting])
         return prompt.future
 
     def close(self) -> None:
-        """Stop the threads; what is queued is cancelled, what is on the device is finished first."""
+        """Stop the threads; what is queued is cancelled, what is on a device is finished first."""
         waiting = self._queue.close()
         self._prepare.shutdown(wait=False, cancel_futures=True)
-        self._device.join()
+        for device in self._devices:
+            device.join()
         for prompt in waiting:
             prompt.future.cancel()
 
-    def _cut(self, prompt: PendingPrompt, image: PendingImage, job: ImageJob) -> None:
+    def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:
             with self._decoding:
                 job.image.load()  # opened but not read yet? Pillow cannot read one file from several threads
             with self._metrics.preprocess.time():
-                tiles = self.encoder.cut(job.image, job.max_tiles)
-            self._queue.cut(image, tiles, tile_digests(tiles))
+                pixels = self.encoder.cut(job.image, job.max_tiles)
+                tiles = self._cache.get(tile_digests(pixels), pixels)
+            self._queue.cut(prompt, index, tiles)
         except Exception as error:
             _fail(prompt, error)
 
-    def _run_device(self) -> None:
-        complete: list[PendingPrompt] = []
-        while True:
-            # Encoding the next batch is begun before the host waits for the scores of the last one.
-            parts = self._queue.take(self.encoder.tile_batch, wait=not complete)
-            if not parts and not complete:
-                return
-            encoded = self._encode(parts)
-            for prompt in complete:
-                self._finish(prompt)
-            complete = encoded
+    def _run_device(self, encoder: VisionEncoder) -> None:
+        running: _Running | None = None
+        while running is not None or not self._queue.closed:
+            # Encoding the next batch is begun before the host waits for the last one.
+            tiles = self._queue.take(encoder.tile_batch, wait=running is None)
+            started = self._start(encoder, tiles) if tiles else None
+            if running is not None:
+                self._end(running)
+            for prompt in self._queue.pop_encoded():
+                self._finish(encoder, prompt)
+            running = started
 
-    def _encode(self, parts: Sequence[Part]) -> list[PendingPrompt]:
-        """Encode one batch; returns the prompts whose tiles have now all been encoded."""
-        if not parts:
-            return []
-        prompts = list(dict.fromkeys(part.prompt for part in parts))
-        self._count(prompts, sum(len(part.tiles) for part in parts))
+    def _start(self, encoder: VisionEncoder, tiles: list[Tile]) -> '_Running | None':
+        self._metrics.tiles_per_batch.observe(len(tiles))
         try:
-            features = self.encoder.features(np.concatenate([part.tiles for part in parts]))
+            return _Running(tiles, encoder.start([tile.pixels for tile in tiles if tile.pixels is not None]))
         except Exception as error:
-            for prompt in prompts:
-                _fail(prompt, error)
-            return []
-        start = 0
-        for part in parts:
-            of_part = slice(start, start + len(part.tiles))
-            part.image.features.append(TileFeatures(features.patches[of_part], features.scores[of_part]))
-            start += len(part.tiles)
-        return [prompt for prompt in prompts if all(image.encoded for image in prompt.images)]
+            self._failed(tiles, error)
+            return None
 
-    def _count(self, prompts: Sequence[PendingPrompt], tiles: int) -> None:
-        self._metrics.tiles_per_batch.observe(tiles)
-        for prompt in prompts:
-            if not prompt.begun:
-                prompt.begun = True
-                self._metrics.queue_wait.observe(time.perf_counter() - prompt.arrived)
-
-    def _finish(self, prompt: PendingPrompt) -> None:
-        if prompt.future.done():
-            return
+    def _end(self, running: '_Running') -> None:
         try:
-            parts = [part for image in prompt.images for part in image.features]
-            tokens = self.encoder.visual_tokens(
-                TileFeatures(torch.cat([part.patches for part in parts]), torch.cat([part.scores for part in parts])),
-                [len(image.tiles) for image in prompt.images if image.tiles is not None],
-                prompt.compression,
-                prompt.image_compression,
-            )
-            images = [
-                EncodedImage(replace(one, embeddings=one.embeddings.to('cpu', self.output_dtype)), image.digests)
-                for one, image in zip(tokens, prompt.images, strict=True)
-            ]
+            features = running.batch.wait()
+            self._metrics.model_forward.observe(running.batch.seconds)
+            for tile, patches, score in zip(running.tiles, features.patches, features.scores.tolist(), strict=True):
+                tile.score = score
+                tile.patches = patches  # from here on it counts as encoded
+                tile.pixels = None
+                self._cache.keep(tile)
         except Exception as error:
-            _fail(prompt, error)
+            self._failed(running.tiles, error)
+
+    def _failed(self, tiles: Sequence[Tile], error: Exception) -> None:
+        logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
+        for prompt in self._queue.give_back(tiles, error):
+            _fail(prompt, _encoding_error(error))
+
+    def _finish(self, encoder: VisionEncoder, prompt: PendingPrompt) -> None:
+        images = [image for image in prompt.images if image is not None]
+        tiles = prompt.tiles
+        features = TileFeatures(
+            [tile.patches for tile in tiles if tile.patches is not None], torch.tensor([tile.score for tile in tiles])
+        )
+        try:
+            tokens = encoder.visual_tokens(features, [len(image) for image in images], prompt.groups, self.output_dtype)
+        except Exception as error:
+            logger.error('projecting the %d tiles of a prompt failed: %s', len(tiles), error)
+            _fail(prompt, _encoding_error(error))
             return
         for one in tokens:
             self._metrics.count_tiles(one.tile_tokens)
         with suppress(InvalidStateError):  # cancelled in the meantime
-            prompt.future.set_result(images)
+            prompt.future.set_result(
+                [EncodedImage(one, [tile.digest for tile in image]) for one, image in zip(tokens, images, strict=True)]
+            )
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A batch on a device, and whose it is."""
+
+    tiles: list[Tile]
+    batch: RunningBatch
+
+
+def _routing_groups(jobs: Sequence[ImageJob], compression: Compression) -> list[RoutingGroup]:
+    """Which images are routed together: those without a compression of their own, those of a video, or one alone."""
+    groups: dict[object, tuple[list[int], Compression]] = {}
+    for index, job in enumerate(jobs):
+        if job.compression is None:
+            groups.setdefault('prompt', ([], compression))[0].append(index)
+        else:
+            key = ('image', index) if job.routed_with is None else ('together', job.routed_with)
+            groups.setdefault(key, ([], parse_compression(job.compression)))[0].append(index)
+    return list(groups.values())
+
+
+def _encoding_error(error: Exception) -> Exception:
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    wrapped = EncodingError(f'The images could not be encoded: {error}')
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _fail(prompt: PendingPrompt, error: Exception) -> None:

@@ -1,6 +1,7 @@
 """VisionEncoder: images of a prompt in, routed visual tokens out."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, VicoConfig
 from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.kernels.pack import pack
+from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures, make_batches
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
@@ -29,7 +31,8 @@ class VisualTokens:
     """The visual tokens of one image.
 
     Attributes:
-        embeddings: ``[sum(tile_tokens), H]`` in the encoder's dtype, on its device; tiles row by row, then thumbnail.
+        embeddings: ``[sum(tile_tokens), H]`` on the CPU, in the encoder's dtype unless another was asked for; tiles row
+            by row, then thumbnail.
         tile_tokens: 64 or 256 for each tile.
         scores: the router's p[0] of each tile.
     """
@@ -39,27 +42,28 @@ class VisualTokens:
     scores: list[float]
 
 
-@dataclass(frozen=True)
-class TileFeatures:
-    """ViT-level results of tiles: ``patches`` ``[n, 1024, D]`` and float32 ``scores`` ``[n]``, on the device."""
-
-    patches: torch.Tensor
-    scores: torch.Tensor
+# Images of a prompt, by their indices, that are routed together, and what they are routed by.
+RoutingGroup = tuple[Sequence[int], Compression]
 
 
 class VisionEncoder:
     """Encodes and routes tiles in device batches of one fixed size.
 
     A matrix product may differ in its last bits between shapes, so every batch has the same number of tiles, padded
-    with black ones: a tile's score and embeddings then depend on its pixels alone, not on its neighbours.
+    if need be: a tile's score and embeddings then depend on its pixels alone, not on its neighbours.
     """
 
-    def __init__(self, tower: VisionTower, config: VicoConfig, tile_batch: int | None = None) -> None:
+    def __init__(
+        self, tower: VisionTower, config: VicoConfig, tile_batch: int | None = None, graph: bool = True
+    ) -> None:
         self.tower = tower
         self.config = config
         weight = next(tower.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.tile_batch = tile_batch or default_tile_batch(config, self.device)
+        self._batches = make_batches(tower, self.tile_batch, self.device, graph)
+        # Prompts are projected while the next batch is being encoded, and go first: their requests wait for that alone.
+        self._projecting = torch.cuda.Stream(self.device, priority=-1) if self.device.type == 'cuda' else None
 
     @classmethod
     def from_pretrained(
@@ -91,8 +95,12 @@ class VisionEncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tile_batch: int | None = None,
+        graph: bool = True,
     ) -> 'VisionEncoder':
-        """As :meth:`from_pretrained`, of a checkpoint and config that have been read already."""
+        """As :meth:`from_pretrained`, of a checkpoint and config that have been read already.
+
+        Without ``graph``, kernels are launched one by one on a CUDA device.
+        """
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         implementation(device)  # says which kernels run, or refuses before anything is loaded
         dtype = torch.float32 if device.type == 'cpu' else dtype or torch.bfloat16
@@ -105,11 +113,20 @@ class VisionEncoder:
         tower.requires_grad_(False).eval()
         with torch.inference_mode():
             tower.prepare()
-        return cls(tower, config, tile_batch)
+        return cls(tower, config, tile_batch, graph)
 
     def warm_up(self) -> None:
-        """Encode two black tiles, one for each projector, so that no prompt waits for kernels to be compiled."""
-        self.encode_tiles([np.zeros((2, *TILE_SHAPE), np.uint8)], 0.5)
+        """Project the largest groups there are, so that no prompt waits for kernels or device memory."""
+        tiles = PROJECTED_BATCHES * self.tile_batch
+        features = self.features(np.zeros((1, *TILE_SHAPE), np.uint8))
+        for full in (tiles, 0, tiles // 2):
+            self.project(features.patches * tiles, torch.arange(tiles) >= full)
+
+    def memory(self) -> str:
+        """What the vision side takes of its device now, in words."""
+        if self.device.type == 'cuda':
+            return f'{torch.cuda.memory_reserved(self.device) / 2**30:.2f} GiB of device memory'
+        return f'{sum(weight.nbytes for weight in self.tower.parameters()) / 2**30:.2f} GiB of weights'
 
     def encode(self, images: Sequence[Image.Image], compression: Compression = 'auto') -> list[VisualTokens]:
         """Encode and route the images of **one prompt**; see :meth:`encode_tiles`."""
@@ -128,89 +145,112 @@ class VisionEncoder:
         config = self.config
         return config.min_tiles, config.max_tiles if max_tiles is None else max_tiles, config.use_thumbnail
 
-    def encode_tiles(
-        self,
-        tiles: Sequence[np.ndarray],
-        compression: Compression = 'auto',
-        image_compression: Sequence[Compression | None] | None = None,
-    ) -> list[VisualTokens]:
-        """Encode and route the tiled images of **one prompt**.
-
-        Args:
-            tiles: uint8 ``[n_i, 448, 448, 3]`` for each image.
-            compression: for all images without a value of their own, routed together.
-            image_compression: a value for each image, or None; an image with a value is routed by itself.
+    def encode_tiles(self, tiles: Sequence[np.ndarray], compression: Compression = 'auto') -> list[VisualTokens]:
+        """Encode and route the tiled images of **one prompt**, uint8 ``[n_i, 448, 448, 3]`` each.
 
         Raises:
             ValueError: an unknown compression, or tiles of a wrong shape.
         """
         if not tiles:
             return []
-        compression = parse_compression(compression)
-        features = self.features(np.concatenate(tiles))
-        return self.visual_tokens(features, [len(image) for image in tiles], compression, image_compression)
+        groups = [(range(len(tiles)), parse_compression(compression))]
+        return self.visual_tokens(self.features(np.concatenate(tiles)), [len(image) for image in tiles], groups)
 
-    @torch.inference_mode()
-    def visual_tokens(
-        self,
-        features: TileFeatures,
-        counts: Sequence[int],
-        compression: Compression = 'auto',
-        image_compression: Sequence[Compression | None] | None = None,
-    ) -> list[VisualTokens]:
-        """Route and project the encoded tiles of **one prompt**, ``counts`` of them for each image.
-
-        The rest as in :meth:`encode_tiles`, which has parsed ``compression``.
-        """
-        scores = features.scores.cpu()
-        own = list(image_compression or [None] * len(counts))
-        compressed = self.route_prompt(scores, counts, compression, own)
-        return self._pack(features, scores, compressed, counts)
-
-    @torch.inference_mode()
     def features(self, tiles: np.ndarray) -> TileFeatures:
         """Encode and score uint8 tiles ``[n, 448, 448, 3]`` in fixed batches."""
         if tiles.shape[1:] != TILE_SHAPE or tiles.dtype != np.uint8:
             raise ValueError(f'tiles: expected uint8 {["n", *TILE_SHAPE]}, not {tiles.dtype} {list(tiles.shape)}')
-        patches, scores = [], []
-        for start in range(0, len(tiles), self.tile_batch):
-            batch = torch.from_numpy(tiles[start : start + self.tile_batch]).to(self.device, non_blocking=True)
-            batch_patches, batch_scores = self.tower.encode(_pad(batch, self.tile_batch))
-            patches.append(batch_patches[: len(batch)])
-            scores.append(batch_scores[: len(batch)])
-        return TileFeatures(torch.cat(patches), torch.cat(scores))
+        starts = range(0, len(tiles), self.tile_batch)
+        batches = [self.start(list(tiles[start : start + self.tile_batch])).wait() for start in starts]
+        patches = [row for batch in batches for row in batch.patches]
+        return TileFeatures(patches, torch.cat([batch.scores for batch in batches]))
 
-    def route_prompt(
+    @torch.inference_mode()
+    def start(self, tiles: Sequence[np.ndarray]) -> RunningBatch:
+        """Begin to encode and score at most ``tile_batch`` uint8 tiles ``[448, 448, 3]`` as one device batch.
+
+        On a CUDA device this returns at once; a batch has to be waited for before the next but one is started.
+        """
+        return self._batches.start(tiles)
+
+    def visual_tokens(
         self,
-        scores: torch.Tensor,
+        features: TileFeatures,
         counts: Sequence[int],
-        compression: Compression,
-        image_compression: Sequence[Compression | None],
-    ) -> torch.Tensor:
+        groups: Sequence[RoutingGroup],
+        dtype: torch.dtype | None = None,
+    ) -> list[VisualTokens]:
+        """Route and project the encoded tiles of **one prompt**.
+
+        Args:
+            features: of all tiles, image after image.
+            counts: tiles of each image.
+            groups: which images are routed together; each image stands in one of them.
+            dtype: of the embeddings; by default the encoder's.
+        """
+        compressed = self.route_prompt(features.scores, counts, groups)
+        embeddings = self._project_prompt(features.patches, compressed, dtype or self.dtype)
+        tile_tokens = [TOKENS_COMPRESSED if hard else TOKENS_FULL for hard in compressed.tolist()]
+        results, tile, row = [], 0, 0
+        for count in counts:
+            image = slice(tile, tile + count)
+            rows = sum(tile_tokens[image])
+            results.append(
+                VisualTokens(embeddings[row : row + rows], tile_tokens[image], features.scores[image].tolist())
+            )
+            tile, row = tile + count, row + rows
+        return results
+
+    def route_prompt(self, scores: torch.Tensor, counts: Sequence[int], groups: Sequence[RoutingGroup]) -> torch.Tensor:
         """Which tiles of a prompt are compressed: bool ``[sum(counts)]``, from scores of the same shape."""
         config = self.config
         compressed = torch.zeros(scores.shape, dtype=torch.bool)
         owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        groups = [([i for i, own in enumerate(image_compression) if own is None], compression)]
-        groups += [([i], parse_compression(own)) for i, own in enumerate(image_compression) if own is not None]
-        for members, value in groups:
-            chosen = torch.isin(owner, torch.tensor(members, dtype=owner.dtype))
-            compressed[chosen] = route(scores[chosen], value, config.relative_threshold, config.absolute_threshold)
+        for images, compression in groups:
+            chosen = torch.isin(owner, torch.tensor(list(images), dtype=owner.dtype))
+            compressed[chosen] = route(
+                scores[chosen], compression, config.relative_threshold, config.absolute_threshold
+            )
         return compressed
 
-    @torch.inference_mode()
-    def project(self, features: TileFeatures, compressed: torch.Tensor) -> list[torch.Tensor]:
+    def project(self, patches: Sequence[torch.Tensor], compressed: torch.Tensor) -> list[torch.Tensor]:
         """Visual tokens of each tile, ``[64 or 256, H]``, computing for each only the branch it is routed to.
 
         Args:
-            features: of n tiles.
+            patches: ``[1024, D]`` for each of n tiles, as in :class:`TileFeatures`.
             compressed: bool ``[n]`` on the CPU.
         """
-        outputs: list[torch.Tensor] = []
+        tokens = [TOKENS_COMPRESSED if hard else TOKENS_FULL for hard in compressed.tolist()]
+        return list(self._project_prompt(patches, compressed, self.dtype).split(tokens))
+
+    @torch.inference_mode()
+    def _project_prompt(
+        self, patches: Sequence[torch.Tensor], compressed: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The visual tokens of all tiles after another, on the CPU."""
         step = PROJECTED_BATCHES * self.tile_batch
-        for start in range(0, len(compressed), step):
-            outputs += self._project(features.patches[start : start + step], compressed[start : start + step])
-        return outputs
+        with torch.cuda.stream(self._projecting) if self._projecting is not None else nullcontext():
+            groups = [
+                self._project_group(patches[start : start + step], compressed[start : start + step], dtype)
+                for start in range(0, len(patches), step)
+            ]
+        if self._projecting is not None:
+            self._projecting.synchronize()
+        return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+    def _project_group(
+        self, patches: Sequence[torch.Tensor], compressed: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        on_device = torch.empty(len(patches), *patches[0].shape, dtype=self.dtype, device=self.device)
+        for place, tile in zip(on_device, patches, strict=True):
+            place.copy_(tile, non_blocking=True)
+        tiles = self._project(on_device, compressed)
+        ends = list(accumulate(len(tokens) for tokens in tiles))
+        packed = torch.empty(ends[-1], self.config.llm_hidden_size, dtype=dtype, device=self.device)
+        pack(packed, tiles, [0, *ends[:-1]])
+        if self._projecting is None:
+            return packed
+        return torch.empty(packed.shape, dtype=dtype, pin_memory=True).copy_(packed, non_blocking=True)
 
     def _project(self, patches: torch.Tensor, compressed: torch.Tensor) -> list[torch.Tensor]:
         kinds = compressed.tolist()
@@ -229,23 +269,6 @@ class VisionEncoder:
             batch = rows[start : start + self.tile_batch * tokens]
             yield from self.tower.project(batch, compressed).split(tokens)
 
-    def _pack(
-        self, features: TileFeatures, scores: torch.Tensor, compressed: torch.Tensor, counts: Sequence[int]
-    ) -> list[VisualTokens]:
-        tiles = self.project(features, compressed)
-        ends = list(accumulate(len(tokens) for tokens in tiles))
-        embeddings = pack(tiles[0].new_empty(ends[-1], tiles[0].shape[1]), tiles, [0, *ends[:-1]])
-        results, start = [], 0
-        for count in counts:
-            image = slice(start, start + count)
-            tile_tokens = [TOKENS_COMPRESSED if hard else TOKENS_FULL for hard in compressed[image].tolist()]
-            begin = ends[start] - tile_tokens[0]
-            results.append(
-                VisualTokens(embeddings[begin : begin + sum(tile_tokens)], tile_tokens, scores[image].tolist())
-            )
-            start += count
-        return results
-
 
 def default_tile_batch(config: VicoConfig, device: torch.device) -> int:
     """Tiles per device batch for a ViT of this width: one size per checkpoint and device type."""
@@ -256,9 +279,3 @@ def default_tile_batch(config: VicoConfig, device: torch.device) -> int:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _pad(batch: torch.Tensor, size: int) -> torch.Tensor:
-    if len(batch) == size:
-        return batch
-    return torch.cat([batch, batch.new_zeros(size - len(batch), *batch.shape[1:])])

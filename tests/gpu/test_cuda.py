@@ -55,8 +55,8 @@ def test_bit_identical_among_others(encoder, pictures, rng):
             assert torch.equal(features.patches[place], alone[index].patches[0])
             assert torch.equal(features.scores[place], alone[index].scores[0])
         compressed = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
-        for place, tokens in enumerate(encoder.project(features, compressed)):
-            [expected] = encoder.project(alone[order[place]], compressed[place : place + 1])
+        for place, tokens in enumerate(encoder.project(features.patches, compressed)):
+            [expected] = encoder.project(alone[order[place]].patches, compressed[place : place + 1])
             assert torch.equal(tokens, expected)
 
 

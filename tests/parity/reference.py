@@ -280,10 +280,15 @@ class Reference:
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> list[float]:
-        """Return each tile's probability of being compressed; 0 for a checkpoint without a router."""
+        """Return each tile's probability of being compressed; 0 for a checkpoint without a router.
+
+        One tile at a time: some processors' products of several rows differ in the last bits between equal rows, and
+        tiles that score the same are not compressed.
+        """
         if not self.flash:
             return [0.0] * len(features)
-        return self.vision.gating(self.vision.pooling_before_gating(features))[:, 0].tolist()
+        gating, pooling = self.vision.gating, self.vision.pooling_before_gating
+        return [gating(pooling(tile[None]))[0, 0].item() for tile in features]
 
     @torch.no_grad()
     def project(self, tokens: Tensor, compressed: bool) -> Tensor:

@@ -14,6 +14,9 @@ def test_same_answers_with_the_plugin_and_without(serve, make_checkpoint, prompt
         client = Client(server)
         answers[mode] = [client.chat(prompts[name]) for name in NAMES]
         assert 'vision side on' not in server.log_text()
+        hello = [{'role': 'user', 'content': 'Hello!'}]
+        usage = client.openai.chat.completions.create(model=client.model, messages=hello, max_tokens=1).usage
+        assert set(usage.prompt_tokens_details.to_dict()) == {'cached_tokens'}
         server.stop()
     assert answers['1'] == answers['cpu']
     for name, answer in zip(NAMES, answers['1'], strict=True):

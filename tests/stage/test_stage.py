@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from lmdeploy_vico.stage.queue import StageBusyError
-from lmdeploy_vico.stage.stage import ImageJob, VisionStage
+from lmdeploy_vico.stage.stage import EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tiling import tile_digests
 
@@ -17,7 +17,7 @@ def encoder(make_checkpoint):
 
 @pytest.fixture
 def stage(encoder):
-    stage = VisionStage(encoder, torch.bfloat16, threads=2, capacity=200)
+    stage = VisionStage([encoder], torch.bfloat16, threads=2, capacity=200)
     yield stage
     stage.close()
 
@@ -68,7 +68,7 @@ def test_a_failure_belongs_to_its_prompt(stage, pictures):
 def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp_path, kind):
     pictures['coffee'].save(tmp_path / 'picture', kind)
     [expected] = encoder.encode([Image.open(tmp_path / 'picture')])
-    stage = VisionStage(encoder, torch.float32, threads=8, capacity=200)
+    stage = VisionStage([encoder], torch.float32, threads=8, capacity=200)
     lazy = Image.open(tmp_path / 'picture')
     for future in [stage.submit([ImageJob(lazy)] * 4, 'auto') for _ in range(4)]:
         for image in future.result():
@@ -82,13 +82,13 @@ def held(encoder, monkeypatch):
     """``(entered, release)``: the device is held in its first batch until released."""
     entered, release = threading.Event(), threading.Event()
 
-    def features(tiles):
+    def start(tiles):
         entered.set()
         release.wait()
         return encode(tiles)
 
-    encode = encoder.features
-    monkeypatch.setattr(encoder, 'features', features)
+    encode = encoder.start
+    monkeypatch.setattr(encoder, 'start', start)
     yield entered, release
     release.set()
 
@@ -107,7 +107,7 @@ def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held
 
 def test_a_cancelled_prompt_leaves_the_queue(encoder, held, pictures):
     entered, release = held
-    stage = VisionStage(encoder, torch.bfloat16, threads=2, capacity=1)
+    stage = VisionStage([encoder], torch.bfloat16, threads=2, capacity=1)
     jobs = [ImageJob(pictures['astronaut'], max_tiles=1)]
     running = stage.submit(jobs, 'auto')
     entered.wait()
@@ -121,38 +121,38 @@ def test_a_cancelled_prompt_leaves_the_queue(encoder, held, pictures):
 
 
 def test_a_prompt_larger_than_the_queue_is_accepted_when_nothing_waits(encoder, pictures):
-    stage = VisionStage(encoder, torch.bfloat16, threads=2, capacity=1)
+    stage = VisionStage([encoder], torch.bfloat16, threads=2, capacity=1)
     assert len(stage.submit([ImageJob(pictures['coffee'])], 'auto').result()[0].digests) > 1
     stage.close()
 
 
 def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkeypatch):
     encoder = VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
-    [alone] = encoder.encode([pictures['coffee']], 'none')
+    large, small = ('coffee', 'rocket'), ('chelsea', 'astronaut', 'text')
+    alone = [encoder.encode([pictures[name]], 'none')[0] for name in large]
     entered, release, sizes = threading.Event(), threading.Event(), []
 
-    def features(tiles):
+    def start(tiles):
         entered.set()
         release.wait()
         sizes.append(len(tiles))
         return encode(tiles)
 
-    encode = encoder.features
-    monkeypatch.setattr(encoder, 'features', features)
-    stage = VisionStage(encoder, torch.float32, threads=1, capacity=200)
+    encode = encoder.start
+    monkeypatch.setattr(encoder, 'start', start)
+    stage = VisionStage([encoder], torch.float32, threads=1, capacity=200)
     first = stage.submit([ImageJob(pictures['page'], max_tiles=1)], 'none')
     entered.wait()  # in a batch of its own, since a lone request does not wait for company
-    others = [stage.submit([ImageJob(pictures['coffee'])], 'none') for _ in range(2)]
-    others += [stage.submit([ImageJob(pictures['chelsea'], max_tiles=1)], 'none') for _ in range(3)]
+    others = [stage.submit([ImageJob(pictures[name])], 'none') for name in large]
+    others += [stage.submit([ImageJob(pictures[name], max_tiles=1)], 'none') for name in small]
     last = stage._prepare.submit(lambda: None)
     last.result()  # the only thread has cut everything by now
     release.set()
-    tiles = len(alone.tile_tokens)
-    for future in others[:2]:
-        assert torch.equal(future.result()[0].tokens.embeddings, alone.embeddings)
-    assert [len(future.result()) for future in (first, *others[2:])] == [1] * 4
-    assert sizes[0] == 1 and sum(sizes) == 1 + 2 * tiles + 3
-    assert sizes[1:] == [4] * ((2 * tiles + 3) // 4) + ([(2 * tiles + 3) % 4] if (2 * tiles + 3) % 4 else [])
+    for future, expected in zip(others, alone, strict=False):
+        assert torch.equal(future.result()[0].tokens.embeddings, expected.embeddings)
+    assert [len(future.result()) for future in (first, *others)] == [1] * 6
+    rest = sum(len(image.tile_tokens) for image in alone) + len(small)
+    assert sizes == [1] + [4] * (rest // 4) + [rest % 4] * (rest % 4 > 0)
     stage.close()
 
 
@@ -166,6 +166,8 @@ def test_metrics(stage, pictures):
         'vico:encoder_preprocess_seconds_count': {},
         'vico:encoder_queue_wait_seconds_count': {},
         'vico:encoder_tiles_per_batch_sum': {},
+        'vico:encoder_model_forward_seconds_count': {},
+        'vico:embedding_cache_misses_total': {},
     }
 
     def read():
@@ -177,4 +179,119 @@ def test_metrics(stage, pictures):
     low = tile_tokens.count(64)
     assert 0 < low < len(tile_tokens)
     gained = [after - then for after, then in zip(read(), before, strict=True)]
-    assert gained == [low, sum(tile_tokens), 192 * low, 2, 1, len(tile_tokens)]
+    tiles = len(tile_tokens)
+    assert gained == [low, sum(tile_tokens), 192 * low, 2, 1, tiles, tiles, tiles]
+
+
+def count_batches(encoder, monkeypatch):
+    sizes, start = [], encoder.start
+
+    def counted(tiles):
+        sizes.append(len(tiles))
+        return start(tiles)
+
+    monkeypatch.setattr(encoder, 'start', counted)
+    return sizes
+
+
+def test_a_repeated_image_is_not_encoded_again_whatever_its_compression(encoder, pictures, monkeypatch):
+    sizes = count_batches(encoder, monkeypatch)
+    stage = VisionStage([encoder], torch.float32, threads=2, cache_bytes=2**30)
+    jobs = [ImageJob(pictures['coffee'])]
+    first = {value: stage.submit(jobs, value).result()[0].tokens for value in ('auto', 'none', 'all', 0.5)}
+    assert sum(sizes) == len(first['none'].tile_tokens)
+    for value, tokens in first.items():
+        [expected] = encoder.encode([pictures['coffee']], value)
+        assert tokens.tile_tokens == expected.tile_tokens and tokens.scores == expected.scores
+        assert torch.equal(tokens.embeddings, expected.embeddings)
+    stage.close()
+
+
+def test_what_is_in_flight_is_encoded_once(encoder, held, pictures):
+    entered, release = held
+    stage = VisionStage([encoder], torch.float32, threads=2)
+    first = stage.submit([ImageJob(pictures['coffee'])], 'none')
+    entered.wait()
+    others = [stage.submit([ImageJob(pictures['coffee'])] * 2, value) for value in ('all', 'auto')]
+    for _ in range(2):
+        stage._prepare.submit(threading.Barrier(2).wait)  # both threads have cut everything by now
+    first.cancel()  # the others need its tiles all the same
+    release.set()
+    [expected] = encoder.encode([pictures['coffee']], 'all')
+    for image in others[0].result():
+        assert torch.equal(image.tokens.embeddings, expected.embeddings)
+    assert len(others[1].result()) == 2
+    stage.close()
+
+
+def test_jobs_of_one_video_are_routed_together(stage, encoder, pictures):
+    jobs = [ImageJob(pictures[name], 1, 0.5, routed_with=7) for name in ('page', 'chelsea', 'rocket', 'text')]
+    tokens = [image.tokens for image in stage.submit([*jobs, ImageJob(pictures['astronaut'], 1)], 'none').result()]
+    assert tokens[-1].tile_tokens == [256]
+    ranked = sorted(tokens[:-1], key=lambda one: one.scores[0])
+    assert [one.tile_tokens for one in ranked] == [[256], [256], [64], [64]]
+
+
+def test_several_devices_share_the_work(make_checkpoint, pictures):
+    encoders = [VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
+    barrier = threading.Barrier(2, timeout=60)
+    met = []
+    for one in encoders:
+
+        def start(tiles, encode=one.start):
+            if not met:
+                barrier.wait()  # each of them has a batch at the same time
+                met.append(True)
+            return encode(tiles)
+
+        one.start = start
+    stage = VisionStage(encoders, torch.float32, threads=2)
+    [image] = stage.submit([ImageJob(pictures['coffee'])], 'auto').result()
+    [expected] = encoders[0].encode([pictures['coffee']])
+    assert met and torch.equal(image.tokens.embeddings, expected.embeddings)
+    stage.close()
+
+
+def failing(encoder, monkeypatch, error, times):
+    start, left = encoder.start, [times]
+
+    def fail(tiles):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return start(tiles)
+
+    monkeypatch.setattr(encoder, 'start', fail)
+
+
+def test_a_batch_that_fails_is_tried_again(stage, encoder, pictures, monkeypatch):
+    [expected] = encoder.encode([pictures['coffee']])
+    failing(encoder, monkeypatch, RuntimeError('device trouble'), times=1)
+    [image] = stage.submit([ImageJob(pictures['coffee'])], 'auto').result()
+    assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    'error, raised', [(RuntimeError('device trouble'), EncodingError), (torch.OutOfMemoryError('full'),) * 2]
+)
+def test_what_fails_twice_fails_its_prompts_and_no_others(stage, encoder, pictures, monkeypatch, error, raised):
+    failing(encoder, monkeypatch, error, times=2)
+    kind = raised if isinstance(raised, type) else type(raised)
+    with pytest.raises(kind, match=str(error)):
+        stage.submit([ImageJob(pictures['coffee'], max_tiles=1)], 'auto').result()
+    for name in ('coffee', 'chelsea'):  # the same tile as well: it may have been the device
+        assert len(stage.submit([ImageJob(pictures[name], max_tiles=1)], 'auto').result()) == 1
+
+
+def test_a_failure_to_project_belongs_to_its_prompt(stage, encoder, pictures, monkeypatch):
+    project = encoder.tower.project
+
+    def fail(rows, compressed):
+        if compressed:
+            raise RuntimeError('device trouble')
+        return project(rows, compressed)
+
+    monkeypatch.setattr(encoder.tower, 'project', fail)
+    with pytest.raises(EncodingError, match='could not be encoded: device trouble'):
+        stage.submit([ImageJob(pictures['coffee'])], 'all').result()
+    assert len(stage.submit([ImageJob(pictures['coffee'])], 'none').result()) == 1

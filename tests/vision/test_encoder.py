@@ -61,12 +61,21 @@ def test_fraction_takes_the_highest_scores(encoder, pictures):
     assert sorted(compressed) == sorted(result.scores)[-2:]  # 0.3 * 7 tiles, rounded
 
 
-def test_an_image_with_its_own_compression_is_routed_by_itself(encoder, pictures):
+def test_groups_are_routed_by_themselves(encoder, pictures):
     tiles = [encoder.cut(pictures[name]) for name in ('coffee', 'page', 'chelsea')]
     together = encoder.encode_tiles([tiles[0], tiles[2]])
-    mixed = encoder.encode_tiles(tiles, 'auto', [None, 'all', None])
+    counts = [len(image) for image in tiles]
+    mixed = encoder.visual_tokens(encoder.features(np.concatenate(tiles)), counts, [([0, 2], 'auto'), ([1], 'all')])
     assert [mixed[0].tile_tokens, mixed[2].tile_tokens] == [result.tile_tokens for result in together]
+    assert torch.equal(mixed[0].embeddings, together[0].embeddings)
     assert set(mixed[1].tile_tokens) == {64}
+
+
+def test_embeddings_in_another_dtype(encoder, pictures):
+    [expected] = encoder.encode([pictures['astronaut']])
+    features = encoder.features(encoder.cut(pictures['astronaut']))
+    [rounded] = encoder.visual_tokens(features, [len(expected.tile_tokens)], [([0], 'auto')], torch.bfloat16)
+    assert torch.equal(rounded.embeddings, expected.embeddings.to(torch.bfloat16))
 
 
 def test_unknown_compression(encoder, pictures):
@@ -91,8 +100,8 @@ def test_bit_identical_alone_or_among_others(make_checkpoint, rng, tile_batch):
             assert torch.equal(features.patches[place], alone[index].patches[0])
             assert torch.equal(features.scores[place], alone[index].scores[0])
         mask = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
-        for place, tokens in enumerate(encoder.project(features, mask)):
-            [expected] = encoder.project(alone[order[place]], mask[place : place + 1])
+        for place, tokens in enumerate(encoder.project(features.patches, mask)):
+            [expected] = encoder.project(alone[order[place]].patches, mask[place : place + 1])
             assert torch.equal(tokens, expected)
 
 

@@ -65,7 +65,7 @@ def test_torch_when_asked_for(encoder, tiles, use, monkeypatch):
 def test_alone_or_among_others(encoder, tiles):
     def score_and_tokens(order):
         features = encoder.features(tiles[order])
-        return features.scores, encoder.project(features, torch.tensor([index != 1 for index in order]))
+        return features.scores, encoder.project(features.patches, torch.tensor([index != 1 for index in order]))
 
     alone = [score_and_tokens([index]) for index in range(len(tiles))]
     order = [2, 0, 1]

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmdeploy_vico.stage.stage import EncodedImage
@@ -17,32 +17,36 @@ Message = Mapping[str, Any]
 Ids = list[int]
 
 
-def render_chat(messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], str | None]) -> list[str]:
-    """Render a conversation and cut the text where its images stand.
+def render_chat(
+    messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], str | None], videos: Sequence[int] = ()
+) -> list[str]:
+    """Render a conversation and cut the text where its images, and the frames of its videos, stand.
 
     In the text handed to the chat template each image is a random mark, so that no text a user types, the image token
     included, can be taken for an image.
 
     Args:
-        messages: with content lists of text and image items.
+        messages: with content lists of text, image and video items.
         render: the chat template.
+        videos: the number of frames of each video.
 
     Returns:
-        One piece of text more than there are images.
+        One piece of text more than there are images and frames.
     """
     mark = f'vico-{secrets.token_hex(16)}'
     image_text = f'{IMAGE_START}{mark}{IMAGE_END}'
     inline = _images_placed_in_text(messages)
+    frames = iter(videos)
     flattened = []
     for message in messages:
         message = dict(message)
-        message['content'] = _flatten(message, image_text, inline)
+        message['content'] = _flatten(message, image_text, inline, frames)
         flattened.append(message)
     text = render(flattened)
     if text is None:
         raise ValueError('This server has no chat template, which messages need: start it with --chat-template.')
     pieces = text.split(mark)
-    images = sum(_image_count(message['content']) for message in messages)
+    images = sum(_image_count(message['content']) for message in messages) + sum(videos)
     if len(pieces) != images + 1:
         raise ValueError(f'The chat template shows {len(pieces) - 1} of the {images} images.')
     return pieces
@@ -155,7 +159,10 @@ def _content_hash(image: EncodedImage, low: int, high: int) -> str:
 
 
 def _images_placed_in_text(messages: Sequence[Message]) -> bool:
-    """Whether the text says where the images go: one placeholder for each, in the messages that carry images."""
+    """Whether the text says where the images go: one placeholder for each, in the messages that carry images.
+
+    LMDeploy has none for videos, which stand where their items do.
+    """
     contents = [message['content'] for message in messages if isinstance(message['content'], list)]
     texts = [item['text'] for content in contents for item in content if item['type'] == 'text']
     images = sum(map(_image_count, contents))
@@ -163,10 +170,10 @@ def _images_placed_in_text(messages: Sequence[Message]) -> bool:
 
 
 def _image_count(content: Any) -> int:
-    return sum(item['type'] != 'text' for item in content) if isinstance(content, list) else 0
+    return sum(item['type'] not in ('text', 'video') for item in content) if isinstance(content, list) else 0
 
 
-def _flatten(message: Message, image_text: str, inline: bool) -> str:
+def _flatten(message: Message, image_text: str, inline: bool, frames: Iterator[int]) -> str:
     content = message['content']
     if content is None:
         return ''
@@ -177,6 +184,8 @@ def _flatten(message: Message, image_text: str, inline: bool) -> str:
         if item['type'] == 'text':
             text = item['text']
             parts.append(text.replace(IMAGE_PLACEHOLDER, image_text) if inline else text)
+        elif item['type'] == 'video':
+            parts += [f'Frame{number}: {image_text}\n' for number in range(1, next(frames) + 1)]
         elif not inline:
             parts.append(image_text + '\n')
     # LMDeploy joins the parts of a message without images by line breaks, those of one with images by nothing.

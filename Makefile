@@ -46,8 +46,8 @@ lint: $(STAMP) ## Check style, types and the arrows between the rooms
 format: $(STAMP) ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
 
-bench: $(STAMP) ## Run the benchmarks
-	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
+bench: $(STAMP) ## Time image preparation and the vision stage against LMDeploy's (ARGS=--help lists the options)
+	@$(TEST_ENV) $(BIN)/python -m benchmarks.vision $(ARGS)
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)

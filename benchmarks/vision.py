@@ -288,8 +288,9 @@ def show_work(work: dict[str, Any], console: Console) -> None:
     console.print(table)
     measured = ', '.join(f'{rate:.1f} with {n} threads' for n, rate in work['images_per_second'].items())
     projected = ', '.join(f'{rate:.0f} with {cores}' for cores, rate in work['projected'].items())
+    disturbed = ' (disturbed)' if work['disturbed'] else ''
     console.print(
-        f'Mixed images/s{" (disturbed)" if work["disturbed"] else ""}: {measured} (efficiency {work["efficiency"]:.2f}). '
+        f'Mixed images/s{disturbed}: {measured} (efficiency {work["efficiency"]:.2f}). '
         f'More cores at that efficiency would give: {projected}.'
     )
 

@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.facts import facts
-from benchmarks.timing import Neighbours
 from lmdeploy_vico.adapter.handover import PackedEmbeddings, PackedRows
 
 WIDTH, DTYPE = 4096, torch.bfloat16
@@ -176,16 +175,14 @@ def measure(api: Api, rounds: int, in_flight: Sequence[int]) -> list[dict[str, A
             api.send(name, [image], check=True)
         for number in in_flight:
             taken: dict[str, list[dict[str, float]]] = {name: [] for name in api.ways}
-            neighbours = Neighbours()
             for _ in range(max(3, rounds // number)):
                 for name in api.ways:
                     taken[name] += api.send(name, [image] * number)
-            elsewhere = neighbours()
             for name, times in taken.items():
                 milliseconds = {phase: statistics.median(one[phase] for one in times) * 1e3 for phase in PHASES}
                 message = len(api.ways[name].dumps(api.ways[name].prepare(image))) if name != 'shared memory' else None
                 row = {'case': case, 'tokens': tokens, 'in_flight': number, 'way': name, 'milliseconds': milliseconds}
-                rows.append(row | {'requests': len(times), 'message_bytes': message, 'cores_elsewhere': elsewhere})
+                rows.append(row | {'requests': len(times), 'message_bytes': message})
     return rows
 
 

@@ -4,6 +4,7 @@
 JPEG of this quality can hold. A photograph lies between them. No two pictures of a run are the same.
 """
 
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -16,6 +17,7 @@ SEED = 11
 CELLS = 12  # along a side of a smooth picture
 
 
+@lru_cache(maxsize=512)
 def jpeg(kind: str, index: int, size: tuple[int, int] = SIZE) -> bytes:
     """The ``index``-th picture of a kind, of (width, height), as a JPEG file."""
     width, height = size

@@ -73,40 +73,45 @@ class _NoLanguageModel(nn.Module):
         assert not list(weights)
 
 
-class VisionPath:
-    """From pixels to visual tokens, as in LMDeploy's engine.
+def build_model(
+    config: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> internvl.InternVLChatModel:
+    """LMDeploy's module without its language model.
 
     Args:
-        config: the checkpoint's; without ``flash_mode`` every tile becomes 256 tokens.
+        config: the checkpoint's.
         weights: the vision side's tensors by their names in the checkpoint.
         device, dtype: where and in what the module runs.
     """
+    if device.type == 'cpu':
+        from lmdeploy_vico.cpu import engine
 
-    def __init__(
-        self, config: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        if device.type == 'cpu':
-            from lmdeploy_vico.cpu import engine
+        engine.install()
+    language_model = _NoLanguageModel(config['llm_config']['hidden_size'], dtype, device)
+    context = SimpleNamespace(q_seqlens=None)
+    contexts = SimpleNamespace(current_context=lambda: context)
+    with (
+        mock.patch.object(internvl, 'build_model_from_hf_config', return_value=language_model),
+        patch.build_model_context(BuildModelContext()),
+        torch.device(device),
+    ):
+        model = internvl.InternVLChatModel(namespace(config), contexts, dtype=dtype, device=device)
+    names = dict(model.named_parameters())
+    model.load_weights((name, value) for name, value in weights.items() if name in names)
+    for module in model.modules():
+        if hasattr(module, 'update_weights'):
+            module.update_weights()
+    return model.requires_grad_(False).eval()
 
-            engine.install()
-        self.device, self.flash = device, bool(config.get('flash_mode'))
-        self.context = SimpleNamespace(q_seqlens=None)
-        language_model = _NoLanguageModel(config['llm_config']['hidden_size'], dtype, device)
-        contexts = SimpleNamespace(current_context=lambda: self.context)
-        with (
-            mock.patch.object(internvl, 'build_model_from_hf_config', return_value=language_model),
-            patch.build_model_context(BuildModelContext()),
-            torch.device(device),
-        ):
-            self.model = internvl.InternVLChatModel(namespace(config), contexts, dtype=dtype, device=device)
-        names = dict(self.model.named_parameters())
-        self.model.load_weights((name, value) for name, value in weights.items() if name in names)
-        for module in self.model.modules():
-            if hasattr(module, 'update_weights'):
-                module.update_weights()
-        self.model.requires_grad_(False).eval()
+
+class VisionPath:
+    """From pixels to visual tokens, as in LMDeploy's engine; without ``flash`` every tile becomes 256 tokens."""
+
+    def __init__(self, model: internvl.InternVLChatModel, flash: bool) -> None:
+        self.model, self.flash = model, flash
+        self.device = model.mlp1[1].weight.device
         self.executor = ThreadPoolExecutor(max_workers=1)
-        self._waiting: list[tuple[torch.Tensor, asyncio.Future[torch.Tensor]]] = []
+        self._waiting: list[tuple[torch.Tensor, asyncio.Future[None]]] = []
         self._running = False
 
     @torch.inference_mode()
@@ -117,7 +122,8 @@ class VisionPath:
             tokens = self.model.extract_feature(pixels).flatten(0, 1)
         else:
             texts = [[TEXT_ID] * TEXT_TOKENS + [IMAGE_ID] * TOKENS_FULL * len(prompt) for prompt in prompts]
-            self.context.q_seqlens = torch.tensor([len(text) for text in texts], device=self.device)
+            lengths = torch.tensor([len(text) for text in texts], device=self.device)
+            self.model.ctx_mgr.current_context().q_seqlens = lengths
             ids = torch.tensor([[token for text in texts for token in text]], device=self.device)
             tokens = self.model.extract_and_compress(pixels, ids, IMAGE_ID)[0]
         if self.device.type == 'cuda':

@@ -42,12 +42,14 @@ for width in "${widths[@]}"; do
         --output "$prefix-routing-flips-$width.json"
 done
 
-# On a GPU the targets are 600 tiles/s with ViT-300M, 48 with ViT-6B, and 60 ms for one picture of 13 tiles with 300M.
-if [ "$VICO_TEST_DEVICE" = cuda ]; then small=(); else small=(--layers 1 --images 2 --latencies 2 --seconds 1); fi
-for like in 300M 6B; do
-    step "vision side, ViT-$like" "$python" -m benchmarks.vision --like "$like" --device "$VICO_TEST_DEVICE" \
-        "${small[@]}" --output "$prefix-vision-$like.json"
+# Targets on an H200: 600 tiles/s with ViT-300M, 48 with ViT-6B; one picture of 13 tiles in 60 ms.
+if [ "$VICO_TEST_DEVICE" = cuda ]; then sizes=(300M 6B); else sizes=(tiny); fi
+for size in "${sizes[@]}"; do
+    case $size in 300M) many=(--images 64 --latencies 100) ;; *) many=(--images 8 --latencies 10) ;; esac
+    step "vision side, ViT $size" "$python" -m benchmarks.vision --like "$size" --device "$VICO_TEST_DEVICE" \
+        --seconds 3 "${many[@]}" --output "$prefix-vision-$size.json"
 done
+step 'hand-over to the engine' "$python" -m benchmarks.handover --rounds 60 --output "$prefix-handover.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '==> failed: %s\n' "${failed[@]}"

@@ -44,9 +44,9 @@ from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_digests
 
 try:
-    from benchmarks.lmdeploy_path import Preparation, VisionPath
+    from benchmarks.lmdeploy_path import Preparation, VisionPath, build_model
 except ImportError as error:
-    Preparation, VisionPath, MISSING = None, None, f'LMDeploy cannot be imported ({error})'
+    MISSING = f'LMDeploy cannot be imported ({error})'
 else:
     MISSING = ''
 
@@ -54,7 +54,7 @@ PARTS = ('preparation', 'work', 'stage', 'end to end', 'latency')
 LIMITS = (1, 12)  # tiles of an image
 IN_FLIGHT = 16  # clients of the servers that are imitated
 COMPRESSION = 0.5
-TOLERANCE = {'cpu': 1e-5, 'cuda': 3e-2}  # relative norm error of embeddings against LMDeploy's
+TOLERANCE = {'cpu': 1e-5, 'cuda': 5e-2}  # relative norm error of embeddings against LMDeploy's
 LARGE = (1792, 1344)
 Turns = dict[str, Callable[[], object]]
 
@@ -83,11 +83,8 @@ class Bench:
         self.theirs: dict[str, Any] = {}
         if not MISSING:
             self.preparation = Preparation(self.config, dtype)
-            for name, config in (
-                ('LMDeploy, flash', self.config),
-                ('LMDeploy, plain', self.config | {'flash_mode': None}),
-            ):
-                self.theirs[name] = VisionPath(config, weights, self.device, dtype)
+            model = build_model(self.config, weights, self.device, dtype)
+            self.theirs = {f'LMDeploy, {name}': VisionPath(model, name == 'flash') for name in ('flash', 'plain')}
         self.rows: list[dict[str, Any]] = []
 
     def close(self) -> None:

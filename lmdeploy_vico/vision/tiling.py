@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lmdeploy_vico.config import IMAGE_SIZE
+from lmdeploy_vico.vision.resample import cut, resize_into_tiles
 
 TILE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 DIGEST_SIZE = 16
@@ -65,17 +66,18 @@ def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail:
     blocks = columns * rows
     thumbnail = use_thumbnail and blocks > 1
     tiles = np.empty((blocks + thumbnail, *TILE_SHAPE), dtype=np.uint8)
-    resized = _resize(image, columns * IMAGE_SIZE, rows * IMAGE_SIZE)
-    grid = tiles[:blocks].reshape(rows, columns, *TILE_SHAPE)
-    grid[...] = resized.reshape(rows, IMAGE_SIZE, columns, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
+    _resize(image, tiles[:blocks], columns)
     if thumbnail:
-        tiles[blocks] = _resize(image, IMAGE_SIZE, IMAGE_SIZE)
+        _resize(image, tiles[blocks:], 1)
     return tiles
 
 
-def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    resized = image.resize((width, height))
-    return np.asarray(resized if resized.mode == 'RGB' else resized.convert('RGB'))
+def _resize(image: Image.Image, tiles: np.ndarray, columns: int) -> None:
+    if image.mode == 'RGB':
+        resize_into_tiles(image, tiles, columns)
+        return
+    size = columns * IMAGE_SIZE, len(tiles) // columns * IMAGE_SIZE
+    cut(np.asarray(image.resize(size).convert('RGB')), tiles, columns)
 
 
 def tile_digests(tiles: np.ndarray) -> list[bytes]:

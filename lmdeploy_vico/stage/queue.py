@@ -53,7 +53,10 @@ class PendingPrompt:
 
 @dataclass(eq=False)
 class Admission:
-    """A place for ``size`` tiles, held by a request whose images are not decoded yet."""
+    """A place for ``size`` tiles, held by a request whose images are not decoded yet.
+
+    With it any number of prompts are accepted, since one request may bring a prompt for each of its choices.
+    """
 
     size: int
 
@@ -64,10 +67,12 @@ class TileQueue:
     Args:
         capacity: tiles that may wait, None for any number. A prompt that alone has more is accepted when nothing else
             waits.
+        devices: how many take tiles.
     """
 
-    def __init__(self, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None, devices: int = 1) -> None:
         self.capacity = capacity
+        self._devices = set(range(devices))
         self._prompts: list[PendingPrompt] = []
         self._admissions: list[Admission] = []
         self._changed = threading.Condition()
@@ -75,7 +80,7 @@ class TileQueue:
         self._metrics = stage_metrics()
 
     def admit(self, size: int) -> Admission:
-        """Hold a place for about ``size`` tiles until :meth:`put` or :meth:`release`; raises StageBusyError."""
+        """Hold a place for about ``size`` tiles until :meth:`release`; raises StageBusyError."""
         with self._changed:
             self._require_room(size)
             admission = Admission(size)
@@ -83,21 +88,22 @@ class TileQueue:
             return admission
 
     def release(self, admission: Admission) -> None:
-        """Give a place back; does nothing if it has been taken by :meth:`put`."""
+        """Give a place back."""
         with self._changed:
-            if admission in self._admissions:
-                self._admissions.remove(admission)
+            self._admissions.remove(admission)
 
     def put(self, prompt: PendingPrompt, admission: Admission | None = None) -> None:
         """Queue a prompt whose images are still being cut; raises StageBusyError unless it was admitted."""
         with self._changed:
-            if admission in self._admissions:
-                self._admissions.remove(admission)
-            else:
+            if admission is None or self._closed:
                 self._require_room(prompt.size)
+            else:
+                admission.size = 0  # from now on it is the prompt that counts
             self._prompts.append(prompt)
 
     def _require_room(self, size: int) -> None:
+        if self._closed:
+            raise StageBusyError('The server is shutting down.')
         self._drop_finished()
         waiting = sum(prompt.size for prompt in self._prompts) + sum(place.size for place in self._admissions)
         if self.capacity is not None and waiting and waiting + size > self.capacity:
@@ -106,31 +112,38 @@ class TileQueue:
                 f'{self.capacity} (option max_queued_tiles). Try again later.'
             )
 
-    def cut(self, prompt: PendingPrompt, index: int, tiles: list[Tile]) -> None:
-        """Say that an image of a queued prompt has been cut; raises the error of a tile that has been given up."""
-        with self._changed:
-            for tile in tiles:
-                if tile.error is not None:  # another prompt's, given up just now
-                    raise tile.error
-            prompt.images[index] = tiles
-            self._changed.notify_all()
+    def cut(self, prompt: PendingPrompt, index: int, tiles: list[Tile]) -> Exception | None:
+        """Say that an image of a queued prompt has been cut.
 
-    def take(self, limit: int, wait: bool) -> list[Tile]:
+        Returns:
+            The error of a tile, shared with another prompt, that has been given up meanwhile; nothing is done then.
+        """
+        with self._changed:
+            error = next((tile.error for tile in tiles if tile.error is not None), None)
+            if error is None:
+                prompt.images[index] = tiles
+                self._changed.notify_all()
+            return error
+
+    def take(self, limit: int, wait: bool, device: int = 0) -> list[Tile]:
         """At most ``limit`` tiles for one batch, those of the oldest prompts first.
 
         Args:
             limit: of the batch.
+            device: which of the devices asks. Tiles on which it has failed are left to the others.
             wait: for tiles, if there are none, or for prompts that :meth:`pop_encoded` returns. After :meth:`close`
                 nothing is waited for or returned.
         """
         with self._changed:
-            while not (tiles := self._take(limit)) and wait and not self._closed:
+            while not (tiles := self._take(limit, device)) and wait and self.serves(device):
                 if any(prompt.encoded for prompt in self._prompts):
                     break
                 self._changed.wait()
-            return [] if self._closed else tiles
+            return tiles
 
-    def _take(self, limit: int) -> list[Tile]:
+    def _take(self, limit: int, device: int) -> list[Tile]:
+        if not self.serves(device):
+            return []
         self._drop_finished()
         taken: list[Tile] = []
         for prompt in self._prompts:
@@ -139,12 +152,26 @@ class TileQueue:
             if prompt.exhausted:
                 continue
             left = [tile for tile in prompt.tiles if not tile.taken]
-            for tile in left[: limit - len(taken)]:
+            for tile in [tile for tile in left if self._may_take(tile, device)][: limit - len(taken)]:
                 tile.taken = True
                 taken.append(tile)
                 self._begin(prompt)
             prompt.exhausted = None not in prompt.images and all(tile.taken for tile in left)
         return taken
+
+    def _may_take(self, tile: Tile, device: int) -> bool:
+        return device not in tile.failed_on or self._devices.issubset(tile.failed_on)
+
+    def retire(self, device: int) -> bool:
+        """Have a device take no more, unless it is the last; returns whether it was retired now."""
+        with self._changed:
+            if device not in self._devices or len(self._devices) == 1:
+                return False
+            self._devices.remove(device)
+            for prompt in self._prompts:
+                prompt.exhausted = False
+            self._changed.notify_all()
+            return True
 
     def _begin(self, prompt: PendingPrompt) -> None:
         if not prompt.begun:
@@ -161,8 +188,8 @@ class TileQueue:
                 self._begin(prompt)
             return encoded
 
-    def give_back(self, tiles: Sequence[Tile], error: Exception) -> list[PendingPrompt]:
-        """Have tiles on which a device failed taken once more.
+    def give_back(self, tiles: Sequence[Tile], error: Exception, device: int = 0) -> list[PendingPrompt]:
+        """Have tiles on which a device failed taken once more, by another device if there is one.
 
         Returns:
             The prompts with a tile that has failed too often; they are no longer waiting.
@@ -171,8 +198,8 @@ class TileQueue:
             for tile in tiles:
                 if tile.encoded:
                     continue
-                tile.attempts += 1
-                tile.taken = tile.attempts >= ATTEMPTS
+                tile.failed_on.append(device)
+                tile.taken = len(tile.failed_on) >= ATTEMPTS
                 tile.error = error if tile.taken else None
             for prompt in self._prompts:
                 prompt.exhausted = False
@@ -184,14 +211,13 @@ class TileQueue:
     def _drop_finished(self) -> None:
         self._prompts = [prompt for prompt in self._prompts if not prompt.future.done()]
 
-    @property
-    def closed(self) -> bool:
-        """Whether nothing is taken any more."""
-        return self._closed
+    def serves(self, device: int) -> bool:
+        """Whether a device is to take tiles: not after :meth:`close`, or when it has been retired."""
+        return not self._closed and device in self._devices
 
     def close(self) -> list[PendingPrompt]:
-        """Take no more; returns the prompts that were waiting."""
+        """Take and accept no more; returns the prompts that are waiting."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            return self._prompts
+            return list(self._prompts)

@@ -21,6 +21,9 @@ from lmdeploy_vico.vision.tiling import tile_digests
 
 logger = logging.getLogger(__name__)
 
+READ_LOCKS = 16
+FAILURES = 3  # batches in a row, after which a device is given up if there are others
+
 
 class EncodingError(RuntimeError):
     """A device failed on a prompt's tiles, twice; the request is not at fault."""
@@ -79,17 +82,22 @@ class VisionStage:
         self.encoder = encoders[0]
         self.output_dtype = output_dtype
         self._metrics = stage_metrics()
-        self._queue = TileQueue(capacity)
+        self._queue = TileQueue(capacity, len(encoders))
         self._cache = TileCache(cache_bytes)
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
         self._prepare.submit(pass_order)  # compiles the resizing, a second or two that no request shall wait for
-        self._decoding = threading.Lock()
-        self._devices = [
-            threading.Thread(target=self._run_device, args=[encoder], name=f'vico-device-{index}', daemon=True)
+        # Pillow cannot read one file from several threads: a lock for each picture, or for a few of them.
+        self._reading = [threading.Lock() for _ in range(READ_LOCKS)]
+        ready: list[Future[None]] = [Future() for _ in encoders]
+        self._threads = [
+            threading.Thread(target=self._run_device, args=[index, encoder, ready[index]], name=f'vico-device-{index}')
             for index, encoder in enumerate(encoders)
         ]
-        for device in self._devices:
-            device.start()
+        for thread in self._threads:
+            thread.daemon = True
+            thread.start()
+        for future in ready:
+            future.result()
 
     def admit(self, size: int) -> Admission:
         """Hold a place for about ``size`` tiles of a request whose images are still to be decoded.
@@ -120,52 +128,70 @@ class VisionStage:
             prompt.future.set_result([])
             return prompt.future
         self._queue.put(prompt, admission)
-        cutting = [self._prepare.submit(self._cut, prompt, index, job) for index, job in enumerate(jobs)]
+        try:
+            cutting = [self._prepare.submit(self._cut, prompt, index, job) for index, job in enumerate(jobs)]
+        except RuntimeError:  # the stage has been closed in the meantime
+            prompt.future.cancel()
+            return prompt.future
         # Of a prompt that failed or was cancelled, no further image is prepared.
         prompt.future.add_done_callback(lambda _: [future.cancel() for future in cutting])
         return prompt.future
 
     def close(self) -> None:
         """Stop the threads; what is queued is cancelled, what is on a device is finished first."""
-        waiting = self._queue.close()
+        self._queue.close()
         self._prepare.shutdown(wait=False, cancel_futures=True)
-        for device in self._devices:
-            device.join()
-        for prompt in waiting:
+        for thread in self._threads:
+            thread.join()
+        for prompt in self._queue.close():
             prompt.future.cancel()
 
     def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:
-            with self._decoding:
-                job.image.load()  # opened but not read yet? Pillow cannot read one file from several threads
+            with self._reading[hash(id(job.image)) % READ_LOCKS]:
+                job.image.load()  # does nothing for one that has been read
             with self._metrics.preprocess.time():
                 pixels = self.encoder.cut(job.image, job.max_tiles)
                 tiles = self._cache.get(tile_digests(pixels), pixels)
-            self._queue.cut(prompt, index, tiles)
+            given_up = self._queue.cut(prompt, index, tiles)
+            if given_up is not None:
+                _fail(prompt, _encoding_error(given_up))
         except Exception as error:
             _fail(prompt, error)
 
-    def _run_device(self, encoder: VisionEncoder) -> None:
+    def _run_device(self, device: int, encoder: VisionEncoder, ready: 'Future[None]') -> None:
+        try:
+            if encoder.device.type == 'cuda':
+                encoder.warm_up()  # in this thread, since some of what CUDA's libraries take belongs to one
+            ready.set_result(None)
+        except Exception as error:
+            ready.set_exception(error)
+            return
         running: _Running | None = None
-        while running is not None or not self._queue.closed:
+        failures = 0  # batches in a row
+        while running is not None or self._queue.serves(device):
             # Encoding the next batch is begun before the host waits for the last one.
-            tiles = self._queue.take(encoder.tile_batch, wait=running is None)
-            started = self._start(encoder, tiles) if tiles else None
+            tiles = self._queue.take(encoder.tile_batch, running is None, device)
+            started = self._start(device, encoder, tiles) if tiles else None
+            failures += bool(tiles) and started is None
             if running is not None:
-                self._end(running)
+                failures = 0 if self._end(device, running) else failures + 1
             for prompt in self._queue.pop_encoded():
                 self._finish(encoder, prompt)
+            if failures >= FAILURES and self._queue.retire(device):
+                logger.error('%s has failed on %d batches in a row and is not used any more', encoder.device, failures)
             running = started
 
-    def _start(self, encoder: VisionEncoder, tiles: list[Tile]) -> '_Running | None':
+    def _start(self, device: int, encoder: VisionEncoder, tiles: list[Tile]) -> '_Running | None':
         self._metrics.tiles_per_batch.observe(len(tiles))
         try:
             return _Running(tiles, encoder.start([tile.pixels for tile in tiles if tile.pixels is not None]))
         except Exception as error:
-            self._failed(tiles, error)
+            self._failed(device, tiles, error)
             return None
 
-    def _end(self, running: '_Running') -> None:
+    def _end(self, device: int, running: '_Running') -> bool:
+        """Whether the batch succeeded."""
         try:
             features = running.batch.wait()
             self._metrics.model_forward.observe(running.batch.seconds)
@@ -175,11 +201,13 @@ class VisionStage:
                 tile.pixels = None
                 self._cache.keep(tile)
         except Exception as error:
-            self._failed(running.tiles, error)
+            self._failed(device, running.tiles, error)
+            return False
+        return True
 
-    def _failed(self, tiles: Sequence[Tile], error: Exception) -> None:
+    def _failed(self, device: int, tiles: Sequence[Tile], error: Exception) -> None:
         logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
-        for prompt in self._queue.give_back(tiles, error):
+        for prompt in self._queue.give_back(tiles, error, device):
             _fail(prompt, _encoding_error(error))
 
     def _finish(self, encoder: VisionEncoder, prompt: PendingPrompt) -> None:

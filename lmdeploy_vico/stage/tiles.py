@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -20,7 +20,7 @@ class Tile:
         digest: names the pixels.
         pixels: uint8 ``[448, 448, 3]``, until it is encoded.
         taken: whether it is on a device, or has been.
-        attempts: how often a device has failed on it.
+        failed_on: the devices that have failed on it, once for each time.
         error: why it is given up.
         patches: ``[1024, D]`` once it is encoded, in host memory.
         score: the router's p[0].
@@ -29,7 +29,7 @@ class Tile:
     digest: bytes
     pixels: np.ndarray | None
     taken: bool = False
-    attempts: int = 0
+    failed_on: list[int] = field(default_factory=list)
     error: Exception | None = None
     patches: torch.Tensor | None = None
     score: float = 0.0

@@ -61,8 +61,9 @@ def test_admission_holds_a_place_until_the_tiles_are_queued():
     with pytest.raises(StageBusyError, match='9 tiles are waiting'):
         queue.put(prompt(2))
     queue.put(prompt(1))
-    queue.release(admission)  # does nothing any more
-    with pytest.raises(StageBusyError, match='10 tiles are waiting'):
+    queue.put(prompt(4), admission)  # another choice of the same request
+    queue.release(admission)
+    with pytest.raises(StageBusyError, match='14 tiles are waiting'):
         queue.admit(1)
 
 
@@ -106,18 +107,43 @@ def test_given_back_once_then_given_up():
     assert names(queue.take(9, wait=False)) == 'c'
 
 
+def test_another_device_has_the_second_try():
+    queue, one = TileQueue(10, devices=2), prompt(1)
+    queue.put(one)
+    queue.cut(one, 0, tiles('a'))
+    taken = queue.take(9, wait=False, device=1)
+    assert queue.give_back(taken, RuntimeError('once'), device=1) == []
+    assert queue.take(9, wait=False, device=1) == []
+    assert queue.take(9, wait=False, device=0) == taken
+
+
+def test_a_retired_device_takes_nothing_and_what_it_failed_on_is_taken_by_the_last_one():
+    queue, one = TileQueue(10, devices=2), prompt(1)
+    queue.put(one)
+    queue.cut(one, 0, tiles('a'))
+    taken = queue.take(9, wait=False, device=1)
+    assert queue.retire(0) and not queue.retire(0) and not queue.retire(1)
+    assert queue.give_back(taken, RuntimeError('once'), device=1) == []
+    assert not queue.serves(0) and queue.take(9, wait=True, device=0) == []
+    assert queue.take(9, wait=False, device=1) == taken
+
+
 def test_an_image_with_a_tile_that_was_given_up():
     queue, one = TileQueue(10), prompt(1)
     queue.put(one)
     its = tiles('a')
     its[0].error = RuntimeError('device trouble')
-    with pytest.raises(RuntimeError, match='device trouble'):
-        queue.cut(one, 0, its)
+    assert queue.cut(one, 0, its) is its[0].error
+    assert queue.take(9, wait=False) == []
 
 
-def test_nothing_is_taken_or_waited_for_after_close():
+def test_nothing_is_taken_accepted_or_waited_for_after_close():
     queue, one = TileQueue(10), prompt(1)
+    admission = queue.admit(1)
     queue.put(one)
     queue.cut(one, 0, tiles('a'))
-    assert queue.close() == [one] and queue.closed
+    assert queue.close() == [one] and not queue.serves(0)
     assert queue.take(9, wait=True) == []
+    for refused in (lambda: queue.put(prompt(1), admission), lambda: queue.admit(1)):
+        with pytest.raises(StageBusyError, match='shutting down'):
+            refused()

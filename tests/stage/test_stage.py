@@ -252,6 +252,28 @@ def test_several_devices_share_the_work(make_checkpoint, pictures):
     stage.close()
 
 
+def test_a_broken_device_is_given_up_and_harms_nobody(make_checkpoint, pictures, monkeypatch, caplog):
+    good, broken = (VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2))
+
+    def fail(tiles):
+        raise RuntimeError('device trouble')
+
+    monkeypatch.setattr(broken, 'start', fail)
+    stage = VisionStage([good, broken], torch.float32, threads=2)
+    names = ('coffee', 'page', 'rocket', 'chelsea', 'text')
+    for future in [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]:
+        assert len(future.result()) == 1
+    assert 'is not used any more' in caplog.text
+    stage.close()
+
+
+def test_a_submission_after_close_is_refused(encoder, pictures):
+    stage = VisionStage([encoder], torch.float32, threads=1)
+    stage.close()
+    with pytest.raises(StageBusyError, match='shutting down'):
+        stage.submit([ImageJob(pictures['page'])], 'auto')
+
+
 def failing(encoder, monkeypatch, error, times):
     start, left = encoder.start, [times]
 

@@ -21,8 +21,8 @@ from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
 from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
+from lmdeploy_vico.adapter.dummy_weights import open_weights
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
@@ -36,7 +36,6 @@ from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
-from lmdeploy_vico.vision.weights import Checkpoint
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
@@ -84,12 +83,11 @@ class VicoVisionModel(VisionModel):
         guard_media_decoding()
         watch_clients()
         show_image_tokens()
-        checkpoint = Checkpoint(self.model_path)
-        checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
+        weights = open_weights(self.model_path, self.hf_config, backend_config, options)
         config = read_config(self.model_path, backend_config.hf_overrides)
         encoders = [
             VisionEncoder.load(
-                checkpoint,
+                weights,
                 replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
                 device=device,
                 dtype=self.mm_feature_dtype,

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lmdeploy_vico.adapter.handover import PackedEmbeddings, PackedRows
 from lmdeploy_vico.stage.stage import EncodedImage
 
 IMAGE_START, IMAGE_END = '<img>', '</img>'
@@ -114,8 +115,8 @@ def assemble(
         block_size: KV-cache block size in tokens.
 
     Returns:
-        The prompt's ids at their true length, and its spans: dicts of ``embeddings`` ``[end - start, H]``, ``start``,
-        ``end`` and ``content_hash``.
+        The prompt's ids at their true length, and its spans: dicts of ``embeddings`` (PackedRows of ``[end - start,
+        H]``), ``start``, ``end`` and ``content_hash``.
     """
     ids = list(pieces[0])
     spans = []
@@ -134,10 +135,10 @@ def _spans(image: EncodedImage, start: int, block_size: int) -> list[dict[str, A
     """
     end = start + len(image.tokens.embeddings)
     cuts = [start, *range(start - start % block_size + block_size, end, block_size), end]
+    packed = PackedEmbeddings.of(image.tokens.embeddings)
     return [
         {
-            # A copy, since pickling a view would send the whole image's storage along.
-            'embeddings': image.tokens.embeddings[low - start : high - start].clone(),
+            'embeddings': PackedRows(packed, low - start, high - start),
             'start': low,
             'end': high,
             'content_hash': _content_hash(image, low - start, high - start),

@@ -27,6 +27,7 @@ from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
+from lmdeploy_vico.adapter.synthetic import SyntheticEncoder, are_synthetic
 from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
@@ -104,6 +105,9 @@ class VicoVisionModel(VisionModel):
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         dtype = self.mm_feature_dtype or torch.bfloat16
         self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
+        self._synthetic = (
+            SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None
+        )
         # Of its own, since in the loop's default pool finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
         self._log_start(encoders, time.perf_counter() - began)
@@ -135,7 +139,7 @@ class VicoVisionModel(VisionModel):
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Prompt:
         """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
-        jobs, videos = media_jobs(messages, self.options.max_tiles)
+        jobs, videos = media_jobs(messages, self.options.max_tiles, self.options.synthetic_images)
         if videos and _is_raw(chat_template):
             raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
         ids = _generate_ids(messages, chat_template)
@@ -207,6 +211,8 @@ class VicoVisionModel(VisionModel):
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)
+        if self._synthetic is not None and are_synthetic(prompt.jobs):
+            return self._synthetic.submit(prompt.jobs)
         self._refuse_what_cannot_fit(prompt.jobs, compression)
         return self.stage.submit(prompt.jobs, compression, current_admission())
 

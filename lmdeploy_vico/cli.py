@@ -101,6 +101,7 @@ def _add_tiny_options(tiny: argparse.ArgumentParser) -> None:
 
 def _tiny(arguments: argparse.Namespace) -> int:
     from lmdeploy_vico.testing import make_checkpoint_without_weights, make_tiny_checkpoint
+    from lmdeploy_vico.testing.published import WeightsExistError
 
     given = {name: getattr(arguments, name) for name in TINY_ONLY if hasattr(arguments, name)}
     if arguments.like and given:
@@ -111,6 +112,8 @@ def _tiny(arguments: argparse.Namespace) -> int:
             path = make_checkpoint_without_weights(arguments.directory, arguments.like, arguments.force)
         else:
             path = make_tiny_checkpoint(arguments.directory, flash=not plain, force=arguments.force, **given)
+    except WeightsExistError as error:
+        return _fail(str(error))
     except FileExistsError as error:
         hint = '' if arguments.directory.is_file() else ': choose another directory, or add --force to write into it'
         return _fail(f'{error}{hint}')

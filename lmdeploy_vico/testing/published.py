@@ -11,6 +11,10 @@ VOCABULARY = 151936  # embedding rows of the published language models
 WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
 
 
+class WeightsExistError(FileExistsError):
+    """A directory holds weights, beside which a config without weights would describe what is not there."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A model's shape: ``llm`` is 'dense' (Qwen3) or 'moe' (Qwen3-MoE), ``vit`` the norm of its InternViT."""
@@ -55,16 +59,17 @@ MODELS = {
 def make_checkpoint_without_weights(path: str | Path, model: str | Model, force: bool = False) -> Path:
     """Write config and tokenizer of a model, to be served with ``LMDEPLOY_VICO_DUMMY_WEIGHTS=1``; return the directory.
 
-    The configuration has the shapes of ``model``, by default one of :data:`MODELS`; the tokenizer is that of the tiny
-    checkpoints, and the routing thresholds are too. Raises ValueError for an unknown name, and FileExistsError when
-    ``path`` holds weights, or anything but a tiny checkpoint unless ``force`` is set.
+    The configuration has the shapes of ``model``, which is one of :data:`MODELS` if it is a name; tokenizer and routing
+    thresholds are those of the tiny checkpoints, so that most token ids such a model generates have no text. Raises
+    ValueError for an unknown name, WeightsExistError when ``path`` holds weights, and FileExistsError when it holds
+    anything but a tiny checkpoint, unless ``force`` is set.
     """
     if isinstance(model, str) and model not in MODELS:
         raise ValueError(f'a model is one of {", ".join(MODELS)}; got {model!r}')
     shape = MODELS[model] if isinstance(model, str) else model
     path = Path(path)
     if any(next(path.glob(pattern), None) for pattern in WEIGHTS):
-        raise FileExistsError(f'{path} holds weights, which would not fit this config')
+        raise WeightsExistError(f'{path} holds weights, which would not fit this config: choose another directory')
     prepare_directory(path, force)
     write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny --like', 'like': model if isinstance(model, str) else ''})
     token_ids = write_tokenizer(path)

@@ -75,7 +75,9 @@ def test_like_does_not_write_beside_weights(tmp_path, capsys):
     assert cli.main(['tiny', str(tmp_path / 'new')]) == 0
     config = (tmp_path / 'new' / 'config.json').read_bytes()
     assert cli.main(['tiny', str(tmp_path / 'new'), '--like', '1B', '--force']) == 1
-    assert 'holds weights' in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        'holds weights, which would not fit this config: choose another directory\n'
+    )
     assert (tmp_path / 'new' / 'config.json').read_bytes() == config
 
 

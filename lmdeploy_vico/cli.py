@@ -23,7 +23,12 @@ The same options give the same bytes. Afterwards:
   lmdeploy serve api_server DIR
 
 LMDeploy's own classes, which serve a checkpoint made with --plain, need --trust-remote-code as well.
+
+With --like, write config and tokenizer of a published model instead, to size a deployment of it before downloading it:
+its weights are made up on the device when it is served with LMDEPLOY_VICO_DUMMY_WEIGHTS=1.
 """
+PUBLISHED = ('1B', '2B', '4B', '8B', '14B', '30B-A3B', '38B', '241B')
+TINY_ONLY = ('llm', 'vit', 'seed', 'size', 'dtype', 'plain')  # what --like excludes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,24 +49,13 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = commands.add_parser('tiny', help='write a small random checkpoint', description=TINY, formatter_class=raw)
     tiny.add_argument('directory', metavar='DIR', type=Path, help='where to; a tiny checkpoint there is overwritten')
+    _add_tiny_options(tiny)
     tiny.add_argument(
-        '--llm', choices=('dense', 'moe'), default='dense', help='Qwen3, or Qwen3-MoE with 8 experts (default: dense)'
+        '--like',
+        choices=PUBLISHED,
+        metavar='MODEL',
+        help=f'the shape of InternVL3.5-MODEL-Flash without weights: {", ".join(PUBLISHED)}',
     )
-    tiny.add_argument(
-        '--vit',
-        choices=('layer_norm', 'rms_norm'),
-        default='layer_norm',
-        help='the layout of InternViT-300M, or of InternViT-6B with its q and k norms (default: layer_norm)',
-    )
-    tiny.add_argument('--seed', type=int, default=0, help='of the random weights (default: 0)')
-    tiny.add_argument('--size', choices=('tiny', 'small'), default='tiny', help='3 or 12 MB (default: tiny)')
-    tiny.add_argument(
-        '--dtype',
-        choices=('bfloat16', 'float32'),
-        default='bfloat16',
-        help='of the stored weights; the values are the same (default: bfloat16)',
-    )
-    tiny.add_argument('--plain', action='store_true', help='a plain InternVL checkpoint: no router, 256 tokens a tile')
     tiny.add_argument(
         '--force', action='store_true', help='write into a DIR that holds other files: those of the same names are lost'
     )
@@ -86,27 +80,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tiny(arguments: argparse.Namespace) -> int:
-    from lmdeploy_vico.testing import make_tiny_checkpoint
+def _add_tiny_options(tiny: argparse.ArgumentParser) -> None:
+    """Options that are attributes of the arguments only if they are given, so that --like can refuse them."""
+    group = tiny.add_argument_group('of a checkpoint with weights', argument_default=argparse.SUPPRESS)
+    group.add_argument('--llm', choices=('dense', 'moe'), help='Qwen3, or Qwen3-MoE with 8 experts (default: dense)')
+    group.add_argument(
+        '--vit',
+        choices=('layer_norm', 'rms_norm'),
+        help='the layout of InternViT-300M, or of InternViT-6B with its q and k norms (default: layer_norm)',
+    )
+    group.add_argument('--seed', type=int, help='of the random weights (default: 0)')
+    group.add_argument('--size', choices=('tiny', 'small'), help='3 or 12 MB (default: tiny)')
+    group.add_argument(
+        '--dtype',
+        choices=('bfloat16', 'float32'),
+        help='of the stored weights; the values are the same (default: bfloat16)',
+    )
+    group.add_argument('--plain', action='store_true', help='a plain InternVL checkpoint: no router, 256 tokens a tile')
 
+
+def _tiny(arguments: argparse.Namespace) -> int:
+    from lmdeploy_vico.testing import make_checkpoint_without_weights, make_tiny_checkpoint
+    from lmdeploy_vico.testing.published import WeightsExistError
+
+    given = {name: getattr(arguments, name) for name in TINY_ONLY if hasattr(arguments, name)}
+    if arguments.like and given:
+        return _fail(f'--like says the whole shape and writes no weights: leave out --{", --".join(given)}.')
+    plain = given.pop('plain', False)
     try:
-        path = make_tiny_checkpoint(
-            arguments.directory,
-            llm=arguments.llm,
-            vit=arguments.vit,
-            seed=arguments.seed,
-            size=arguments.size,
-            flash=not arguments.plain,
-            force=arguments.force,
-            dtype=arguments.dtype,
-        )
+        if arguments.like:
+            path = make_checkpoint_without_weights(arguments.directory, arguments.like, arguments.force)
+        else:
+            path = make_tiny_checkpoint(arguments.directory, flash=not plain, force=arguments.force, **given)
+    except WeightsExistError as error:
+        return _fail(str(error))
     except FileExistsError as error:
         hint = '' if arguments.directory.is_file() else ': choose another directory, or add --force to write into it'
         return _fail(f'{error}{hint}')
     except OSError as error:
         return _fail(f'{arguments.directory} cannot be written: {error.strerror or error}')
     print(path)
-    flags = ' --trust-remote-code' if arguments.plain else ''
+    if arguments.like:
+        print(
+            f'Config and tokenizer of InternVL3.5-{arguments.like}-Flash, no weights. To measure with made-up weights:'
+        )
+        print(f'  LMDEPLOY_VICO_DUMMY_WEIGHTS=1 lmdeploy serve api_server {path}')
+        return 0
+    flags = ' --trust-remote-code' if plain else ''
     print(f'Serve it: lmdeploy serve api_server {path}{flags}', file=sys.stderr)  # so that a script reads the path only
     return 0
 

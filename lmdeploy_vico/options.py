@@ -14,6 +14,8 @@ from lmdeploy_vico.vision.routing import Compression, parse_compression
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
 LEAST = {'max_tiles': 1, 'preprocess_threads': 1, 'tile_batch': 0, 'max_queued_tiles': 1, 'cache_bytes': 0}
+FLAGS = ('dummy_weights', 'synthetic_images')
+_TRUTH = {'0': False, '1': True, 'false': False, 'true': True}
 
 
 class OptionError(ValueError):
@@ -43,6 +45,8 @@ class Options:
         max_queued_tiles: tiles that may wait to be encoded; beyond, requests with images are answered with a 503.
         cache_bytes: host memory for the ViT-level results of tiles that may be asked about again; 0 keeps none.
         kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
+        dummy_weights: make all weights up instead of reading them, for measuring: the answers mean nothing.
+        synthetic_images: let an image item ask for made-up visual tokens, for measuring the language model alone.
     """
 
     compression: Compression = 'auto'
@@ -53,6 +57,8 @@ class Options:
     max_queued_tiles: int = 2048
     cache_bytes: int = dataclasses.field(default_factory=_default_cache_bytes)
     kernels: str = AUTO
+    dummy_weights: bool = False
+    synthetic_images: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -63,6 +69,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise OptionError(f'{name} must be an integer of at least {least}, not {value!r}.')
+        for name in FLAGS:
+            object.__setattr__(self, name, _parse_flag(name, getattr(self, name)))
         if self.kernels not in CHOICES:
             raise OptionError(f'kernels must be one of {", ".join(CHOICES)}, not {self.kernels!r}.')
         if not isinstance(self.vision_device, str) or not self.vision_device:
@@ -79,12 +87,7 @@ class Options:
         Raises:
             OptionError: an unknown name or a bad value.
         """
-        values: dict[str, Any] = {}
-        for variable, text in (os.environ if environ is None else environ).items():
-            if variable.startswith(PREFIX):
-                name = variable[len(PREFIX) :].lower()
-                _check_name(name, variable)
-                values[name] = _parse_text(name, text)
+        values = environment_options(environ)
         section = (overrides or {}).get(OVERRIDES_KEY, {})
         if not isinstance(section, Mapping):
             raise OptionError(f'--hf-overrides: "{OVERRIDES_KEY}" must be an object, not {section!r}.')
@@ -92,6 +95,24 @@ class Options:
             _check_name(name, f'--hf-overrides "{OVERRIDES_KEY}" {name!r}')
             values[name] = value
         return cls(**values)
+
+
+def environment_options(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The options that the environment sets, by name; raises OptionError for an unknown one."""
+    values: dict[str, Any] = {}
+    for variable, text in (os.environ if environ is None else environ).items():
+        if variable.startswith(PREFIX):
+            name = variable[len(PREFIX) :].lower()
+            _check_name(name, variable)
+            values[name] = _parse_text(name, text)
+    return values
+
+
+def _parse_flag(name: str, value: Any) -> bool:
+    truth = _TRUTH.get(str(value).lower()) if isinstance(value, bool | int | str) else None
+    if truth is None:
+        raise OptionError(f'{name} must be 0, 1, true or false, not {value!r}.')
+    return truth
 
 
 def _check_name(name: str, given: str) -> None:

@@ -24,6 +24,13 @@ def test_overrides_win():
     assert (options.compression, options.preprocess_threads) == ('all', 3)
 
 
+@pytest.mark.parametrize('text, flag', [('0', False), ('1', True), ('false', False), ('True', True)])
+def test_flags(text, flag):
+    assert load().dummy_weights is False
+    assert load(LMDEPLOY_VICO_DUMMY_WEIGHTS=text).dummy_weights is flag
+    assert load({'vico': {'dummy_weights': flag}}).dummy_weights is flag
+
+
 @pytest.mark.parametrize(
     'overrides, environ, message',
     [
@@ -35,6 +42,8 @@ def test_overrides_win():
         (None, {'LMDEPLOY_VICO_VISION_DEVICE': ''}, 'vision_device must be'),
         (None, {'LMDEPLOY_VICO_KERNELS': 'cuda'}, "kernels must be one of auto, triton, torch, not 'cuda'"),
         ({'vico': {'kernels': ['torch']}}, {}, 'kernels must be one of auto'),
+        (None, {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '2'}, 'dummy_weights must be 0, 1, true or false, not 2'),
+        ({'vico': {'synthetic_images': 1.0}}, {}, 'synthetic_images must be 0, 1, true or false, not 1.0'),
         ({'vico': 'none'}, {}, '"vico" must be an object'),
         ({'vico': {'tiles': 3}}, {}, "'tiles' is not an option"),
         ({'vico': {'tile_batch': True}}, {}, 'tile_batch must be an integer'),

@@ -20,6 +20,7 @@ from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import OVERRIDES_KEY, Options
+from lmdeploy_vico.vision.weights import fill_with_noise
 
 MODALITY = 'image'
 _LANGUAGE_MODEL = 'language_model.'
@@ -46,11 +47,13 @@ class VisualTokensMixin:
     """Adds visual tokens to a language model of LMDeploy."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # Served by LMDeploy's engine process, which sees --hf-overrides as attributes of the config.
-        use(Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})}).kernels)
+        # In LMDeploy's engine process and its workers, where the options arrive as an attribute of the config.
+        options = Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})})
+        use(options.kernels)
         super().__init__(config.llm_config, *args, **kwargs)
         get_logger()  # so that it is seen which implementation packs
         self._compile_pack()
+        self.vico_dummy_weights = options.dummy_weights
 
     def _compile_pack(self) -> None:
         """Have the kernel compiled now, rather than in the engine's loop while requests wait."""
@@ -101,6 +104,10 @@ class VisualTokensMixin:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load one shard's language model tensors; the vision side is loaded where it runs."""
         super().load_weights((name, weight) for name, weight in weights if not _is_vision_weight(name))
+
+    def fill_with_dummy_weights(self) -> None:
+        """Make up all weights of this process, of which no file is read then."""
+        fill_with_noise(self.named_parameters())
 
     def load_lora_weights(self, weights: Iterable[tuple[str, torch.Tensor]], adapter_id: int) -> None:
         """Load a PEFT adapter trained on the whole model or on the language model alone."""

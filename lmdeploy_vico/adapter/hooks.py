@@ -252,6 +252,27 @@ def register_model_config(module: ModuleType) -> None:
     builders.insert(0, VicoModelConfigBuilder)
 
 
+def make_up_dummy_weights(module: ModuleType) -> None:
+    """Have a ViCO language model make its weights up where the option ``dummy_weights`` is set.
+
+    Why: LMDeploy's loader looks for weight files before it asks the model, and its ``empty_init`` leaves the parameters
+    uninitialised and the engine asleep. Can go when LMDeploy has a dummy load format.
+    """
+    if _is_wrapped(module.load_model_weights):
+        return
+
+    def load(wrapped: Callable[..., None], instance: Any, args: Any, kwargs: Any) -> None:
+        del instance
+        model = kwargs['model'] if 'model' in kwargs else args[0]
+        if not getattr(model, 'vico_dummy_weights', False):
+            wrapped(*args, **kwargs)
+            return
+        model.fill_with_dummy_weights()
+        module.process_weights_after_loading(model)
+
+    wrapt.wrap_function_wrapper(module, 'load_model_weights', load)
+
+
 def _is_wrapped(function: Callable[..., Any]) -> bool:
     return isinstance(function, (wrapt.FunctionWrapper, wrapt.BoundFunctionWrapper))
 
@@ -284,4 +305,5 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.serve.openai.api_server': notice_clients_that_leave,
     'lmdeploy.pytorch.models.module_map': register_chat_models,
     'lmdeploy.pytorch.configurations': register_model_config,
+    'lmdeploy.pytorch.weight_loader.model_weight_loader': make_up_dummy_weights,
 }

@@ -19,8 +19,10 @@ def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shap
     Returns:
         Empty for other architectures and for quantised checkpoints, whose tensors LMDeploy's loaders know.
     """
-    quantised = any(getattr(part, 'quantization_config', None) for part in (config, checkpoint_config))
-    if quantised or config.architectures[0] not in ('Qwen3ForCausalLM', 'Qwen3MoeForCausalLM'):
+    if is_quantised(config, checkpoint_config) or config.architectures[0] not in (
+        'Qwen3ForCausalLM',
+        'Qwen3MoeForCausalLM',
+    ):
         return {}
     shapes = {
         'model.embed_tokens.weight': (config.vocab_size, config.hidden_size),
@@ -32,6 +34,11 @@ def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shap
         layer = _attention_shapes(config) | (_moe_shapes(config) if _is_moe(config, index) else _mlp_shapes(config))
         shapes |= {f'model.layers.{index}.{name}.weight': shape for name, shape in layer.items()}
     return {_PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def is_quantised(config: Any, checkpoint_config: Any) -> bool:
+    """Whether a language model's weights are stored quantised; arguments as for :func:`language_model_shapes`."""
+    return any(getattr(part, 'quantization_config', None) for part in (config, checkpoint_config))
 
 
 def _attention_shapes(config: Any) -> dict[str, Shape]:

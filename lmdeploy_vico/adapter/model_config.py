@@ -7,6 +7,7 @@ from lmdeploy.pytorch.configurations.builder import AutoModelConfigBuilder
 from lmdeploy_vico.adapter.architectures import vico_architecture
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.registration import require_all_hooks
+from lmdeploy_vico.options import OVERRIDES_KEY, environment_options
 
 
 class VicoModelConfigBuilder(AutoModelConfigBuilder):
@@ -26,5 +27,8 @@ class VicoModelConfigBuilder(AutoModelConfigBuilder):
         require_all_hooks()
         config = AutoModelConfigBuilder.build(hf_config.llm_config, model_path, **kwargs)
         hf_config.architectures = [vico_architecture(hf_config.llm_config.architectures[0])]
+        # Worker processes of an existing Ray cluster have an environment of their own. What --hf-overrides says is put
+        # on top of it by LMDeploy, after this.
+        hf_config.update({OVERRIDES_KEY: environment_options()})
         config.hf_config = hf_config
         return config

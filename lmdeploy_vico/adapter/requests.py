@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image
 
+from lmdeploy_vico.adapter.synthetic import KEY as SYNTHETIC_KEY
+from lmdeploy_vico.adapter.synthetic import synthetic_image
 from lmdeploy_vico.config import TOKENS_COMPRESSED
 from lmdeploy_vico.stage.stage import ImageJob
 from lmdeploy_vico.vision.routing import Compression, parse_compression
@@ -32,13 +34,16 @@ def check_kind(kind: Any) -> None:
         raise ValueError(f'Content items of type {kind!r} are not supported; text, image_url and video_url are.')
 
 
-def media_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> tuple[list[ImageJob], list[int]]:
+def media_jobs(
+    messages: Sequence[Mapping[str, Any]], max_tiles: int, synthetic: bool = False
+) -> tuple[list[ImageJob], list[int]]:
     """The images of a request in order, the frames of its videos among them, with what each item asks for.
 
     Args:
         messages: as our MediaParser hands them over, every image item being ``{'type': 'image', 'data': picture,
             **params}``, every video ``{'type': 'video', 'data': pictures, 'video_metadata': ..., **params}``.
         max_tiles: the server's limit on the tiles of one image.
+        synthetic: whether image items may ask for visual tokens that are made up.
 
     Returns:
         The images, and the number of frames of each video.
@@ -61,7 +66,7 @@ def media_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> tuple[l
                     f'Images and videos are accepted in user and tool messages, not in {message["role"]!r} messages.'
                 )
             if kind in IMAGE_TYPES:
-                jobs.append(_image_job(item, max_tiles))
+                jobs.append(_image_job(item, max_tiles, synthetic))
             else:
                 frames = _frame_jobs(item, routed_with=len(videos))
                 videos.append(len(frames))
@@ -157,11 +162,13 @@ def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: C
     return parse_compression(section['compression'], 'mm_processor_kwargs["image"]["compression"]')
 
 
-def _image_job(item: Mapping[str, Any], max_tiles: int) -> ImageJob:
+def _image_job(item: Mapping[str, Any], max_tiles: int, synthetic: bool) -> ImageJob:
     image = item.get('data')
     if not isinstance(image, Image.Image):
         # LMDeploy lets the keys of a client's item replace its own: a "data" beside "url" arrives here undecoded.
         raise ValueError('An image item must have either "url" or "data", not both, and no "type" of its own.')
+    if synthetic and SYNTHETIC_KEY in item:
+        return synthetic_image(item, max_tiles)
     unknown = sorted(item.keys() - IMAGE_KEYS)
     if unknown:
         raise ValueError(

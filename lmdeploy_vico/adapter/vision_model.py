@@ -21,12 +21,13 @@ from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
 from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
+from lmdeploy_vico.adapter.dummy_weights import open_weights
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
+from lmdeploy_vico.adapter.synthetic import SyntheticEncoder, are_synthetic
 from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
@@ -36,7 +37,6 @@ from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
-from lmdeploy_vico.vision.weights import Checkpoint
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
@@ -84,12 +84,11 @@ class VicoVisionModel(VisionModel):
         guard_media_decoding()
         watch_clients()
         show_image_tokens()
-        checkpoint = Checkpoint(self.model_path)
-        checkpoint.require(language_model_shapes(self.hf_config.llm_config, self.hf_config))
+        weights = open_weights(self.model_path, self.hf_config, backend_config, options)
         config = read_config(self.model_path, backend_config.hf_overrides)
         encoders = [
             VisionEncoder.load(
-                checkpoint,
+                weights,
                 replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
                 device=device,
                 dtype=self.mm_feature_dtype,
@@ -106,6 +105,9 @@ class VicoVisionModel(VisionModel):
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         dtype = self.mm_feature_dtype or torch.bfloat16
         self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
+        self._synthetic = (
+            SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None
+        )
         # Of its own, since in the loop's default pool finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
         self._log_start(encoders, time.perf_counter() - began)
@@ -137,7 +139,7 @@ class VicoVisionModel(VisionModel):
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Prompt:
         """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
-        jobs, videos = media_jobs(messages, self.options.max_tiles)
+        jobs, videos = media_jobs(messages, self.options.max_tiles, self.options.synthetic_images)
         if videos and _is_raw(chat_template):
             raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
         ids = _generate_ids(messages, chat_template)
@@ -209,6 +211,8 @@ class VicoVisionModel(VisionModel):
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)
+        if self._synthetic is not None and are_synthetic(prompt.jobs):
+            return self._synthetic.submit(prompt.jobs)
         self._refuse_what_cannot_fit(prompt.jobs, compression)
         return self.stage.submit(prompt.jobs, compression, current_admission())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmdeploy_vico.testing import configuration
 from lmdeploy_vico.testing.calibration import as_stored, calibrate
-from lmdeploy_vico.testing.configuration import DTYPES, LLMS, SIZES, VITS
+from lmdeploy_vico.testing.configuration import DTYPES, LLMS, SIZES, VITS, Size
 from lmdeploy_vico.testing.tokenizer import VOCABULARY, write_tokenizer
 from lmdeploy_vico.testing.weights import Noise, language_weights, projector_weights, router_weights, vision_weights
 
@@ -49,22 +49,15 @@ def make_tiny_checkpoint(
         if value not in accepted:
             raise ValueError(f'{name} is one of {", ".join(accepted)}; got {value!r}')
     path = Path(path)
-    _prepare(path, force)
+    prepare_directory(path, force)
     # First of all, so that a directory left by an interrupted run can be recognised and replaced.
     arguments = {'llm': llm, 'vit': vit, 'seed': seed, 'size': size, 'flash': flash, 'dtype': dtype}
-    _write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny', **arguments})
+    write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny', **arguments})
     token_ids = write_tokenizer(path)
     # As in the published vocabularies, there are more embedding rows than tokens.
     vocab_size = -(-len(token_ids) // 128) * 128
     shape = SIZES[size]
-    llm_config = configuration.llm_config(shape, llm, vocab_size, token_ids)
-    config = configuration.model_config(configuration.vision_config(shape, vit), llm_config, flash)
-    for part in (config, config['llm_config'], config['vision_config']):
-        part['dtype'] = dtype
-    _write_json(path / 'config.json', config)
-    shutil.copy(Path(__file__).with_name(f'_{REMOTE_CODE}'), path / REMOTE_CODE)
-    _write_json(path / 'generation_config.json', configuration.generation_config(token_ids))
-    _write_json(path / 'preprocessor_config.json', configuration.preprocessor_config())
+    write_configuration(path, shape, llm, vit, vocab_size, token_ids, flash, dtype)
 
     noise = Noise(seed)
     weights = vision_weights(shape, vit, noise) | projector_weights(shape, flash, noise)
@@ -76,7 +69,28 @@ def make_tiny_checkpoint(
     return path
 
 
-def _prepare(path: Path, force: bool) -> None:
+def write_configuration(
+    path: Path,
+    size: Size,
+    llm: str,
+    vit: str,
+    vocab_size: int,
+    token_ids: dict[str, int],
+    flash: bool = True,
+    dtype: str = 'bfloat16',
+) -> None:
+    """Write every file of a checkpoint that is neither weights nor tokenizer; arguments as for a tiny checkpoint."""
+    llm_config = configuration.llm_config(size, llm, vocab_size, token_ids)
+    config = configuration.model_config(configuration.vision_config(size, vit), llm_config, flash)
+    for part in (config, config['llm_config'], config['vision_config']):
+        part['dtype'] = dtype
+    write_json(path / 'config.json', config)
+    shutil.copy(Path(__file__).with_name(f'_{REMOTE_CODE}'), path / REMOTE_CODE)
+    write_json(path / 'generation_config.json', configuration.generation_config(token_ids))
+    write_json(path / 'preprocessor_config.json', configuration.preprocessor_config())
+
+
+def prepare_directory(path: Path, force: bool) -> None:
     """Make the directory. Nothing is ever removed: every tiny checkpoint has the same file names."""
     if path.exists() and not path.is_dir():
         raise FileExistsError(f'{path} is not a directory')
@@ -101,8 +115,9 @@ def _save(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         (path / file).chmod(0o644)  # safetensors makes files that only their owner can read
         weight_map |= dict.fromkeys(shard, file)
     index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(weight_map.items()))}
-    _write_json(path / 'model.safetensors.index.json', index)
+    write_json(path / 'model.safetensors.index.json', index)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')

@@ -17,7 +17,7 @@ from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures, make_batche
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
-from lmdeploy_vico.vision.weights import Checkpoint
+from lmdeploy_vico.vision.weights import Checkpoint, Weights
 
 # Tiles per device batch, by ViT width: enough to fill the device, small enough that padding one tile is cheap. On a
 # CPU a single tile already keeps every core busy.
@@ -90,7 +90,7 @@ class VisionEncoder:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         config: VicoConfig,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,

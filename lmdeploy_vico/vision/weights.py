@@ -1,8 +1,10 @@
-"""Weights straight from a checkpoint's safetensors shards, checked before anything is read."""
+"""Weights straight from a checkpoint's safetensors shards, checked before anything is read; or made up."""
 
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,20 @@ INDEX_FILE = 'model.safetensors.index.json'
 SINGLE_FILE = 'model.safetensors'
 
 Shape = tuple[int, ...]
+
+
+class NoWeightsError(UnsupportedCheckpointError):
+    """The checkpoint directory holds no weights at all."""
+
+
+class Weights(Protocol):
+    """Where a module's parameters come from."""
+
+    def require(self, expected: Mapping[str, Shape]) -> None:
+        """Raise :class:`UnsupportedCheckpointError` unless every expected tensor is there."""
+
+    def load_into(self, module: nn.Module) -> None:
+        """Fill every parameter of ``module``."""
 
 
 class Checkpoint:
@@ -43,7 +59,7 @@ class Checkpoint:
             return [self.path / name for name in sorted(set(weight_map.values()))]
         if (self.path / SINGLE_FILE).is_file():
             return [self.path / SINGLE_FILE]
-        raise UnsupportedCheckpointError(f'{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}.')
+        raise NoWeightsError(f'{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}.')
 
     def require(self, expected: Mapping[str, Shape]) -> None:
         """Raise :class:`UnsupportedCheckpointError` naming every expected tensor that is missing or misshapen."""
@@ -71,3 +87,34 @@ class Checkpoint:
             with safe_open(shard, framework='pt') as tensors, torch.no_grad():
                 for name in names:
                     parameters[name].copy_(tensors.get_tensor(name))
+
+
+class DummyWeights:
+    """Weights that are made up where they are needed, in no time and with no file: for measuring, not for answers."""
+
+    def require(self, expected: Mapping[str, Shape]) -> None:
+        """Nothing to check: whatever is expected will be there."""
+
+    def load_into(self, module: nn.Module) -> None:
+        """Fill every parameter of ``module``."""
+        fill_with_noise(module.named_parameters())
+
+
+@torch.inference_mode()
+def fill_with_noise(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Fill parameters, on the device where they are, with what keeps activations finite and inputs distinguishable.
+
+    Vectors are 1 (norms, layer scales) or 0 (biases); matrices are normal, scaled by their fan-in. The same name, shape
+    and device give the same values, in every process: what tensor-parallel ranks hold in common stays equal.
+    """
+    for name, parameter in parameters:
+        if name.endswith('bias'):
+            parameter.zero_()
+        elif parameter.dim() < 2:
+            parameter.fill_(1)
+        else:
+            # A convolution adds up over all but its output channels; stacked experts, like plain matrices, over the
+            # last dimension.
+            fan_in = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
+            parameter.normal_(std=fan_in**-0.5, generator=generator)

@@ -145,6 +145,7 @@ def test_hooks_are_idempotent(make_checkpoint):
         import lmdeploy.hf_configs, lmdeploy.pytorch.transformers, lmdeploy.turbomind.supported_models
         import lmdeploy.vl.model.builder, lmdeploy.vl.engine, lmdeploy.pytorch.models.module_map
         import lmdeploy.pytorch.configurations, lmdeploy.serve.core.vl_async_engine
+        import lmdeploy.pytorch.weight_loader.model_weight_loader
         import lmdeploy.serve.openai.errors, lmdeploy.serve.anthropic.errors, lmdeploy.serve.openai.api_server
         import lmdeploy.serve.processors.multimodal
         from lmdeploy_vico.adapter.hooks import HOOKS
@@ -161,6 +162,7 @@ def test_hooks_are_idempotent(make_checkpoint):
                     m['lmdeploy.serve.processors.multimodal'].MultimodalProcessor.__dict__[
                         '_get_multimodal_prompt_input'],
                     m['lmdeploy.serve.openai.api_server'].mount_metrics,
+                    m['lmdeploy.pytorch.weight_loader.model_weight_loader'].load_model_weights,
                     dict(m['lmdeploy.pytorch.models.module_map'].CUSTOM_MODULE_MAP),
                     list(m['lmdeploy.pytorch.configurations'].AutoModelConfigBuilder._sub_classes))
         before = state()
@@ -170,4 +172,4 @@ def test_hooks_are_idempotent(make_checkpoint):
         print([a is b or a == b for a, b in zip(before, after)])
         """
     )
-    assert out == str([True] * 12)
+    assert out == str([True] * 13)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lmdeploy_vico.testing import make_checkpoint_without_weights
 from lmdeploy_vico.testing.server import ApiServer
 
 
@@ -29,6 +30,18 @@ def test_missing_tensors(make_checkpoint, tmp_path):
         save_file(tensors, shard)
     log = refusal(path, tmp_path)
     assert 'missing tensors: language_model.model.layers.1.mlp.up_proj.weight, language_model.model.norm.weight.' in log
+
+
+def test_no_weights_at_all(tmp_path):
+    log = refusal(make_checkpoint_without_weights(tmp_path / 'new', '8B'), tmp_path)
+    assert 'has neither model.safetensors.index.json nor model.safetensors. To size a deployment without' in log
+    assert 'LMDEPLOY_VICO_DUMMY_WEIGHTS=1' in log
+
+
+def test_dummy_weights_are_not_quantised(tmp_path):
+    path = make_checkpoint_without_weights(tmp_path / 'new', '1B')
+    log = refusal(path, tmp_path, '--model-format', 'fp8', LMDEPLOY_VICO_DUMMY_WEIGHTS='1')
+    assert 'dummy_weights cannot make up quantised weights' in log
 
 
 def test_other_pixel_shuffle(make_checkpoint, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.testing import is_tiny_checkpoint
+from lmdeploy_vico.testing.published import MODELS
 
 
 def test_importing_the_command_loads_nothing_heavy():
@@ -54,3 +55,31 @@ def test_help_and_unknown_commands(capsys):
             cli.main(argv)
         assert stop.value.code == status
     assert 'lmdeploy serve api_server' in capsys.readouterr().out
+
+
+def test_like_says_that_there_are_no_weights_and_how_to_serve(tmp_path, capsys):
+    assert cli.main(['tiny', str(tmp_path / '8b'), '--like', '8B']) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == str(tmp_path / '8b')
+    assert 'no weights' in out and 'LMDEPLOY_VICO_DUMMY_WEIGHTS=1 lmdeploy serve api_server' in out
+    assert not list((tmp_path / '8b').glob('*.safetensors*'))
+
+
+def test_like_excludes_what_shapes_a_tiny_checkpoint(tmp_path, capsys):
+    assert cli.main(['tiny', str(tmp_path / 'new'), '--like', '8B', '--llm', 'moe', '--seed', '0']) == 1
+    assert 'leave out --llm, --seed.' in capsys.readouterr().err
+    assert not (tmp_path / 'new').exists()
+
+
+def test_like_does_not_write_beside_weights(tmp_path, capsys):
+    assert cli.main(['tiny', str(tmp_path / 'new')]) == 0
+    config = (tmp_path / 'new' / 'config.json').read_bytes()
+    assert cli.main(['tiny', str(tmp_path / 'new'), '--like', '1B', '--force']) == 1
+    assert capsys.readouterr().err.endswith(
+        'holds weights, which would not fit this config: choose another directory\n'
+    )
+    assert (tmp_path / 'new' / 'config.json').read_bytes() == config
+
+
+def test_like_offers_every_published_model():
+    assert list(MODELS) == list(cli.PUBLISHED)

@@ -1,0 +1,110 @@
+"""Image items whose visual tokens are made up, so that a benchmark can measure the language model alone.
+
+Only where the option ``synthetic_images`` is on. Nothing of such an image is cut, encoded, routed or projected; what
+comes after, assembly, hand-over and prefill, is that of any other image.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.stage.stage import EncodedImage, ImageJob
+from lmdeploy_vico.vision.encoder import VisualTokens
+
+KEY = 'synthetic'
+FIELDS = ('tiles', 'compressed', 'seed')
+MAX_SEED = 2**63 - 1
+STARTS = 4096  # slices of the random rows that seeds choose from
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticImage(ImageJob):
+    """An image item that asks for visual tokens without an image.
+
+    Attributes:
+        tiles: whole number of tiles, a thumbnail included.
+        compressed: how many of them have 64 tokens; the others have 256.
+        seed: the same seed gives the same visual tokens, another seed others.
+    """
+
+    tiles: int
+    compressed: int
+    seed: int
+
+
+def synthetic_image(item: Mapping[str, Any], max_tiles: int) -> SyntheticImage:
+    """Read an image item that has the key "synthetic", beside an image that is ignored.
+
+    Raises:
+        ValueError: it is malformed; the message becomes the body of a 400.
+    """
+    others = sorted(item.keys() - {'type', 'data', KEY})
+    if others:
+        raise ValueError(f'An image item with "{KEY}" has no key {others[0]!r}: its tokens are not made of an image.')
+    wanted = item[KEY]
+    if not isinstance(wanted, Mapping) or set(wanted) != set(FIELDS):
+        raise ValueError(f'"{KEY}" must be an object with the keys {", ".join(FIELDS)}, not {wanted!r}.')
+    tiles = _integer(wanted, 'tiles', 1, max_tiles + 1)
+    return SyntheticImage(
+        image=item['data'],
+        tiles=tiles,
+        compressed=_integer(wanted, 'compressed', 0, tiles),
+        seed=_integer(wanted, 'seed', 0, MAX_SEED),
+    )
+
+
+def are_synthetic(jobs: Sequence[ImageJob]) -> TypeGuard[Sequence[SyntheticImage]]:
+    """Whether a prompt has images and all of them are synthetic; raises ValueError if only some are."""
+    number = sum(isinstance(job, SyntheticImage) for job in jobs)
+    if 0 < number < len(jobs):
+        raise ValueError(f'A request has either images with "{KEY}" or without, not both.')
+    return number > 0
+
+
+class SyntheticEncoder:
+    """Gives synthetic images their visual tokens: slices of random rows that are made once.
+
+    Args:
+        width: of a visual token, H.
+        dtype: the language model's.
+        max_tiles: the most tiles of an image, a thumbnail included.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, max_tiles: int) -> None:
+        rows = torch.empty(max_tiles * TOKENS_FULL + STARTS, width, dtype=dtype)
+        # As large as the embeddings of a language model that is initialised at random.
+        self._rows = rows.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(0))
+
+    def submit(self, images: Sequence[SyntheticImage]) -> 'Future[list[EncodedImage]]':
+        """What VisionStage.submit gives for images that have to be encoded; done at once."""
+        future: Future[list[EncodedImage]] = Future()
+        future.set_result([self.encode(image) for image in images])
+        return future
+
+    def encode(self, image: SyntheticImage) -> EncodedImage:
+        """Visual tokens ``[n, H]``, those of the compressed tiles first."""
+        full = image.tiles - image.compressed
+        tile_tokens = [TOKENS_COMPRESSED] * image.compressed + [TOKENS_FULL] * full
+        # Names everything that the rows depend on, as the prefix cache takes equal digests for equal contents.
+        name = f'{KEY}:{image.seed}:{image.tiles}:{image.compressed}'
+        start = int.from_bytes(_digest(name), 'little') % STARTS
+        embeddings = self._rows[start : start + sum(tile_tokens)]
+        scores = [1.0] * image.compressed + [0.0] * full
+        digests = [_digest(f'{name}:{index}') for index in range(image.tiles)]
+        return EncodedImage(VisualTokens(embeddings, tile_tokens, scores), digests)
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+
+
+def _integer(values: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f'"{KEY}": {name} must be an integer from {least} to {most}, not {value!r}.')
+    return value

@@ -1,17 +1,17 @@
 """Whether a request may have its images decoded: asked before LMDeploy decodes them."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from lmdeploy_vico.adapter.disconnect import ServedRequest, served_request
 from lmdeploy_vico.adapter.overload import OverloadError
+from lmdeploy_vico.adapter.requests import IMAGE_TYPES, VIDEO_TYPES, jpeg_frames, parameters, tile_limit, video_options
 from lmdeploy_vico.stage.queue import Admission, StageBusyError
 from lmdeploy_vico.stage.stage import VisionStage
 
 DEFAULT_FRAMES = 32  # what LMDeploy takes of a video unless a request says otherwise
-IMAGES = ('image_url', 'image', 'image_data')
-VIDEOS = ('video_url', 'video')
 
 _current: ContextVar[Admission | None] = ContextVar('vico_admission', default=None)
 
@@ -20,19 +20,26 @@ _current: ContextVar[Admission | None] = ContextVar('vico_admission', default=No
 async def admitted(stage: VisionStage, tiles: int) -> AsyncIterator[None]:
     """Hold a place in the stage for what is prepared inside; :func:`current_admission` hands it on.
 
+    All choices of a request with ``n`` above 1 share one place: their images are the same.
+
     Raises:
-        OverloadError: too many tiles are waiting already.
+        OverloadError: too much is waiting already.
     """
+    request = served_request() or ServedRequest()
     try:
-        admission = stage.admit(tiles)
+        admission = request.admission = request.admission or stage.admit(tiles)
     except StageBusyError as error:
         raise OverloadError(str(error)) from error
+    request.preparing += 1
     token = _current.set(admission)
     try:
         yield
     finally:
         _current.reset(token)
-        stage.release(admission)
+        request.preparing -= 1
+        if not request.preparing:
+            request.admission = None
+            stage.release(admission)
 
 
 def current_admission() -> Admission | None:
@@ -40,23 +47,59 @@ def current_admission() -> Admission | None:
     return _current.get()
 
 
-def estimate_tiles(messages: Sequence[Any], media_io_kwargs: Mapping[str, Any] | None, tiles_per_image: int) -> int:
-    """How many tiles a request will have, from what it says: every image as large as it may be.
+def estimate_tiles(
+    messages: Sequence[Any],
+    media_io_kwargs: Any,
+    tiles_per_image: int,
+    max_tiles: int,
+    session_len: int | None,
+) -> tuple[int, int]:
+    """How many tiles a request will have, from what it says before anything is fetched, decoded or checked.
 
-    The request is not checked yet, so anything may stand anywhere.
+    Args:
+        messages: as the client sent them; anything may stand anywhere.
+        media_io_kwargs: the request's.
+        tiles_per_image: of an image for which nothing is asked, at most.
+        max_tiles: the server's limit on the tiles of one image, without its thumbnail.
+        session_len: the model's context length, if it is known.
+
+    Returns:
+        The least and the most that it can be; a mistake in an item, which is found later, counts as if it were not
+        there.
     """
-    contents = [message.get('content') for message in messages if isinstance(message, Mapping)]
-    items = [item for content in contents if isinstance(content, list) for item in content if isinstance(item, Mapping)]
-    images = sum(item.get('type') in IMAGES for item in items)
-    frames = sum(_frames(item, media_io_kwargs) for item in items if item.get('type') in VIDEOS)
-    return images * tiles_per_image + frames
+    least = most = 0
+    for item in _items(messages):
+        least += 1
+        if item['type'] in IMAGE_TYPES:
+            most += _image_tiles(item, tiles_per_image, max_tiles)
+        else:
+            most += _frames(item, media_io_kwargs, session_len)
+    return least, most
 
 
-def _frames(item: Mapping[str, Any], media_io_kwargs: Mapping[str, Any] | None) -> int:
-    """What a video's item says comes before what the request says."""
-    value = item.get(item['type'])
-    for said in (value if isinstance(value, Mapping) else item, (media_io_kwargs or {}).get('video')):
-        frames = said.get('num_frames') if isinstance(said, Mapping) else None
-        if isinstance(frames, int) and frames > 0:
-            return frames
-    return DEFAULT_FRAMES
+def _items(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+    for message in messages:
+        content = message.get('content') if isinstance(message, Mapping) else None
+        for item in content if isinstance(content, list) else []:
+            if isinstance(item, Mapping) and item.get('type') in (*IMAGE_TYPES, *VIDEO_TYPES):
+                yield item
+
+
+def _image_tiles(item: Mapping[str, Any], default: int, max_tiles: int) -> int:
+    try:
+        limit = tile_limit(parameters(item), max_tiles)
+    except ValueError:
+        limit = None
+    return default if limit is None else limit + 1
+
+
+def _frames(item: Mapping[str, Any], media_io_kwargs: Any, session_len: int | None) -> int:
+    try:
+        options, asked = video_options(item, media_io_kwargs or {}, session_len)
+    except (ValueError, AttributeError):
+        return DEFAULT_FRAMES
+    frames = int(options.get('num_frames', DEFAULT_FRAMES))
+    sequence = jpeg_frames(item)
+    if not sequence:
+        return frames
+    return sequence if asked is None else min(sequence, frames)

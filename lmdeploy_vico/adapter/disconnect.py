@@ -1,4 +1,4 @@
-"""Requests whose client has gone: noticed while their images are still being encoded.
+"""Requests whose client has gone: noticed while their images are still being decoded and encoded.
 
 LMDeploy looks for a disconnect only when it has something to send. Until then an abandoned request would keep its place
 in the vision stage's queue, and every request behind it waiting.
@@ -11,10 +11,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from lmdeploy_vico.stage.queue import Admission
+
 T = TypeVar('T')
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Work = Future[T] | asyncio.Task[T]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
@@ -26,11 +29,15 @@ class ServedRequest:
         client_gone: whether the connection has been closed.
         image_tokens: visual tokens of its prompt.
         pending: what its client's leaving cancels.
+        admission: the place in the vision stage that is held while it is prepared.
+        preparing: how many of its choices are being prepared.
     """
 
     client_gone: bool = False
     image_tokens: int = 0
-    pending: 'set[Future[Any]]' = field(default_factory=set)
+    pending: 'set[Work[Any]]' = field(default_factory=set)
+    admission: Admission | None = None
+    preparing: int = 0
 
     def abandon(self) -> None:
         """The client has gone: cancel what is done for it."""
@@ -59,11 +66,11 @@ def watching_clients() -> bool:
     return _watching
 
 
-async def while_client_waits(submit: 'Callable[[], Future[T]]') -> T:
-    """What the submitted work results in, which is cancelled with this task, or when the client leaves.
+async def while_client_waits(start: 'Callable[[], Work[T]]') -> T:
+    """What the work results in, which is cancelled with this task, or when the client leaves.
 
     Args:
-        submit: starts the work; not called if the client has gone already.
+        start: starts the work; not called if the client has gone already.
 
     Raises:
         RequestError: the client has gone. Nobody reads the answer, but LMDeploy ends the request without a traceback.
@@ -71,14 +78,14 @@ async def while_client_waits(submit: 'Callable[[], Future[T]]') -> T:
     """
     request = served_request() or ServedRequest()
     _require_client(request)
-    future = submit()
-    request.pending.add(future)
-    waiting = asyncio.wrap_future(future)
+    work = start()
+    request.pending.add(work)
+    waiting = asyncio.wrap_future(work)  # nothing but the task itself, if it is one
     try:
         # Unlike awaiting it, this raises CancelledError only if this task is cancelled.
         await asyncio.wait([waiting])
     finally:
-        request.pending.discard(future)
+        request.pending.discard(work)
         waiting.cancel()  # and the work with it, unless they are done
     if waiting.cancelled():
         _require_client(request)

@@ -3,6 +3,7 @@
 None of these hooks changes what LMDeploy does for a model that is not a ViCO checkpoint.
 """
 
+import asyncio
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -106,8 +107,9 @@ def prepare_media(module: ModuleType) -> None:
 def admit_before_decoding(module: ModuleType) -> None:
     """Have a request ask for a place in the vision stage before its images are fetched and decoded.
 
-    Why: decoding is the first thing LMDeploy does, so a server with too much to do would decode what it then refuses.
-    Can go when LMDeploy asks its vision model before it decodes.
+    Why: decoding is the first thing LMDeploy does, so a server with too much to do would decode what it then refuses;
+    and it looks for a client that has gone only when it generates. Can go when LMDeploy asks its vision model before it
+    decodes, and watches for disconnects meanwhile.
     """
     processor_class = module.MultimodalProcessor
     if _is_wrapped(processor_class._get_multimodal_prompt_input):
@@ -119,8 +121,10 @@ def admit_before_decoding(module: ModuleType) -> None:
         model = getattr(instance.vl_encoder, 'model', None)
         if not isinstance(model, VicoVisionModel):
             return await wrapped(*args, **kwargs)
+        from lmdeploy_vico.adapter.disconnect import while_client_waits
+
         async with model.admit(*_admission_arguments(*args, **kwargs)):
-            return await wrapped(*args, **kwargs)
+            return await while_client_waits(lambda: asyncio.ensure_future(wrapped(*args, **kwargs)))
 
     wrapt.wrap_function_wrapper(processor_class, '_get_multimodal_prompt_input', prompt_input)
 

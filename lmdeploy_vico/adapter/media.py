@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ from PIL import Image
 from lmdeploy_vico.adapter.requests import VIDEO_TYPES, check_kind, video_options
 
 Message = dict[str, Any]
-# Items of one request; the default executor has more threads than that, which are for other requests.
-AT_ONCE = max(2, min(16, os.cpu_count() or 1))
+CORES = os.cpu_count() or 1
+THREADS = min(32, CORES + 4)
+AT_ONCE = max(2, min(16, CORES))  # items of one request
 TEXT = {'type': 'text'}
 
 
 class MediaParser:
     """Stands in for ``MultimodalProcessor.async_parse_multimodal_item``: same arguments and result, but item by item.
 
-    Every item is parsed by LMDeploy, as the only one of its message, in the event loop's default executor. Pictures
+    Every item is parsed by LMDeploy, as the only one of its message, in threads of our own: those of the event loop's
+    default executor are for others, who would wait behind slow downloads. Pictures
     that are Pillow objects already pass through untouched; they may be the same lazy object many times.
 
     Args:
@@ -31,6 +34,7 @@ class MediaParser:
     def __init__(self, processor: Any, session_len: Callable[[], int | None]) -> None:
         self._parse_message = processor._parse_multimodal_item
         self._session_len = session_len
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix='vico-decode')
 
     async def __call__(
         self,
@@ -45,7 +49,7 @@ class MediaParser:
         async def parse(index: int, part: Message) -> Message:
             async with turn:
                 return await loop.run_in_executor(
-                    None, self._parse, index, part, media_io_kwargs or {}, allowed_media_domains
+                    self._threads, self._parse, index, part, media_io_kwargs or {}, allowed_media_domains
                 )
 
         parts = [_split(message) for message in messages]
@@ -78,7 +82,10 @@ class MediaParser:
         except NotImplementedError as error:
             raise ValueError(str(error)) from error
         except OSError as error:  # those of requests are OSErrors too
-            raise ValueError(f'An image or video could not be fetched: {error}') from error
+            # Which status or error, but no more: the rest would tell of this machine and its network.
+            response = getattr(error, 'response', None)
+            reason = type(error).__name__ if response is None else f'status {response.status_code}'
+            raise ValueError(f'An image or video could not be fetched: {reason}.') from error
         if item['type'] in VIDEO_TYPES and parsed[index] is not message:
             [video] = parsed[index]['content']
             if isinstance(video['data'], np.ndarray | torch.Tensor):

@@ -100,24 +100,38 @@ def video_options(
     fps = options.get('fps')
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float('inf')):
         raise ValueError(f'media_io_kwargs["video"]["fps"] must be a number above 0, not {fps!r}.')
-    own = item.get(item['type'])
-    params = own if isinstance(own, Mapping) else item
-    asked = _num_frames(params.get('num_frames'), 'video_url["num_frames"]') or asked
-    url = _video_url(own)
+    asked = _num_frames(parameters(item).get('num_frames'), 'video_url["num_frames"]') or asked
+    sequence = jpeg_frames(item)
     checked = {} if fps is None else {'fps': fps}
     if asked is not None:
         checked['num_frames'] = asked
     if session_len is not None:
         too_many = session_len // TOKENS_COMPRESSED + 1
-        # A data URL with several commas is a sequence of JPEG frames, all of which LMDeploy decodes.
-        if url[:5].lower() == 'data:' and url.count(',') >= too_many:
+        if sequence >= too_many:
             raise ValueError(
-                f'The video has {url.count(",")} frames and at least {url.count(",") * TOKENS_COMPRESSED} visual '
-                f'tokens, more than the model context length ({session_len}) allows.'
+                f'The video has {sequence} frames and at least {sequence * TOKENS_COMPRESSED} visual tokens, more than '
+                f'the model context length ({session_len}) allows.'
             )
         if asked is not None:
             checked['num_frames'] = min(asked, too_many) if asked > 0 else too_many
     return checked, asked
+
+
+def parameters(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where a client's image or video item has its keys: beside the url, or, if that stands alone, in the item."""
+    own = item.get(item['type'])
+    return own if isinstance(own, Mapping) else item
+
+
+def jpeg_frames(item: Mapping[str, Any]) -> int:
+    """How many frames a video item brings as a sequence of JPEGs, all of which LMDeploy decodes; 0 for another video.
+
+    Raises:
+        ValueError: it has no url.
+    """
+    url = _video_url(item.get(item['type']))
+    # A data URL has a comma before its data, and a sequence one between its frames.
+    return url.count(',') if url[:5].lower() == 'data:' and url.count(',') > 1 else 0
 
 
 def _video_url(value: Any) -> str:
@@ -177,7 +191,7 @@ def _image_job(item: Mapping[str, Any], max_tiles: int, synthetic: bool) -> Imag
     compression = item.get('compression')
     return ImageJob(
         image=image,
-        max_tiles=_tile_limit(item, max_tiles),
+        max_tiles=tile_limit(item, max_tiles),
         compression=None if compression is None else parse_compression(compression, 'image_url["compression"]'),
     )
 
@@ -197,7 +211,8 @@ def _frame_jobs(item: Mapping[str, Any], routed_with: int) -> list[ImageJob]:
     return [ImageJob(image=frame, max_tiles=1, compression=compression, routed_with=routed_with) for frame in frames]
 
 
-def _tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:
+def tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:
+    """The most tiles that an image item asks for, thumbnail not counted; None if it says nothing. Raises ValueError."""
     limit = item.get('max_dynamic_patch')
     if limit is None:
         detail = item.get('detail')

@@ -20,7 +20,7 @@ from lmdeploy.vl.model.base import VisionModel
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
-from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
+from lmdeploy_vico.adapter.disconnect import watch_clients
 from lmdeploy_vico.adapter.dummy_weights import open_weights
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.overload import OverloadError
@@ -97,10 +97,7 @@ class VicoVisionModel(VisionModel):
             )
             for device in vision_devices(options.vision_device)
         ]
-        torch.cuda.empty_cache()  # of loading; what warming up takes is kept, and the KV cache is sized by what is free
-        for encoder in encoders:
-            if encoder.device.type == 'cuda':
-                encoder.warm_up()
+        torch.cuda.empty_cache()  # of loading; what the stage takes is kept, and the KV cache is sized by what is free
         # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         dtype = self.mm_feature_dtype or torch.bfloat16
@@ -110,7 +107,7 @@ class VicoVisionModel(VisionModel):
         )
         # Of its own, since in the loop's default pool finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
-        self._log_start(encoders, time.perf_counter() - began)
+        self._log_start(encoders, capacity, time.perf_counter() - began)
 
     def close(self) -> None:
         """Stop the threads and let go of the vision side's memory."""
@@ -118,16 +115,16 @@ class VicoVisionModel(VisionModel):
         self._assembling.shutdown()
         del self.stage
 
-    def _log_start(self, encoders: Sequence[VisionEncoder], seconds: float) -> None:
+    def _log_start(self, encoders: Sequence[VisionEncoder], capacity: int | None, seconds: float) -> None:
         encoder, options = encoders[0], self.options
         config = encoder.config
         get_logger().info(
-            'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, %s, loaded in %.1f s), %d preparation '
-            'threads, at most %d tiles queued, cache of %.1f GiB, compression %s (thresholds: quantile %g, score %g), '
+            'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, loaded in %.1f s), %d preparation '
+            'threads, %s tiles queued at most, cache of %.1f GiB, compression %s (thresholds: quantile %g, score %g), '
             'at most %d tiles per image',
-            *(__version__, self.model_path, ', '.join(str(one.device) for one in encoders)),
-            *(str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, encoder.memory(), seconds),
-            *(options.preprocess_threads, options.max_queued_tiles, options.cache_bytes / 2**30, options.compression),
+            *(__version__, self.model_path, ', '.join(f'{one.device} ({one.memory()})' for one in encoders)),
+            *(str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds, options.preprocess_threads),
+            *('any number of' if capacity is None else capacity, options.cache_bytes / 2**30, options.compression),
             *(config.relative_threshold, config.absolute_threshold, options.max_tiles),
         )
 
@@ -184,10 +181,10 @@ class VicoVisionModel(VisionModel):
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the message.
             OverloadError: too much is being encoded already; LMDeploy answers 503.
-            RequestError: the vision side failed, which LMDeploy answers with a 500, or the client has gone.
+            RequestError: the vision side failed; LMDeploy answers 500.
         """
         try:
-            images = await while_client_waits(partial(self._submit, input_prompt, mm_processor_kwargs))
+            images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
         except StageBusyError as error:
             raise OverloadError(str(error)) from error
         except torch.OutOfMemoryError as error:
@@ -202,12 +199,19 @@ class VicoVisionModel(VisionModel):
     def admit(
         self, messages: Sequence[Any], media_io_kwargs: Mapping[str, Any] | None
     ) -> AbstractAsyncContextManager[None]:
-        """Hold a place for a request whose images are to be decoded inside; raises OverloadError if there is none."""
-        config = self.stage.encoder.config
-        tiles = estimate_tiles(messages, media_io_kwargs, config.max_tiles + config.use_thumbnail)
-        limit = self.session_len()
+        """Hold a place for a request whose images are to be decoded inside.
+
+        Raises:
+            ValueError: it has more images and videos than fit the session, whatever they show.
+            OverloadError: too much is waiting already.
+        """
+        config, limit = self.stage.encoder.config, self.session_len()
+        least, most = estimate_tiles(
+            messages, media_io_kwargs, config.max_tiles + config.use_thumbnail, self.options.max_tiles, limit
+        )
+        self._refuse_too_many(least * TOKENS_COMPRESSED)
         # A place is not held for more than could be answered.
-        return admitted(self.stage, tiles if limit is None else min(tiles, limit // TOKENS_COMPRESSED + 1))
+        return admitted(self.stage, most if limit is None else min(most, limit // TOKENS_COMPRESSED + 1))
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)
@@ -223,6 +227,9 @@ class VicoVisionModel(VisionModel):
             wanted = compression if job.compression is None else job.compression
             tiles = self.stage.encoder.tile_count(job.image.size, job.max_tiles)
             least += tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)
+        self._refuse_too_many(least)
+
+    def _refuse_too_many(self, least: int) -> None:
         limit = self.session_len()
         if limit is not None and least >= limit:
             raise ValueError(
@@ -256,7 +263,16 @@ def _generate_ids(messages: Sequence[Mapping[str, Any]], chat_template: Any) -> 
 
 def vision_devices(option: str) -> list[torch.device | None]:
     """The devices that the option ``vision_device`` names, None for "auto"; raises OptionError."""
-    return [None] if option == 'auto' else [_vision_device(name.strip()) for name in option.split(',')]
+    if option == 'auto':
+        return [None]
+    devices = [_vision_device(name.strip()) for name in option.split(',')]
+    kinds = {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu' for device in devices}
+    if len(kinds) > 1:
+        # They would not compute the same bits, and a tile's tokens would depend on who took it.
+        raise OptionError(f'vision_device {option!r}: several devices must be of one kind, not {", ".join(kinds)}.')
+    if len({device.index or 0 for device in devices}) < len(devices):
+        raise OptionError(f'vision_device {option!r} names a device twice.')
+    return list(devices)
 
 
 def _vision_device(name: str) -> torch.device:

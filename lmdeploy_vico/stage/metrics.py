@@ -42,7 +42,7 @@ class StageMetrics:
         self.cache_hits = Counter(
             'vico:embedding_cache_hits', 'Tiles that need not be encoded, being kept or on their way already.'
         )
-        self.cache_misses = Counter('vico:embedding_cache_misses', 'Tiles that had to be encoded.')
+        self.cache_misses = Counter('vico:embedding_cache_misses', 'Tiles that were neither.')
         self.cache_evictions = Counter('vico:embedding_cache_evictions', 'Tiles dropped for want of room.')
         self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Host memory of the tiles that are kept.')
 

@@ -126,6 +126,14 @@ class CudaBatches:
         slot = next(self._slots)
         for place, tile in zip(slot.staging, tiles, strict=False):
             place.copy_(torch.from_numpy(tile))  # what stands in the other places does not matter
+        try:
+            return self._launch(slot, len(tiles))
+        except BaseException:
+            self._stream.synchronize()  # what has been launched still reads the slot
+            self._copies.synchronize()
+            raise
+
+    def _launch(self, slot: _Slot, count: int) -> RunningBatch:
         with torch.cuda.stream(self._stream):
             slot.begun.record()
             self._tiles.copy_(slot.staging, non_blocking=True)
@@ -138,8 +146,8 @@ class CudaBatches:
             slot.encoded.record()
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(slot.encoded)
-            patches = [_to_pinned(slot.patches[index]) for index in range(len(tiles))]
-            scores = _to_pinned(slot.scores[: len(tiles)])
+            patches = [_to_pinned(slot.patches[index]) for index in range(count)]
+            scores = _to_pinned(slot.scores[:count])
             slot.copied.record()
         return _CudaBatch(TileFeatures(patches, scores), slot)
 

@@ -188,6 +188,24 @@ class TestVisionWork:
         assert all(future.cancelled() for future in futures)
 
     @on_a_loop
+    async def test_is_cancelled_with_what_it_waits_for(self, wrap):
+        """As when the client leaves while images are decoded, or while they are encoded then."""
+        client, encoding = Client(part(b'{}')), Future()
+
+        async def prepare():
+            client.left.set()
+            await asyncio.wrap_future(encoding)
+
+        async def app(scope, receive, send):
+            await Request(scope, receive).body()
+            with pytest.raises(RequestError, match='The client closed the connection'):
+                await while_client_waits(lambda: asyncio.ensure_future(prepare()))
+            await JSONResponse({}, status_code=499)(scope, receive, send)
+
+        await serve(app, client, wrap)
+        assert encoding.cancelled()
+
+    @on_a_loop
     async def test_is_not_begun(self, wrap):
         client = Client(part(b'{}'))
 

@@ -160,10 +160,18 @@ def test_errors_become_sentences(monkeypatch):
     with pytest.raises(ValueError, match="type 'smell' are not supported; text, image_url and video_url are"):
         parse([{'role': 'user', 'content': [{'type': 'smell'}]}])
 
+    failures = [
+        (requests.HTTPError('404 for proxy 10.0.0.7', response=requests.Response()), 'status 404'),
+        (requests.ConnectTimeout('10.0.0.7'), 'ConnectTimeout'),
+    ]
+    failures[0][0].response.status_code = 404
+    raising = iter([error for error, _ in failures])
+
     def get(*args, **kwargs):
-        raise requests.HTTPError('404 Client Error: Not Found')
+        raise next(raising)
 
     monkeypatch.setattr('lmdeploy.vl.media.connection._is_safe_url', lambda url: (True, ''))
     monkeypatch.setattr(requests.Session, 'get', get)
-    with pytest.raises(ValueError, match='An image or video could not be fetched: 404'):
-        parse([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}])
+    for _, reason in failures:
+        with pytest.raises(ValueError, match=f'An image or video could not be fetched: {reason}.$'):
+            parse([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}])

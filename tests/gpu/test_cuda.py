@@ -5,12 +5,14 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS, Answer
 from parity.reference import Reference
 
+from benchmarks.models import config, random_encoder
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.weights import Checkpoint
@@ -59,6 +61,25 @@ def test_bit_identical_among_others(encoder, pictures, rng):
         compressed = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
         for place, tokens in enumerate(encoder.project(features.patches, compressed)):
             [expected] = encoder.project(alone[order[place]].patches, compressed[place : place + 1])
+            assert torch.equal(tokens, expected)
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='minutes on a CPU')
+@pytest.mark.parametrize('like', ['300M', '6B'])
+def test_bit_identical_at_published_widths(like, rng):
+    """Libraries choose other kernels for large products; two layers of the ViT show it as well as all."""
+    encoder, _ = random_encoder(config(like, layers=2), torch.device(DEVICE), keep=False)
+    tiles = rng.integers(0, 256, (3 * encoder.tile_batch, 448, 448, 3), dtype=np.uint8)
+    alone = [encoder.features(tile[None]) for tile in tiles]
+    for _ in range(10):
+        order = rng.permutation(len(tiles))
+        features = encoder.features(tiles[order])
+        compressed = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
+        for place, tokens in enumerate(encoder.project(features.patches, compressed)):
+            one = alone[order[place]]
+            assert torch.equal(features.patches[place], one.patches[0])
+            assert torch.equal(features.scores[place], one.scores[0])
+            [expected] = encoder.project(one.patches, compressed[place : place + 1])
             assert torch.equal(tokens, expected)
 
 

@@ -151,8 +151,7 @@ class VisionStage:
             started = self._start(encoder, tiles) if tiles else None
             if running is not None:
                 self._end(running)
-            for prompt in self._queue.pop_encoded():
-                self._finish(encoder, prompt)
+            self._finish_encoded(encoder)
             running = started
 
     def _start(self, encoder: VisionEncoder, tiles: list[Tile]) -> '_Running | None':
@@ -179,6 +178,11 @@ class VisionStage:
         logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
         for prompt in self._queue.give_back(tiles, error):
             _fail(prompt, _encoding_error(error))
+
+    def _finish_encoded(self, encoder: VisionEncoder) -> None:
+        # In a function of its own, whose last prompt does not outlive it: an idle device thread holds no tiles.
+        for prompt in self._queue.pop_encoded():
+            self._finish(encoder, prompt)
 
     def _finish(self, encoder: VisionEncoder, prompt: PendingPrompt) -> None:
         images = [image for image in prompt.images if image is not None]

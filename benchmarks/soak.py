@@ -21,7 +21,6 @@ import json
 import platform
 import random
 import re
-import statistics
 import sys
 import tempfile
 import threading
@@ -30,33 +29,27 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import lmdeploy
 import numpy as np
-import psutil
 import torch
+from growth import COUNTS, MEMORY, Sampler
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lmdeploy_vico.testing import make_tiny_checkpoint
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.testing.server import ApiServer, ServerError
 
 MAX_TOKENS = 4
 REPEATED, POOL = 0.2, 32  # how many of the requests show a picture of the pool, and how large that is
-CACHE_BYTES = 32 << 20  # of our own server: full, and evicting, long before the first quarter is over
+CACHE_BYTES = 8 << 20  # of our own server: full, and evicting, long before the first quarter is over
 TIMEOUT = 120  # seconds for an answer
-SAMPLING = 0.5  # seconds between two looks at the server's processes
 PROMPT_WAIT = 1.0  # seconds after which the first request that follows the run must be on the device
-# What the last quarter may have more than the second one: bytes (the larger of the two), then counts.
-GROWTH, GROWTH_BYTES = 0.02, 30 << 20
-GROWTH_COUNT = 4
-MEMORY = ('rss', 'uss', 'device')
-COUNTS = ('file_descriptors', 'threads')
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -80,7 +73,7 @@ class Answer:
 
 
 class SoakError(RuntimeError):
-    """A request was not answered as it should have been."""
+    """The server did not answer as it should have."""
 
 
 def plan(requests: int, cancel: float, seed: int) -> list[Planned]:
@@ -156,9 +149,12 @@ class Client:
 
 
 def get(url: str) -> str:
-    """What a GET of ``url`` returns."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-        return response.read().decode()
+    """What a GET of ``url`` returns; raises SoakError."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            return response.read().decode()
+    except OSError as error:
+        raise SoakError(f'{url} does not answer: {error}') from error
 
 
 def queue_wait(url: str) -> tuple[float, float]:
@@ -167,88 +163,8 @@ def queue_wait(url: str) -> tuple[float, float]:
     name = 'vico:encoder_queue_wait_seconds'
     total, count = (re.search(rf'^{name}_{part} (\S+)$', text, re.MULTILINE) for part in ('sum', 'count'))
     if total is None or count is None:
-        raise SystemExit(f'{url}/metrics has no {name}: is a ViCO checkpoint served there?')
+        raise SoakError(f'{url}/metrics has no {name}: is a ViCO checkpoint served there?')
     return float(total[1]), float(count[1])
-
-
-# --- the server's processes ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sampler:
-    """Looks at a server's processes while requests are counted. ``pid`` None: at device memory alone."""
-
-    pid: int | None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    finished: int = 0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Sample from a thread meanwhile."""
-        ended = threading.Event()
-
-        def run() -> None:
-            while not ended.wait(SAMPLING):
-                self.samples.append(self._sample())
-
-        thread = threading.Thread(target=run, name='sampler', daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def _sample(self) -> dict[str, Any]:
-        sample: dict[str, Any] = {'finished': self.finished}
-        if self.pid is not None:
-            server = psutil.Process(self.pid)
-            processes = [_look(process) for process in (server, *server.children(recursive=True))]
-            present = [one for one in processes if one is not None]
-            sample |= {name: sum(one[name] for one in present) for name in (*MEMORY[:2], *COUNTS)}
-            sample['processes'] = {str(one['pid']): one['uss'] for one in present}
-        if torch.cuda.is_available():
-            free = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
-            sample['device'] = sum(total - left for left, total in free)
-        return sample
-
-    def medians(self, requests: int) -> list[dict[str, float]]:
-        """For each quarter of the run, the median of what was sampled in it."""
-        quarters: list[list[dict[str, Any]]] = [[], [], [], []]
-        for sample in self.samples:
-            quarters[min(4 * sample['finished'] // requests, 3)].append(sample)
-        names = [name for name in (*MEMORY, *COUNTS) if self.samples and name in self.samples[0]]
-        return [
-            {name: statistics.median(sample[name] for sample in quarter) for name in names} if quarter else {}
-            for quarter in quarters
-        ]
-
-
-def _look(process: psutil.Process) -> dict[str, int] | None:
-    try:
-        with process.oneshot():
-            memory = process.memory_full_info()
-            descriptors, threads = process.num_fds(), process.num_threads()
-    except psutil.Error:  # ended in between
-        return None
-    return {
-        'pid': process.pid,
-        'rss': memory.rss,
-        'uss': memory.uss,
-        'file_descriptors': descriptors,
-        'threads': threads,
-    }
-
-
-def growth(quarters: Sequence[dict[str, float]]) -> list[str]:
-    """A sentence for everything of which the last quarter has too much more than the second one."""
-    sentences = []
-    second, last = quarters[1], quarters[3]
-    for name in second.keys() & last.keys():
-        allowed = max(GROWTH * second[name], GROWTH_BYTES) if name in MEMORY else GROWTH_COUNT
-        if last[name] > second[name] + allowed:
-            sentences.append(f'{name} grew from {second[name]:.0f} to {last[name]:.0f}.')
-    return sorted(sentences)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -346,8 +262,7 @@ def soak(url: str, pid: int | None, arguments: argparse.Namespace, progress: Pro
         run.problems.append(
             f'After the run, a request waited {waited:.2f} s for the device: something was still queued.'
         )
-    quarters = sampler.medians(arguments.requests)
-    run.problems += growth(quarters)
+    run.problems += sampler.growth(arguments.requests)
     return {
         'answered': answered,
         'cancelled': run.cancelled,
@@ -355,7 +270,7 @@ def soak(url: str, pid: int | None, arguments: argparse.Namespace, progress: Pro
         'different_answers': different,
         'seconds': round(seconds, 1),
         'queue_wait_after_the_run': round(waited, 4),
-        'medians_by_quarter': quarters,
+        'medians_by_quarter': sampler.medians(arguments.requests),
         'samples': sampler.samples[:: max(1, len(sampler.samples) // 50)],
         'problems': run.problems,
     }
@@ -377,7 +292,7 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
 
 def report(result: dict[str, Any], console: Console) -> None:
     """Print what was measured, and the sentence."""
-    for name in ('rss', 'uss', 'device', *COUNTS):
+    for name in (*MEMORY, *COUNTS):
         values = [quarter.get(name) for quarter in result['medians_by_quarter']]
         if None not in values:
             shown = [f'{value / 2**20:.1f}' if name in MEMORY else f'{value:.0f}' for value in values]
@@ -409,8 +324,12 @@ def main() -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with server(arguments) as (url, pid), Progress(*columns, console=console) as progress:
-        result = soak(url, pid, arguments, progress)
+    try:
+        with server(arguments) as (url, pid), Progress(*columns, console=console) as progress:
+            result = soak(url, pid, arguments, progress)
+    except (SoakError, ServerError) as error:
+        console.print(error, style='red')
+        return 1
     report(result, console)
     if arguments.output_file:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'CPU'

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+WARM_UP = 400  # requests after which a server has its threads, caches and allocators' pools
 SAMPLING = 0.5  # seconds between two samples
 MEMORY = ('rss', 'uss', 'device')
 COUNTS = ('file_descriptors', 'threads')
@@ -72,15 +73,22 @@ class Sampler:
     def _names(self) -> list[str]:
         return [name for name in (*MEMORY, *COUNTS) if any(name in sample for sample in self.samples)]
 
-    def growth(self, requests: int) -> list[str]:
-        """A sentence for everything of which the last quarter has too much more than the second one."""
+    def judges(self, requests: int) -> bool:
+        """Whether a run of so many requests can tell growth from warming up, and something was looked at."""
         _, second, _, last = self.medians(requests)
-        names = self._names()
-        if names and not (second and last):
-            return ['The run was too short to say whether anything grew.']
+        return requests >= 4 * WARM_UP and bool(second and last)
+
+    def growth(self, requests: int) -> list[str]:
+        """A sentence for everything of which the last quarter has too much more than the second one.
+
+        Of a run that :meth:`judges` nothing, nothing is said.
+        """
+        if not self.judges(requests):
+            return []
+        _, second, _, last = self.medians(requests)
         return [
             f'{name} grew from {second[name]:.0f} to {last[name]:.0f}.'
-            for name in names
+            for name in self._names()
             if last[name] > second[name] + (max(SHARE * second[name], BYTES) if name in MEMORY else COUNT)
         ]
 

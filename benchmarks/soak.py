@@ -4,7 +4,7 @@ Sixteen clients send pictures of one or three tiles, most of them new, some seen
 dropped by closing the connection at a random time. Afterwards every prompt is asked again, alone: its answer must be
 the one it got in company. Each client keeps its connection, so an answer too many, or to another's request, would be
 taken for the next one's and found wrong. The memory, file descriptors and threads of the server's processes, and
-device memory, are compared between the second and the last quarter of the run.
+device memory, are compared between the second and the last quarter of the run, if the first is long enough to warm up.
 
     python benchmarks/soak.py --requests 2000 --output-file soak.json
 
@@ -271,6 +271,7 @@ def soak(url: str, pid: int | None, arguments: argparse.Namespace, progress: Pro
         'seconds': round(seconds, 1),
         'queue_wait_after_the_run': round(waited, 4),
         'medians_by_quarter': sampler.medians(arguments.requests),
+        'growth_judged': sampler.judges(arguments.requests),
         'samples': sampler.samples[:: max(1, len(sampler.samples) // 50)],
         'problems': run.problems,
     }
@@ -301,9 +302,10 @@ def report(result: dict[str, Any], console: Console) -> None:
             )
     for problem in result['problems'][:20]:
         console.print(problem, style='red')
-    sentence = f'{result["answered"]} answers and {result["cancelled"]} cancels in {result["seconds"]:.0f} s'
+    counts = f'{result["answered"]} answers and {result["cancelled"]} cancels in {result["seconds"]:.0f} s'
+    grew = 'nothing grew' if result['growth_judged'] else 'too short a run to say whether anything grew'
     wrong = len(result['problems'])
-    console.print(f'{sentence}: ' + (f'{wrong} problems.' if wrong else 'every answer right, nothing grew.'))
+    console.print(f'{counts}: ' + (f'{wrong} problems.' if wrong else f'every answer right, {grew}.'))
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_cha
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench bench-handover bench-kernels kernel-resources clean
+.PHONY: help setup demo test test-gpu lint format bench bench-handover bench-kernels soak kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ bench-handover: $(STAMP) ## Time the ways to hand visual tokens to the engine's 
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)
+
+soak: $(STAMP) ## Send 2000 requests, a tenth of them cancelled: every answer right, no memory lost
+	@$(TEST_ENV) $(BIN)/python benchmarks/soak.py $(ARGS)
 
 kernel-resources: $(STAMP) ## Compile the Triton kernels for sm_80, sm_89 and sm_90 and write what they take to the table
 	@$(BIN)/python benchmarks/kernel_resources.py --update

@@ -176,8 +176,7 @@ class VisionStage:
             failures += bool(tiles) and started is None
             if running is not None:
                 failures = 0 if self._end(device, running) else failures + 1
-            for prompt in self._queue.pop_encoded():
-                self._finish(encoder, prompt)
+            self._finish_encoded(encoder)
             if failures >= FAILURES and self._queue.retire(device):
                 logger.error('%s has failed on %d batches in a row and is not used any more', encoder.device, failures)
             running = started
@@ -209,6 +208,11 @@ class VisionStage:
         logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
         for prompt in self._queue.give_back(tiles, error, device):
             _fail(prompt, _encoding_error(error))
+
+    def _finish_encoded(self, encoder: VisionEncoder) -> None:
+        # In a function of its own, whose last prompt does not outlive it: an idle device thread holds no tiles.
+        for prompt in self._queue.pop_encoded():
+            self._finish(encoder, prompt)
 
     def _finish(self, encoder: VisionEncoder, prompt: PendingPrompt) -> None:
         images = [image for image in prompt.images if image is not None]

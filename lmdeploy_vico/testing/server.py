@@ -93,6 +93,12 @@ class ApiServer:
         assert self._process is not None
         return self._process.wait(timeout=self._timeout)
 
+    @property
+    def pid(self) -> int:
+        """The process that was started; those that it starts are its children."""
+        assert self._process is not None
+        return self._process.pid
+
     def alive(self) -> bool:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None

@@ -1,5 +1,7 @@
 """Servers and their clients."""
 
+import re
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,16 @@ class Client:
         usage = completion.usage
         token_ids = completion.choices[0].model_extra['output_ids']
         return Answer(tuple(token_ids), usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels on ``/metrics``."""
+        with urllib.request.urlopen(f'{self.server.url}/metrics', timeout=60) as response:
+            text = response.read().decode()
+        return float(re.search(rf'^{re.escape(name)} (\S+)$', text, re.MULTILINE)[1])
+
+    def encoded_tiles(self) -> int:
+        """How many tiles the vision stage has given to its device so far."""
+        return int(self.metric('vico:encoder_tiles_per_batch_sum'))
 
 
 @pytest.fixture(scope='module')

@@ -1,10 +1,8 @@
 """Clients that leave before their answer: what is left to encode of their images leaves the queue."""
 
 import json
-import re
 import socket
 import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -50,15 +48,15 @@ REQUESTS = {
 
 @pytest.mark.parametrize('case', REQUESTS)
 def test_tiles_leave_the_queue(client, prompts, judge, case):
-    before = encoded_tiles(client)
+    before = client.encoded_tiles()
     with send(client, *request(client, case)):
         deadline = time.monotonic() + DEADLINE
-        while encoded_tiles(client) == before:
+        while client.encoded_tiles() == before:
             assert time.monotonic() < deadline, 'encoding has not begun'
     # The stage takes the oldest first: were they still queued, all tiles would be encoded before those of this request.
     answer = client.chat(prompts['one photograph'])
     judge().check(prompts['one photograph'], answer, 'all', name='one photograph')
-    assert encoded_tiles(client) - before < IMAGES * TILES
+    assert client.encoded_tiles() - before < IMAGES * TILES
     log = client.server.log_text()
     assert 'Traceback' not in log and 'ERROR' not in log
 
@@ -84,9 +82,3 @@ def send(client, path, body):
     connection = socket.create_connection(('127.0.0.1', client.server.port), timeout=DEADLINE)
     connection.sendall('\r\n'.join([*lines, '', '']).encode() + payload)
     return connection
-
-
-def encoded_tiles(client):
-    with urllib.request.urlopen(f'{client.server.url}/metrics', timeout=DEADLINE) as response:
-        text = response.read().decode()
-    return float(re.search(r'^vico:encoder_tiles_per_batch_sum (\S+)$', text, re.MULTILINE)[1])

@@ -1,16 +1,30 @@
 """More images than the vision stage accepts: 503 for some, right answers for the others, and recovery."""
 
 import asyncio
+import contextlib
+import http.client
+import json
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import openai
 import pytest
-from parity.conversations import on_the_wire
+from parity.conversations import data_url, on_the_wire
 from parity.judge import TOKENS, Answer
+from PIL import Image
+from serving.conftest import Client
 
 from lmdeploy_vico.testing.server import ApiServer
 
 CLIENTS = 16
+PATIENCE = 10  # the official client waits as it is told, and tries again
+CONNECTIONS, REFUSALS = 4, 60  # at a time, and one after the other on each
+IMAGES = 40  # of the request that keeps the stage busy
+QUICK = 0.1  # seconds from sending a request to the last byte of its refusal, for 99 of 100
+DEADLINE = 60  # seconds
+PREPARED = 'vico:encoder_preprocess_seconds_count'
 
 
 @pytest.fixture(scope='module')
@@ -32,19 +46,17 @@ async def ask(client: openai.AsyncOpenAI, model: str, messages: list) -> Answer 
     return Answer(tuple(completion.choices[0].model_extra['output_ids']), completion.usage.prompt_tokens)
 
 
+async def ask_together(server: ApiServer, messages: list, count: int, max_retries: int = 0) -> list:
+    client = openai.AsyncOpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=max_retries, timeout=120)
+    model = (await client.models.list()).data[0].id
+    return await asyncio.gather(*(ask(client, model, messages) for _ in range(count)))
+
+
 def test_refused_and_recovered(server, prompts, judge):
     messages = on_the_wire(prompts['one photograph'])
 
-    async def run():
-        client = openai.AsyncOpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=0, timeout=120)
-        model = (await client.models.list()).data[0].id
-        together = await asyncio.gather(*(ask(client, model, messages) for _ in range(CLIENTS)))
-        # The official client waits as it is told, and tries again.
-        patient = client.with_options(max_retries=10)
-        later = await asyncio.gather(*(ask(patient, model, messages) for _ in range(3)))
-        return together, later
-
-    together, later = asyncio.run(run())
+    together = asyncio.run(ask_together(server, messages, CLIENTS))
+    later = asyncio.run(ask_together(server, messages, 3, max_retries=PATIENCE))
     refused = [answer for answer in together if isinstance(answer, openai.APIStatusError)]
     answers = [answer for answer in together if isinstance(answer, Answer)]
     assert refused and answers and len(refused) + len(answers) == CLIENTS
@@ -53,6 +65,65 @@ def test_refused_and_recovered(server, prompts, judge):
         assert 'tiles are waiting' in error.message and 'Try again later' in error.message
     for answer in (*answers, *later):
         judge().check(prompts['one photograph'], answer)
+
+
+def test_refusals_are_quick_and_decode_nothing(server, pictures, prompts, judge):
+    client = Client(server)
+    picture = data_url(pictures['page'], 'JPEG')
+    damaged = picture[: picture.index(',') + 1 + 2000]  # its first 1500 bytes
+    with contextlib.closing(connect(server)) as busy:
+        prepared = keep_busy(client, busy)
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            urls = [picture, damaged] * (CONNECTIONS // 2)
+            answers = [one for many in pool.map(lambda url: refusals(server, client.model, url), urls) for one in many]
+        # Whoever decodes a damaged picture answers 400.
+        assert {(status, retry_after) for _, status, retry_after in answers} == {(503, '1')}
+        assert client.metric(PREPARED) == prepared
+    slow = np.quantile([seconds for seconds, _, _ in answers], 0.99)
+    assert slow <= QUICK, f'99 % within {slow:.3f} s'
+    [answer] = asyncio.run(ask_together(server, on_the_wire(prompts['one photograph']), 1, max_retries=PATIENCE))
+    judge().check(prompts['one photograph'], answer)
+    with contextlib.closing(connect(server)) as connection:
+        assert ask_once(connection, client.model, damaged)[1:] == (400, None)
+
+
+def keep_busy(client, connection):
+    """Send so many images that encoding them takes long; returns how many have been prepared when these are."""
+    goal = client.metric(PREPARED) + IMAGES
+    noise = np.random.default_rng(5).integers(0, 256, (IMAGES, 30, 40, 3), dtype=np.uint8)
+    send(connection, client.model, *(data_url(Image.fromarray(one)) for one in noise))
+    deadline = time.monotonic() + DEADLINE
+    while client.metric(PREPARED) < goal:
+        assert time.monotonic() < deadline, 'the images are not prepared'
+    return goal
+
+
+def connect(server):
+    connection = http.client.HTTPConnection('127.0.0.1', server.port, timeout=DEADLINE)
+    connection.connect()
+    return connection
+
+
+def send(connection, model, *urls):
+    content = [{'type': 'image_url', 'image_url': {'url': url}} for url in urls]
+    options = {'max_tokens': 1, 'mm_processor_kwargs': {'image': {'compression': 'all'}}}
+    body = json.dumps({'model': model, 'messages': [{'role': 'user', 'content': content}], **options})
+    connection.request('POST', '/v1/chat/completions', body, {'Content-Type': 'application/json'})
+
+
+def ask_once(connection, model, url):
+    """Seconds until the whole answer was there, its status, and when to try again."""
+    began = time.perf_counter()
+    send(connection, model, url)
+    response = connection.getresponse()
+    response.read()
+    return time.perf_counter() - began, response.status, response.getheader('Retry-After')
+
+
+def refusals(server, model, url):
+    """What one connection, kept alive, is told."""
+    with contextlib.closing(connect(server)) as connection:
+        return [ask_once(connection, model, url) for _ in range(REFUSALS)]
 
 
 def test_metrics_tell_of_it(server):

@@ -44,7 +44,7 @@ def test_alone_and_in_random_batches(kind, make_checkpoint, prompts, judge):
 def test_closing_stops_the_vision_side(make_checkpoint):
     with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
         model = pipe.async_engine.vl_encoder.model
-        device_thread = model.stage._device
+        [device_thread] = model.stage._threads
     device_thread.join(timeout=10)
     assert not device_thread.is_alive() and not hasattr(model, 'stage')
 

@@ -161,8 +161,7 @@ class VisionStage:
 
     def _run_device(self, device: int, encoder: VisionEncoder, ready: 'Future[None]') -> None:
         try:
-            if encoder.device.type == 'cuda':
-                encoder.warm_up()  # in this thread, since some of what CUDA's libraries take belongs to one
+            encoder.enter_thread()
             ready.set_result(None)
         except Exception as error:
             ready.set_exception(error)

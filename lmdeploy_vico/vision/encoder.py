@@ -61,6 +61,7 @@ class VisionEncoder:
         weight = next(tower.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.tile_batch = tile_batch or default_tile_batch(config, self.device)
+        self._threads = torch.get_num_threads()
         self._batches = make_batches(tower, self.tile_batch, self.device, graph)
         # Prompts are projected while the next batch is being encoded, and go first: their requests wait for that alone.
         self._projecting = torch.cuda.Stream(self.device, priority=-1) if self.device.type == 'cuda' else None
@@ -114,6 +115,18 @@ class VisionEncoder:
         with torch.inference_mode():
             tower.prepare()
         return cls(tower, config, tile_batch, graph)
+
+    def enter_thread(self) -> None:
+        """To be called in a thread that is going to use this encoder.
+
+        On a CUDA device it warms up, since some of what CUDA's libraries take belongs to a thread. On a CPU it takes as
+        many threads as the one that made the encoder: PyTorch keeps their number for each thread, a new one may have
+        been given another by somebody else in the process, and sums depend on it in their last bits.
+        """
+        if self.device.type == 'cuda':
+            self.warm_up()
+        else:
+            torch.set_num_threads(self._threads)
 
     def warm_up(self) -> None:
         """Project the largest groups there are, so that no prompt waits for kernels or device memory."""

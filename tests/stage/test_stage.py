@@ -252,6 +252,26 @@ def test_several_devices_share_the_work(make_checkpoint, pictures):
     stage.close()
 
 
+def test_as_many_threads_as_where_the_encoder_was_made(encoder, pictures, monkeypatch):
+    """An engine in the same process may leave PyTorch with another number for threads to come."""
+    numbers, start = [], encoder.start
+
+    def counted(tiles):
+        numbers.append(torch.get_num_threads())
+        return start(tiles)
+
+    monkeypatch.setattr(encoder, 'start', counted)
+    before = torch.get_num_threads()
+    other = threading.Thread(target=torch.set_num_threads, args=[before + 1])
+    other.start()
+    other.join()
+    stage = VisionStage([encoder], torch.float32, threads=1)
+    stage.submit([ImageJob(pictures['astronaut'], max_tiles=1)], 'auto').result()
+    stage.close()
+    torch.set_num_threads(before)
+    assert set(numbers) == {before}
+
+
 def test_a_broken_device_is_given_up_and_harms_nobody(make_checkpoint, pictures, monkeypatch, caplog):
     good, broken = (VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2))
 

@@ -4,6 +4,18 @@ They have real token counts (448x448 tiles, 1024 patch tokens, 64 or 256 visual 
 tiles to 64 tokens and detailed ones to 256, and answers that depend on every picture and every word; they know nothing.
 """
 
-from lmdeploy_vico.testing.checkpoint import is_tiny_checkpoint, make_tiny_checkpoint
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmdeploy_vico.testing.checkpoint import is_tiny_checkpoint, make_tiny_checkpoint
 
 __all__ = ['is_tiny_checkpoint', 'make_tiny_checkpoint']
+
+
+def __getattr__(name: str) -> Any:
+    """Checkpoints need torch, and are loaded when asked for: running a server (``testing.server``) needs none."""
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from lmdeploy_vico.testing import checkpoint
+
+    return getattr(checkpoint, name)

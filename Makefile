@@ -10,7 +10,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_cha
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench bench-kernels kernel-resources clean
+.PHONY: help setup demo test test-gpu lint format bench bench-first-token bench-kernels kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ format: $(STAMP) ## Format the code
 
 bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
+
+bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR', or '--base-url URL', and what --help lists
+	@$(BIN)/python benchmarks/first_token.py $(ARGS)
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)

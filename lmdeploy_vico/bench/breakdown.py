@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SAMPLE = re.compile(r'^([a-zA-Z_:][\w:]*)(\{[^}]*\})?\s+(\S+)')
+SAMPLE = re.compile(r'^([a-zA-Z_:][\w:]*)(\{.*\})?\s+(\S+)')
 VICO, LMDEPLOY = 'vico:', 'lmdeploy:'
 # Shares of the wall time from which on a part counts as busy all the time; batches leave gaps between them.
 BUSY = 0.7

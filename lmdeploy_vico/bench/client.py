@@ -17,6 +17,7 @@ import aiohttp
 from lmdeploy_vico.bench import BenchError
 
 PREFIX = b'data: '
+ENGINE_ENDED = 'inference engine is unavailable'  # what LMDeploy answers from then on
 LINE_LIMIT = 2**20  # bytes of a line of the answer
 LOOK_TIMEOUT = 30  # seconds for anything that is not a measured request
 
@@ -98,13 +99,15 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return ''
 
-    async def healthy(self) -> bool:
-        """Whether the server and its engine say that they are well."""
+    async def ended(self, outcomes: Iterable[Outcome]) -> bool:
+        """Whether the server or its engine is gone; LMDeploy's ``/health`` stays well after its engine has ended."""
+        if any(outcome.error and ENGINE_ENDED in outcome.error for outcome in outcomes):
+            return True
         try:
             await self._look('/health')
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
-        return True
+            return True
+        return False
 
     async def _look(self, path: str, body: Any = None) -> str:
         method = 'GET' if body is None else 'POST'

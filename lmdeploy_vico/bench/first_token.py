@@ -201,12 +201,12 @@ class Measurement:
 
     async def _look_after(self, cell: Cell, client: Client, server: ApiServer | None, measured: Round) -> None:
         """After failures: has the server ended, or does it refuse everything?"""
-        if not await client.healthy():
-            reason = f'the engine ended: {servers.why_ended(server)}'
-            self._lose(cell.server, reason)
+        if await client.ended(measured.outcomes):
+            why = servers.why_ended(server)
+            self._lose(cell.server, f'the server or its engine ended: {why}')
             if cell.server == OURS:
                 raise BenchError(
-                    f'The server ended during the measurement, {reason}. Results so far: {self.output.path}'
+                    f'The server or its engine ended during the measurement ({why}). Results so far: {self.output.path}'
                 )
         elif measured.gave_up:
             self.results[cell].error = f'no request was answered any more: {measured.outcomes[-1].error}'
@@ -229,16 +229,18 @@ class Measurement:
         try:
             for compressed, outcome in zip((requests.compressed(cell, 0), *shapes), (bare, *outcomes), strict=True):
                 _check(cell, outcome, options.tiles, compressed)
-            seen = await client.round(many, options.max_concurrency)
-            for outcome in seen.outcomes:
+            outcomes += (await client.round(many, options.max_concurrency)).outcomes
+            for outcome in outcomes:
                 _check(cell, outcome, options.tiles, None)
         except BenchError as error:
-            ended = not await client.healthy()
+            ended = await client.ended(outcomes)
             if cell.server == OURS:
                 raise BenchError(
                     f'{error} The server has ended: {servers.why_ended(server)}' if ended else str(error)
                 ) from error
-            reason = f'the engine ended while warming up: {servers.why_ended(server)}' if ended else str(error)
+            reason = (
+                f'the server or its engine ended while warming up: {servers.why_ended(server)}' if ended else str(error)
+            )
             self._lose(cell.server, reason)
         visual = bare.image_tokens if cell.server == OURS else visual_tokens(options.tiles)
         result.overhead = bare.prompt_tokens - (visual or 0)
@@ -301,8 +303,9 @@ async def _added(client: Client, before: dict[str, float], measured: Round) -> d
     answered = sum(outcome.error is None for outcome in measured.outcomes)
     end = time.monotonic() + (SETTLED if PREFILLS in before else 0)
     while True:
-        added = difference(parse_metrics(await client.metrics()), before)
-        if added.get(PREFILLS, 0) >= answered or time.monotonic() >= end:
+        after = parse_metrics(await client.metrics())
+        added = difference(after, before)
+        if added.get(PREFILLS, 0) >= answered or not after or time.monotonic() >= end:
             return added
         await asyncio.sleep(POLL)
 

@@ -49,7 +49,7 @@ format: $(STAMP) ## Format the code
 bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
 
-bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR', or '--base-url URL', and what --help lists
+bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR' or '--base-url URL'
 	@$(BIN)/python benchmarks/first_token.py $(ARGS)
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits

@@ -42,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What follows ``--`` after ``bench`` is for the server; argparse would mix it with options of several values."""
+    if argv[:1] != ['bench'] or '--' not in argv:
+        return argv, []
+    end = argv.index('--')
+    return argv[:end], argv[end + 1 :]
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='lmdeploy-vico', description=DESCRIPTION, formatter_class=raw)
@@ -99,14 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     bench_arguments.add_arguments(bench)
     bench.set_defaults(run=_bench)
     return parser
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What follows ``--`` after ``bench`` is for the server; argparse would mix it with options of several values."""
-    if argv[:1] != ['bench'] or '--' not in argv:
-        return argv, []
-    end = argv.index('--')
-    return argv[:end], argv[end + 1 :]
 
 
 def _tiny(arguments: argparse.Namespace) -> int:

@@ -44,12 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'where they would not fit (default: together on a CPU, in-turn on a GPU)',
     )  # fmt: skip
     parser.add_argument('--images', type=_positive, metavar='N', help='distinct pictures (default: --num-prompts)')
-    parser.add_argument('--seed', type=int, default=0, help='of pictures and texts (default: 0)')
+    parser.add_argument('--seed', type=_natural, default=0, help='of pictures and texts (default: 0)')
     parser.add_argument('--request-timeout', type=float, default=600, metavar='SECONDS', help='(default: 600)')
     parser.add_argument('--output-file', type=Path, default=Path('first-token.json'), metavar='FILE',
         help='results as JSON, written again after every round (default: first-token.json)',
     )  # fmt: skip
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='also draw the results')
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f'must be at least 0, not {text}')
+    return number
 
 
 def _positive(text: str) -> int:

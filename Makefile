@@ -10,7 +10,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_cha
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench bench-first-token bench-kernels kernel-resources clean
+.PHONY: help setup demo test test-gpu lint format bench bench-first-token bench-handover bench-kernels kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -46,8 +46,11 @@ lint: $(STAMP) ## Check style, types and the arrows between the rooms
 format: $(STAMP) ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
 
-bench: $(STAMP) ## Run the benchmarks
-	@$(BIN)/python -m pytest benchmarks -q -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-group-by=group,param:image
+bench: $(STAMP) ## Time image preparation and the vision stage against LMDeploy's (ARGS=--help lists the options)
+	@$(BIN)/python -m benchmarks.vision $(ARGS)
+
+bench-handover: $(STAMP) ## Time the ways to hand visual tokens to the engine's process
+	@$(BIN)/python -m benchmarks.handover $(ARGS)
 
 bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR' or '--base-url URL'
 	@$(BIN)/python benchmarks/first_token.py $(ARGS)

@@ -1,28 +1,16 @@
 """What a benchmark's results say of where they come from, and the table at the end of a run."""
 
-import torch
-import triton
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.facts import facts
 
 # Rows of the table: a title, then for each case its extra_info as the benchmarks fill it in.
 COLUMNS = ('operation', 'D', 'tiles', 'median', 'floor', 'times floor', 'of copy bandwidth', 'against')
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    cuda = torch.cuda.is_available()
-    machine_info['device'] = torch.cuda.get_device_name() if cuda else 'CPU'
-    machine_info['torch'], machine_info['triton'] = torch.__version__, triton.__version__
-    machine_info['torch_threads'] = torch.get_num_threads()
-    if cuda:
-        machine_info['cuda'] = torch.version.cuda
-        machine_info['multiprocessors'] = torch.cuda.get_device_properties(0).multi_processor_count
-    try:
-        import lmdeploy
-
-        machine_info['lmdeploy'] = lmdeploy.__version__
-    except ImportError:
-        machine_info['lmdeploy'] = None
+    machine_info.update(facts())
 
 
 def pytest_terminal_summary(terminalreporter, config):

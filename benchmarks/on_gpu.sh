@@ -1,5 +1,6 @@
 #!/bin/bash
-# Everything that needs a CUDA device, correctness first: tests, memory checker, kernel timings, routing flips.
+# Everything that needs a CUDA device, correctness first: tests, memory checker; kernel timings, routing flips, the
+# vision side against LMDeploy's.
 #
 #   benchmarks/on_gpu.sh [FOLDER]      results go to FOLDER (default: benchmarks/results)
 #
@@ -40,6 +41,15 @@ for width in "${widths[@]}"; do
     step "routing flips, D = $width" "$python" benchmarks/routing_flips.py --width "$width" --prompts "$prompts" \
         --output "$prefix-routing-flips-$width.json"
 done
+
+# Targets on an H200: 600 tiles/s with ViT-300M, 48 with ViT-6B; one picture of 13 tiles in 60 ms.
+if [ "$VICO_TEST_DEVICE" = cuda ]; then sizes=(300M 6B); else sizes=(tiny); fi
+for size in "${sizes[@]}"; do
+    case $size in 300M) many=(--images 64 --latencies 100) ;; *) many=(--images 8 --latencies 10) ;; esac
+    step "vision side, ViT $size" "$python" -m benchmarks.vision --like "$size" --device "$VICO_TEST_DEVICE" \
+        --seconds 3 "${many[@]}" --output "$prefix-vision-$size.json"
+done
+step 'hand-over to the engine' "$python" -m benchmarks.handover --rounds 60 --output "$prefix-handover.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '==> failed: %s\n' "${failed[@]}"

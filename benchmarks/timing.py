@@ -1,8 +1,9 @@
 """Timing for the benchmarks: competitors take turns, so that drift of clocks and neighbours cancels in their ratios."""
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +35,47 @@ def clock() -> Callable[[], float]:
     return CudaClock() if torch.cuda.is_available() else time.perf_counter
 
 
+QUIET = 0.1  # cores that other processes may use in a turn that counts
+
+
+class Neighbours:
+    """How many cores other processes use, by the kernel's count, which has a resolution of 10 ms."""
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def __call__(self) -> float:
+        """The cores that others used on average since the last call."""
+        last, self._last = self._last, self._read()
+        now, busy, own = (new - old for new, old in zip(self._last, last, strict=True))
+        return max(0.0, busy - own) / max(now, 1e-6)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        with open('/proc/stat') as stat:
+            user, nice, system, _, _, irq, softirq, stolen = map(int, stat.readline().split()[1:9])
+        busy = (user + nice + system + irq + softirq + stolen) / os.sysconf('SC_CLK_TCK')
+        return time.perf_counter(), busy, time.process_time()
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, fastest and slowest of so many rounds."""
+    """Seconds of one call: median, fastest and slowest of so many rounds; the cores others used, where it is known."""
 
     median: float
     fastest: float
     slowest: float
     rounds: int
+    elsewhere: float | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[float], elsewhere: float | None = None) -> 'Timing':
+        return cls(statistics.median(samples), min(samples), max(samples), len(samples), elsewhere)
 
     def per(self, parts: int) -> 'Timing':
         """The same of one of so many equal parts."""
-        return Timing(self.median / parts, self.fastest / parts, self.slowest / parts, self.rounds)
+        shares = (self.median / parts, self.fastest / parts, self.slowest / parts)
+        return Timing(*shares, self.rounds, self.elsewhere)
 
 
 def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Timing]:
@@ -69,9 +99,40 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0
             for _ in range(calls[name]):
                 function()
             samples[name].append((now() - start) / calls[name])
-    return {
-        name: Timing(statistics.median(taken), min(taken), max(taken), len(taken)) for name, taken in samples.items()
-    }
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def undisturbed(
+    functions: dict[str, Callable[[], object]], seconds: float = 1.0, patience: int = 4
+) -> dict[str, Timing]:
+    """Time functions that keep many cores busy, in turns of one call, in wall time, for about so many seconds each.
+
+    Turns in which other processes use more than QUIET cores do not count, as long as there are three others; for these
+    there is so many times the patience. ``elsewhere`` says what others used in those that count, on average.
+    """
+    for function in functions.values():
+        function()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    begun, duration, neighbours = time.perf_counter(), seconds * len(functions), Neighbours()
+
+    def fewest(quiet: bool) -> int:
+        return min(sum(not quiet or used <= QUIET for used, _ in taken) for taken in samples.values())
+
+    while True:
+        passed = time.perf_counter() - begun
+        if fewest(quiet=False) >= 3 and passed > duration and (fewest(quiet=True) >= 3 or passed > patience * duration):
+            break
+        for name, function in functions.items():
+            neighbours()
+            start = time.perf_counter()
+            function()
+            took = time.perf_counter() - start
+            samples[name].append((neighbours(), took))
+    timings = {}
+    for name, taken in samples.items():
+        quietest = sorted(taken)[: max(3, sum(used <= QUIET for used, _ in taken))]
+        timings[name] = Timing.of([took for _, took in quietest], statistics.mean(used for used, _ in quietest))
+    return timings
 
 
 def rotating(function: Callable[[int], object], sets: int) -> Callable[[], object]:

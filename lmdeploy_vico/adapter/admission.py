@@ -46,19 +46,17 @@ def estimate_tiles(messages: Sequence[Any], media_io_kwargs: Mapping[str, Any] |
     The request is not checked yet, so anything may stand anywhere.
     """
     contents = [message.get('content') for message in messages if isinstance(message, Mapping)]
-    kinds = [
-        item.get('type')
-        for content in contents
-        if isinstance(content, list)
-        for item in content
-        if isinstance(item, Mapping)
-    ]
-    images = sum(kind in IMAGES for kind in kinds)
-    videos = sum(kind in VIDEOS for kind in kinds)
-    return images * tiles_per_image + (videos * _frames(media_io_kwargs) if videos else 0)
+    items = [item for content in contents if isinstance(content, list) for item in content if isinstance(item, Mapping)]
+    images = sum(item.get('type') in IMAGES for item in items)
+    frames = sum(_frames(item, media_io_kwargs) for item in items if item.get('type') in VIDEOS)
+    return images * tiles_per_image + frames
 
 
-def _frames(media_io_kwargs: Mapping[str, Any] | None) -> int:
-    video = (media_io_kwargs or {}).get('video')
-    frames = video.get('num_frames') if isinstance(video, Mapping) else None
-    return frames if isinstance(frames, int) and frames > 0 else DEFAULT_FRAMES
+def _frames(item: Mapping[str, Any], media_io_kwargs: Mapping[str, Any] | None) -> int:
+    """What a video's item says comes before what the request says."""
+    value = item.get(item['type'])
+    for said in (value if isinstance(value, Mapping) else item, (media_io_kwargs or {}).get('video')):
+        frames = said.get('num_frames') if isinstance(said, Mapping) else None
+        if isinstance(frames, int) and frames > 0:
+            return frames
+    return DEFAULT_FRAMES

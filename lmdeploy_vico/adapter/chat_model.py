@@ -130,7 +130,10 @@ class SpanProcessor(BaseModelInputProcessor):
         del kwargs
         spans = [
             MultiModalData(
-                data=span['embeddings'], start=span['start'], end=span['end'], content_hash=span['content_hash']
+                data=span['embeddings'].tensor(),
+                start=span['start'],
+                end=span['end'],
+                content_hash=span['content_hash'],
             )
             for span in input_multimodals or []
         ]

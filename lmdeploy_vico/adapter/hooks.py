@@ -97,6 +97,12 @@ def start_vision_model(module: ModuleType) -> None:
     wrapt.wrap_function_wrapper(encoder_class, '__init__', init)
 
 
+def prepare_media(module: ModuleType) -> None:
+    """The two hooks on what fetches and decodes a request's images and videos."""
+    admit_before_decoding(module)
+    decode_side_by_side(module)
+
+
 def admit_before_decoding(module: ModuleType) -> None:
     """Have a request ask for a place in the vision stage before its images are fetched and decoded.
 
@@ -156,6 +162,31 @@ def guard_vlm_engine(module: ModuleType) -> None:
 
     wrapt.wrap_function_wrapper(engine_class, 'preprocess', preprocess)
     wrapt.wrap_function_wrapper(engine_class, 'close', close)
+
+
+def decode_side_by_side(module: ModuleType) -> None:
+    """Decode the images and videos of a message in parallel, where our VisionModel serves.
+
+    Why: LMDeploy decodes the items of one message one after the other in one thread, gives a video item no say in how
+    it is decoded, and reports a URL that cannot be fetched as "Request preprocessing failed." Can go when LMDeploy
+    decodes item by item.
+    """
+    processor_class = module.MultimodalProcessor
+    if _is_wrapped(processor_class.__init__):
+        return
+
+    def init(wrapped: Callable[..., None], instance: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        from lmdeploy_vico.adapter.vision_model import VicoVisionModel
+
+        model = getattr(instance.vl_encoder, 'model', None)
+        if isinstance(model, VicoVisionModel):
+            from lmdeploy_vico.adapter.media import MediaParser
+
+            # Takes the place of a static method, for this processor only.
+            instance.async_parse_multimodal_item = MediaParser(processor_class, model.session_len)
+
+    wrapt.wrap_function_wrapper(processor_class, '__init__', init)
 
 
 def say_when_to_retry(module: ModuleType) -> None:
@@ -246,7 +277,7 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.turbomind.supported_models': choose_pytorch_engine,
     'lmdeploy.vl.model.builder': register_vision_model,
     'lmdeploy.vl.engine': start_vision_model,
-    'lmdeploy.serve.processors.multimodal': admit_before_decoding,
+    'lmdeploy.serve.processors.multimodal': prepare_media,
     'lmdeploy.serve.core.vl_async_engine': guard_vlm_engine,
     'lmdeploy.serve.openai.errors': say_when_to_retry,
     'lmdeploy.serve.anthropic.errors': say_when_to_retry,

@@ -3,9 +3,10 @@
 import hashlib
 import itertools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lmdeploy_vico.adapter.handover import PackedEmbeddings, PackedRows
 from lmdeploy_vico.stage.stage import EncodedImage
 
 IMAGE_START, IMAGE_END = '<img>', '</img>'
@@ -17,32 +18,36 @@ Message = Mapping[str, Any]
 Ids = list[int]
 
 
-def render_chat(messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], str | None]) -> list[str]:
-    """Render a conversation and cut the text where its images stand.
+def render_chat(
+    messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], str | None], videos: Sequence[int] = ()
+) -> list[str]:
+    """Render a conversation and cut the text where its images, and the frames of its videos, stand.
 
     In the text handed to the chat template each image is a random mark, so that no text a user types, the image token
     included, can be taken for an image.
 
     Args:
-        messages: with content lists of text and image items.
+        messages: with content lists of text, image and video items.
         render: the chat template.
+        videos: the number of frames of each video.
 
     Returns:
-        One piece of text more than there are images.
+        One piece of text more than there are images and frames.
     """
     mark = f'vico-{secrets.token_hex(16)}'
     image_text = f'{IMAGE_START}{mark}{IMAGE_END}'
     inline = _images_placed_in_text(messages)
+    frames = iter(videos)
     flattened = []
     for message in messages:
         message = dict(message)
-        message['content'] = _flatten(message, image_text, inline)
+        message['content'] = _flatten(message, image_text, inline, frames)
         flattened.append(message)
     text = render(flattened)
     if text is None:
         raise ValueError('This server has no chat template, which messages need: start it with --chat-template.')
     pieces = text.split(mark)
-    images = sum(_image_count(message['content']) for message in messages)
+    images = sum(_image_count(message['content']) for message in messages) + sum(videos)
     if len(pieces) != images + 1:
         raise ValueError(f'The chat template shows {len(pieces) - 1} of the {images} images.')
     return pieces
@@ -110,8 +115,8 @@ def assemble(
         block_size: KV-cache block size in tokens.
 
     Returns:
-        The prompt's ids at their true length, and its spans: dicts of ``embeddings`` ``[end - start, H]``, ``start``,
-        ``end`` and ``content_hash``.
+        The prompt's ids at their true length, and its spans: dicts of ``embeddings`` (PackedRows of ``[end - start,
+        H]``), ``start``, ``end`` and ``content_hash``.
     """
     ids = list(pieces[0])
     spans = []
@@ -130,10 +135,10 @@ def _spans(image: EncodedImage, start: int, block_size: int) -> list[dict[str, A
     """
     end = start + len(image.tokens.embeddings)
     cuts = [start, *range(start - start % block_size + block_size, end, block_size), end]
+    packed = PackedEmbeddings.of(image.tokens.embeddings)
     return [
         {
-            # A copy, since pickling a view would send the whole image's storage along.
-            'embeddings': image.tokens.embeddings[low - start : high - start].clone(),
+            'embeddings': PackedRows(packed, low - start, high - start),
             'start': low,
             'end': high,
             'content_hash': _content_hash(image, low - start, high - start),
@@ -155,7 +160,10 @@ def _content_hash(image: EncodedImage, low: int, high: int) -> str:
 
 
 def _images_placed_in_text(messages: Sequence[Message]) -> bool:
-    """Whether the text says where the images go: one placeholder for each, in the messages that carry images."""
+    """Whether the text says where the images go: one placeholder for each, in the messages that carry images.
+
+    LMDeploy has none for videos, which stand where their items do.
+    """
     contents = [message['content'] for message in messages if isinstance(message['content'], list)]
     texts = [item['text'] for content in contents for item in content if item['type'] == 'text']
     images = sum(map(_image_count, contents))
@@ -163,10 +171,10 @@ def _images_placed_in_text(messages: Sequence[Message]) -> bool:
 
 
 def _image_count(content: Any) -> int:
-    return sum(item['type'] != 'text' for item in content) if isinstance(content, list) else 0
+    return sum(item['type'] not in ('text', 'video') for item in content) if isinstance(content, list) else 0
 
 
-def _flatten(message: Message, image_text: str, inline: bool) -> str:
+def _flatten(message: Message, image_text: str, inline: bool, frames: Iterator[int]) -> str:
     content = message['content']
     if content is None:
         return ''
@@ -177,6 +185,8 @@ def _flatten(message: Message, image_text: str, inline: bool) -> str:
         if item['type'] == 'text':
             text = item['text']
             parts.append(text.replace(IMAGE_PLACEHOLDER, image_text) if inline else text)
+        elif item['type'] == 'video':
+            parts += [f'Frame{number}: {image_text}\n' for number in range(1, next(frames) + 1)]
         elif not inline:
             parts.append(image_text + '\n')
     # LMDeploy joins the parts of a message without images by line breaks, those of one with images by nothing.

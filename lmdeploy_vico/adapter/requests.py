@@ -1,18 +1,21 @@
-"""What a request says about its images, checked: everything a client controls passes through here."""
+"""What a request says about its images and videos, checked: everything a client controls passes through here."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
+from lmdeploy_vico.config import TOKENS_COMPRESSED
 from lmdeploy_vico.stage.stage import ImageJob
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 
 # OpenAI's `detail`, as LMDeploy reads it for InternVL; "auto" means the checkpoint's.
 DETAIL_TILES = {'low': 6, 'medium': 12, 'high': 24}
 IMAGE_TYPES = ('image', 'image_url', 'image_data')
-ITEM_KEYS = {'type', 'data', 'detail', 'max_dynamic_patch', 'compression'}
-IMAGE_ROLES = ('user', 'tool')
+VIDEO_TYPES = ('video', 'video_url')
+IMAGE_KEYS = {'type', 'data', 'detail', 'max_dynamic_patch', 'compression'}
+VIDEO_KEYS = {'type', 'data', 'video_metadata', 'num_frames', 'compression'}
+MEDIA_ROLES = ('user', 'tool')
 
 
 def check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -23,17 +26,28 @@ def check_texts(messages: Sequence[Mapping[str, Any]]) -> None:
                 raise ValueError('A content item of type "text" must have a string "text".')
 
 
-def image_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> list[ImageJob]:
-    """The images of a request in order, with what each item asks for.
+def check_kind(kind: Any) -> None:
+    """Raise ValueError unless ``kind`` is a type of content items that this model takes."""
+    if kind not in ('text', *IMAGE_TYPES, *VIDEO_TYPES):
+        raise ValueError(f'Content items of type {kind!r} are not supported; text, image_url and video_url are.')
+
+
+def media_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> tuple[list[ImageJob], list[int]]:
+    """The images of a request in order, the frames of its videos among them, with what each item asks for.
 
     Args:
-        messages: as LMDeploy hands them over, every image item being ``{'type': 'image', 'data': picture, **params}``.
+        messages: as our MediaParser hands them over, every image item being ``{'type': 'image', 'data': picture,
+            **params}``, every video ``{'type': 'video', 'data': pictures, 'video_metadata': ..., **params}``.
         max_tiles: the server's limit on the tiles of one image.
+
+    Returns:
+        The images, and the number of frames of each video.
 
     Raises:
         ValueError: an item is malformed; the message becomes the body of a 400.
     """
-    jobs = []
+    jobs: list[ImageJob] = []
+    videos: list[int] = []
     for message in messages:
         if not isinstance(message['content'], list):
             continue
@@ -41,12 +55,80 @@ def image_jobs(messages: Sequence[Mapping[str, Any]], max_tiles: int) -> list[Im
             kind = item.get('type') if isinstance(item, Mapping) else None
             if kind == 'text':
                 continue
-            if kind not in IMAGE_TYPES:
-                raise ValueError(f'Content items of type {kind!r} are not supported; text and image_url are.')
-            if message['role'] not in IMAGE_ROLES:
-                raise ValueError(f'Images are accepted in user and tool messages, not in {message["role"]!r} messages.')
-            jobs.append(_image_job(item, max_tiles))
-    return jobs
+            check_kind(kind)
+            if message['role'] not in MEDIA_ROLES:
+                raise ValueError(
+                    f'Images and videos are accepted in user and tool messages, not in {message["role"]!r} messages.'
+                )
+            if kind in IMAGE_TYPES:
+                jobs.append(_image_job(item, max_tiles))
+            else:
+                frames = _frame_jobs(item, routed_with=len(videos))
+                videos.append(len(frames))
+                jobs += frames
+    return jobs, videos
+
+
+def video_options(
+    item: Mapping[str, Any], media_io_kwargs: Mapping[str, Any], session_len: int | None
+) -> tuple[dict[str, Any], int | None]:
+    """How a video item is to be decoded, checked before it is.
+
+    Args:
+        item: as the client sent it. Its own ``num_frames`` comes before that of the request.
+        media_io_kwargs: the request's, with ``num_frames`` and ``fps`` under ``"video"``.
+        session_len: never more frames are decoded than show that the video cannot fit, which bounds the memory.
+
+    Returns:
+        The arguments of LMDeploy's loader, and the ``num_frames`` that the client asked for, None if it did not.
+
+    Raises:
+        ValueError: an option is malformed, or a sequence of frames is too long for ``session_len``.
+    """
+    options = media_io_kwargs.get('video') or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f'media_io_kwargs["video"] must be an object, not {options!r}.')
+    unknown = sorted(options.keys() - {'num_frames', 'fps'}, key=str)
+    if unknown:
+        raise ValueError(f'media_io_kwargs["video"] has the keys "num_frames" and "fps", not {unknown[0]!r}.')
+    asked = _num_frames(options.get('num_frames'), 'media_io_kwargs["video"]["num_frames"]')
+    fps = options.get('fps')
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float('inf')):
+        raise ValueError(f'media_io_kwargs["video"]["fps"] must be a number above 0, not {fps!r}.')
+    own = item.get(item['type'])
+    params = own if isinstance(own, Mapping) else item
+    asked = _num_frames(params.get('num_frames'), 'video_url["num_frames"]') or asked
+    url = _video_url(own)
+    checked = {} if fps is None else {'fps': fps}
+    if asked is not None:
+        checked['num_frames'] = asked
+    if session_len is not None:
+        too_many = session_len // TOKENS_COMPRESSED + 1
+        # A data URL with several commas is a sequence of JPEG frames, all of which LMDeploy decodes.
+        if url[:5].lower() == 'data:' and url.count(',') >= too_many:
+            raise ValueError(
+                f'The video has {url.count(",")} frames and at least {url.count(",") * TOKENS_COMPRESSED} visual '
+                f'tokens, more than the model context length ({session_len}) allows.'
+            )
+        if asked is not None:
+            checked['num_frames'] = min(asked, too_many) if asked > 0 else too_many
+    return checked, asked
+
+
+def _video_url(value: Any) -> str:
+    sources = (value.get('url'), value.get('data')) if isinstance(value, Mapping) else (value,)
+    url = next((source for source in sources if isinstance(source, str) and source), None)
+    if url is None:
+        raise ValueError('A video item must have a string "url": an HTTP, file or base64 data URL.')
+    return url
+
+
+def _num_frames(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == -1 or value > 0):
+        raise ValueError(f'{name} must be a positive integer, or -1 for all frames, not {value!r}.')
+    return value
 
 
 def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: Compression) -> Compression:
@@ -55,6 +137,11 @@ def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: C
     Raises:
         ValueError: not an object, or not an accepted value.
     """
+    if (mm_processor_kwargs or {}).get('video'):
+        raise ValueError(
+            'mm_processor_kwargs has no "video": {"image": {"compression": ...}} holds for the frames of videos too, '
+            'and a video item has a "compression" of its own.'
+        )
     if 'compression' in (mm_processor_kwargs or {}):
         raise ValueError('mm_processor_kwargs: "compression" belongs under "image": {"image": {"compression": ...}}.')
     section = (mm_processor_kwargs or {}).get('image')
@@ -75,7 +162,7 @@ def _image_job(item: Mapping[str, Any], max_tiles: int) -> ImageJob:
     if not isinstance(image, Image.Image):
         # LMDeploy lets the keys of a client's item replace its own: a "data" beside "url" arrives here undecoded.
         raise ValueError('An image item must have either "url" or "data", not both, and no "type" of its own.')
-    unknown = sorted(item.keys() - ITEM_KEYS)
+    unknown = sorted(item.keys() - IMAGE_KEYS)
     if unknown:
         raise ValueError(
             f'{unknown[0]!r} is not a key of an image item; url, detail, max_dynamic_patch, compression are.'
@@ -86,6 +173,21 @@ def _image_job(item: Mapping[str, Any], max_tiles: int) -> ImageJob:
         max_tiles=_tile_limit(item, max_tiles),
         compression=None if compression is None else parse_compression(compression, 'image_url["compression"]'),
     )
+
+
+def _frame_jobs(item: Mapping[str, Any], routed_with: int) -> list[ImageJob]:
+    """A video's frames, one tile each; those of a video with a compression of its own are routed together."""
+    frames = item.get('data')
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, Image.Image) for frame in frames):
+        raise ValueError('A video item must have either "url" or "data", not both, and no "type" of its own.')
+    unknown = sorted(item.keys() - VIDEO_KEYS)
+    if unknown:
+        raise ValueError(f'{unknown[0]!r} is not a key of a video item; url, num_frames, compression are.')
+    compression = item.get('compression')
+    if compression is None:
+        return [ImageJob(image=frame, max_tiles=1) for frame in frames]
+    compression = parse_compression(compression, 'video_url["compression"]')
+    return [ImageJob(image=frame, max_tiles=1, compression=compression, routed_with=routed_with) for frame in frames]
 
 
 def _tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:

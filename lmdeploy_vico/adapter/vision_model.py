@@ -19,14 +19,14 @@ from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
-from lmdeploy_vico.adapter.decoding import guard_image_decoding
+from lmdeploy_vico.adapter.decoding import guard_media_decoding
 from lmdeploy_vico.adapter.disconnect import watch_clients, while_client_waits
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
-from lmdeploy_vico.adapter.requests import check_texts, image_jobs, prompt_compression
+from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
 from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
@@ -81,7 +81,7 @@ class VicoVisionModel(VisionModel):
         self.backend_config = backend_config
         self.options = options = Options.load(backend_config.hf_overrides)
         use(options.kernels)
-        guard_image_decoding()
+        guard_media_decoding()
         watch_clients()
         show_image_tokens()
         checkpoint = Checkpoint(self.model_path)
@@ -137,7 +137,9 @@ class VicoVisionModel(VisionModel):
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Prompt:
         """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
-        jobs = image_jobs(messages, self.options.max_tiles)
+        jobs, videos = media_jobs(messages, self.options.max_tiles)
+        if videos and _is_raw(chat_template):
+            raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
         ids = _generate_ids(messages, chat_template)
         if ids is not None:
             self.check_ids(ids)
@@ -147,7 +149,11 @@ class VicoVisionModel(VisionModel):
             text = ''.join(item['text'] for item in messages[0]['content'] if item['type'] == 'text')
             return Prompt(render_raw(text, len(jobs)), jobs)
         render = partial(chat_template.messages2prompt, tools=tools, **(chat_template_kwargs or {}))
-        return Prompt(render_chat(messages, render), jobs)
+        return Prompt(render_chat(messages, render, videos), jobs)
+
+    def session_len(self) -> int | None:
+        """The model context length, which LMDeploy fills in after the start."""
+        return self.backend_config.session_len
 
     def check_ids(self, ids: Sequence[Any]) -> None:
         """Raise ValueError unless a client's ``ids`` are in the language model's vocabulary."""
@@ -196,7 +202,10 @@ class VicoVisionModel(VisionModel):
     ) -> AbstractAsyncContextManager[None]:
         """Hold a place for a request whose images are to be decoded inside; raises OverloadError if there is none."""
         config = self.stage.encoder.config
-        return admitted(self.stage, estimate_tiles(messages, media_io_kwargs, config.max_tiles + config.use_thumbnail))
+        tiles = estimate_tiles(messages, media_io_kwargs, config.max_tiles + config.use_thumbnail)
+        limit = self.session_len()
+        # A place is not held for more than could be answered.
+        return admitted(self.stage, tiles if limit is None else min(tiles, limit // TOKENS_COMPRESSED + 1))
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)
@@ -210,10 +219,11 @@ class VicoVisionModel(VisionModel):
             wanted = compression if job.compression is None else job.compression
             tiles = self.stage.encoder.tile_count(job.image.size, job.max_tiles)
             least += tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)
-        limit = self.backend_config.session_len  # filled in by LMDeploy after the start
+        limit = self.session_len()
         if limit is not None and least >= limit:
             raise ValueError(
-                f'The images have at least {least} visual tokens, more than the model context length ({limit}) allows.'
+                f'The images and video frames have at least {least} visual tokens, more than the model context length '
+                f'({limit}) allows.'
             )
 
     def _assemble(self, prompt: Prompt, images: Sequence[EncodedImage]) -> dict[str, Any]:

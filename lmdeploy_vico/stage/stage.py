@@ -15,6 +15,7 @@ from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
 from lmdeploy_vico.stage.tiles import Tile, TileCache
 from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures
 from lmdeploy_vico.vision.encoder import RoutingGroup, VisionEncoder, VisualTokens
+from lmdeploy_vico.vision.resample import pass_order
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 from lmdeploy_vico.vision.tiling import tile_digests
 
@@ -81,6 +82,7 @@ class VisionStage:
         self._queue = TileQueue(capacity)
         self._cache = TileCache(cache_bytes)
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
+        self._prepare.submit(pass_order)  # compiles the resizing, a second or two that no request shall wait for
         self._decoding = threading.Lock()
         self._devices = [
             threading.Thread(target=self._run_device, args=[encoder], name=f'vico-device-{index}', daemon=True)

@@ -7,8 +7,10 @@ import numpy as np
 from PIL import Image
 
 from lmdeploy_vico.config import IMAGE_SIZE
+from lmdeploy_vico.vision.resample import cut, resize_into_tiles
 
 TILE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+DIGEST_SIZE = 16
 
 
 @lru_cache(maxsize=64)
@@ -64,14 +66,21 @@ def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail:
     blocks = columns * rows
     thumbnail = use_thumbnail and blocks > 1
     tiles = np.empty((blocks + thumbnail, *TILE_SHAPE), dtype=np.uint8)
-    resized = np.asarray(image.resize((columns * IMAGE_SIZE, rows * IMAGE_SIZE)).convert('RGB'))
-    grid = resized.reshape(rows, IMAGE_SIZE, columns, IMAGE_SIZE, 3).transpose(0, 2, 1, 3, 4)
-    tiles[:blocks] = grid.reshape(blocks, *TILE_SHAPE)
+    _resize(image, tiles[:blocks], columns)
     if thumbnail:
-        tiles[blocks] = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE)).convert('RGB'))
+        _resize(image, tiles[blocks:], 1)
     return tiles
+
+
+def _resize(image: Image.Image, tiles: np.ndarray, columns: int) -> None:
+    if image.mode == 'RGB':
+        resize_into_tiles(image, tiles, columns)
+        return
+    size = columns * IMAGE_SIZE, len(tiles) // columns * IMAGE_SIZE
+    cut(np.asarray(image.resize(size).convert('RGB')), tiles, columns)
 
 
 def tile_digests(tiles: np.ndarray) -> list[bytes]:
     """A 16-byte content digest of each tile in ``[n, 448, 448, 3]``."""
-    return [hashlib.blake2b(tile, digest_size=16).digest() for tile in tiles]
+    # Of the collision-resistant hashes, the one for which processors have instructions.
+    return [hashlib.sha256(tile).digest()[:DIGEST_SIZE] for tile in tiles]

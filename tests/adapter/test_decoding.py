@@ -1,16 +1,21 @@
-"""A damaged picture is refused or decoded whole; never half."""
+"""A damaged picture or video is refused or decoded whole; never half."""
 
 import base64
 import io
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lmdeploy.vl.media.image import ImageMediaIO
+from lmdeploy.vl.media.video import VideoMediaIO
+from lmdeploy.vl.media.video_loader import OpenCVVideoLoader
+from parity.conversations import data_url
+from parity.videos import moving_crops, write_video
 from PIL import Image, ImageFile
 
-from lmdeploy_vico.adapter.decoding import guard_image_decoding
+from lmdeploy_vico.adapter.decoding import guard_media_decoding
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 
@@ -21,7 +26,10 @@ def guarded(monkeypatch):
     monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)
     for name in ('load_bytes', 'load_base64', 'load_file'):
         monkeypatch.setattr(ImageMediaIO, name, ImageMediaIO.__dict__[name])
-    guard_image_decoding()
+    for name in ('__init__', 'load_bytes', 'load_base64', 'load_file'):
+        monkeypatch.setattr(VideoMediaIO, name, VideoMediaIO.__dict__[name])
+    monkeypatch.setattr(OpenCVVideoLoader, '_read_frames', OpenCVVideoLoader.__dict__['_read_frames'])
+    guard_media_decoding()
 
 
 def encoded(kind, progressive=False):
@@ -89,6 +97,111 @@ def test_missing_file(tmp_path):
 
 
 def test_guarding_twice_changes_nothing():
-    before = ImageMediaIO.__dict__['load_bytes']
-    guard_image_decoding()
-    assert ImageMediaIO.__dict__['load_bytes'] is before
+    def guards():
+        owners = {ImageMediaIO: 'load_bytes', VideoMediaIO: '__init__', OpenCVVideoLoader: '_read_frames'}
+        return [id(owner.__dict__[name]) for owner, name in owners.items()]
+
+    before = guards()
+    guard_media_decoding()
+    assert guards() == before
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def video(pictures, tmp_path_factory):
+    """Motion JPEG, which can be read up to where it was cut."""
+    path = tmp_path_factory.mktemp('video') / 'coffee.avi'
+    return write_video(path, moving_crops(pictures['coffee'], 40), 'MJPG').read_bytes()
+
+
+def read(data, **options):
+    return VideoMediaIO(ImageMediaIO(), **options).load_base64('video/mp4', base64.b64encode(data).decode())
+
+
+def sequence(frames):
+    return ','.join(data_url(Image.fromarray(frame), 'JPEG').partition(',')[2] for frame in frames)
+
+
+def test_a_whole_video_passes(video):
+    frames, metadata = read(video, num_frames=16)
+    assert frames.shape == (16, 96, 128, 3) and metadata['total_num_frames'] == 40
+
+
+@pytest.mark.parametrize('share', [0, 0.001, 0.3, 0.6])
+def test_a_video_cut_anywhere_is_refused(video, share):
+    with pytest.raises(ValueError, match='not a video that can be read, or it is damaged|frames cannot be read'):
+        read(video[: int(share * len(video))], num_frames=-1)
+
+
+def test_the_last_frame_missing_is_no_damage(video):
+    frames, _ = read(video[: int(0.96 * len(video))], num_frames=20)
+    assert len(frames) == 19
+
+
+def test_a_header_that_announces_a_million_frames(video):
+    data = bytearray(video)
+    for chunk, offset in ((b'avih', 24), (b'strh', 40)):
+        start = data.find(chunk) + offset
+        assert data[start : start + 4] == (40).to_bytes(4, 'little')
+        data[start : start + 4] = (10**6).to_bytes(4, 'little')
+    with pytest.raises(ValueError, match='damaged or truncated: it ends after 40 frames'):
+        read(bytes(data), num_frames=8)
+
+
+@pytest.mark.parametrize('data', [b'', b'hello, this is text', bytes(5000)])
+def test_not_a_video(data):
+    with pytest.raises(ValueError, match='The data is not a video that can be read, or it is damaged'):
+        read(data)
+
+
+def test_a_picture_in_place_of_a_video():
+    with pytest.raises(ValueError, match='The data is not a video that can be read'):
+        read(encoded('JPEG'))
+
+
+def test_no_readable_frame(video, monkeypatch):
+    loader = VideoMediaIO(ImageMediaIO())
+    nothing = np.empty((0, 96, 128, 3), np.uint8), {'total_num_frames': 0, 'video_backend': 'opencv', 'duration': 0}
+    monkeypatch.setattr(loader.video_loader, 'load_bytes', lambda *args, **kwargs: nothing)
+    with pytest.raises(ValueError, match='The video has no frame that can be read'):
+        loader.load_bytes(video)
+
+
+def test_frames_that_need_too_much_memory(video, monkeypatch):
+    loader = VideoMediaIO(ImageMediaIO())
+
+    def allocate(*args, **kwargs):
+        return np.empty((2**45, 2**10), np.uint8)
+
+    monkeypatch.setattr(loader.video_loader, 'load_bytes', allocate)
+    with pytest.raises(ValueError, match='too large to be decoded; ask for fewer num_frames'):
+        loader.load_bytes(video)
+
+
+def test_missing_video_file(tmp_path):
+    with pytest.raises(ValueError, match='The video file does not exist'):
+        VideoMediaIO(ImageMediaIO()).load_file(tmp_path / 'nothing.mp4')
+
+
+def test_a_sequence_of_jpeg_frames(pictures):
+    frames = moving_crops(pictures['coffee'], 4)
+    loader = VideoMediaIO(ImageMediaIO())
+    assert loader.load_base64('video/jpeg', sequence(frames))[0].shape == (4, 96, 128, 3)
+    with pytest.raises(ValueError, match='A frame of the video cannot be read. The image is damaged'):
+        loader.load_base64('video/jpeg', sequence(frames)[:-2000])
+    with pytest.raises(ValueError, match='A frame of the video cannot be read. The data is not an image'):
+        loader.load_base64('video/jpeg', sequence(frames) + ',')
+    with pytest.raises(ValueError, match='must have the same shape'):
+        loader.load_base64('video/jpeg', sequence([*frames, frames[0][:50]]))
+
+
+def test_no_video_backend(monkeypatch):
+    for name in ('cv2', 'decord', 'torchcodec', 'torchvision'):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match='until opencv-python-headless is installed'):
+        VideoMediaIO(ImageMediaIO())
+    monkeypatch.setenv('LMDEPLOY_VIDEO_BACKEND', 'decord')
+    with pytest.raises(ValueError, match='until opencv-python-headless is installed'):
+        VideoMediaIO(ImageMediaIO())

@@ -12,6 +12,7 @@ from lmdeploy_vico.vision.encoder import VisualTokens
 
 IMAGE = 9  # token id
 PICTURE = {'type': 'image', 'data': None}
+VIDEO = {'type': 'video', 'data': None}
 
 
 def text(value):
@@ -65,6 +66,39 @@ def test_placeholders_say_where_the_images_go():
 def test_placeholders_that_do_not_match_the_images_are_text():
     pieces = render_chat([user(text('what is <IMAGE_TOKEN>?'), PICTURE, PICTURE)], template)
     assert pieces == ['[user]what is <IMAGE_TOKEN>?<img>', '</img>\n<img>', '</img>\n']
+
+
+def test_the_frames_of_a_video_are_numbered():
+    pieces = render_chat([user(text('a'), VIDEO, text('b'))], template, [3])
+    assert pieces == ['[user]aFrame1: <img>', '</img>\nFrame2: <img>', '</img>\nFrame3: <img>', '</img>\nb']
+
+
+def test_videos_and_images_in_several_turns():
+    messages = [
+        user(VIDEO, text('?'), PICTURE),
+        {'role': 'assistant', 'content': 'ok'},
+        user(VIDEO, VIDEO, text('!')),
+    ]
+    assert render_chat(messages, template, [2, 1, 1]) == [
+        '[user]Frame1: <img>',
+        '</img>\nFrame2: <img>',
+        '</img>\n?<img>',
+        '</img>\n[assistant]ok[user]Frame1: <img>',
+        '</img>\nFrame1: <img>',
+        '</img>\n!',
+    ]
+
+
+def test_placeholders_are_for_images_alone():
+    messages = [user(VIDEO, text('see <IMAGE_TOKEN>.'), PICTURE)]
+    assert render_chat(messages, template, [1]) == ['[user]Frame1: <img>', '</img>\nsee <img>', '</img>.']
+    messages = [user(VIDEO, text('see <IMAGE_TOKEN>.'))]
+    assert render_chat(messages, template, [1]) == ['[user]Frame1: <img>', '</img>\nsee <IMAGE_TOKEN>.']
+
+
+def test_a_template_that_loses_frames():
+    with pytest.raises(ValueError, match='The chat template shows 0 of the 5 images'):
+        render_chat([user(VIDEO, PICTURE)], lambda messages: 'nothing', [4])
 
 
 def test_content_none_and_lists_without_images():
@@ -130,7 +164,7 @@ def test_spans_cover_the_image_and_end_at_block_boundaries(before, block_size):
     for left, right in itertools.pairwise(spans):
         assert left['end'] == right['start'] and right['start'] % block_size == 0
     assert all(0 < span['end'] - span['start'] <= block_size for span in spans)
-    assert torch.equal(torch.cat([span['embeddings'] for span in spans]), image.tokens.embeddings)
+    assert torch.equal(torch.cat([span['embeddings'].tensor() for span in spans]), image.tokens.embeddings)
 
 
 def test_several_images():
@@ -139,11 +173,11 @@ def test_several_images():
     assert sum(span['end'] - span['start'] for span in spans) == 64 + 256
 
 
-def test_spans_pickle_without_the_whole_image():
-    image = encoded(*[256] * 13)
-    _, spans = assemble([[1], []], [image], IMAGE, 64)
-    whole = image.tokens.embeddings.nbytes
-    assert len(pickle.dumps(spans)) < 1.5 * whole + 1000 * len(spans)
+def test_spans_pickle_at_the_size_of_their_images():
+    images = [encoded(*[256] * 13), encoded(64, 64)]
+    _, spans = assemble([[1], [], []], images, IMAGE, 64)
+    whole = sum(image.tokens.embeddings.nbytes for image in images)
+    assert whole < len(pickle.dumps(spans)) < whole + 200 * len(spans)
 
 
 def test_hashes_follow_the_content():

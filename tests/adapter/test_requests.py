@@ -3,13 +3,13 @@
 import pytest
 from PIL import Image
 
-from lmdeploy_vico.adapter.requests import image_jobs, prompt_compression
+from lmdeploy_vico.adapter.requests import media_jobs, prompt_compression
 
 PICTURE = Image.new('RGB', (8, 8))
 
 
 def jobs(item, role='user', max_tiles=40):
-    return image_jobs([{'role': role, 'content': [{'type': 'text', 'text': 'x'}, item]}], max_tiles)
+    return media_jobs([{'role': role, 'content': [{'type': 'text', 'text': 'x'}, item]}], max_tiles)[0]
 
 
 def image(**params):
@@ -22,7 +22,7 @@ def test_order_and_defaults():
         {'role': 'assistant', 'content': 'y'},
         {'role': 'user', 'content': [image(detail='low')]},
     ]
-    found = image_jobs(messages, 40)
+    found = media_jobs(messages, 40)[0]
     assert [(job.max_tiles, job.compression) for job in found] == [(None, None), (None, 'all'), (6, None)]
 
 
@@ -73,9 +73,9 @@ def test_data_that_was_not_decoded():
         jobs(image(data='iVBORw0KGgo='))
 
 
-@pytest.mark.parametrize('kind', ['video', 'audio', 'nonsense', None, 3])
+@pytest.mark.parametrize('kind', ['audio', 'nonsense', None, 3])
 def test_other_modalities(kind):
-    with pytest.raises(ValueError, match='are not supported; text and image_url are'):
+    with pytest.raises(ValueError, match='are not supported; text, image_url and video_url are'):
         jobs(image(type=kind))
 
 

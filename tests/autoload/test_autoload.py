@@ -146,6 +146,7 @@ def test_hooks_are_idempotent(make_checkpoint):
         import lmdeploy.vl.model.builder, lmdeploy.vl.engine, lmdeploy.pytorch.models.module_map
         import lmdeploy.pytorch.configurations, lmdeploy.serve.core.vl_async_engine
         import lmdeploy.serve.openai.errors, lmdeploy.serve.anthropic.errors, lmdeploy.serve.openai.api_server
+        import lmdeploy.serve.processors.multimodal
         from lmdeploy_vico.adapter.hooks import HOOKS
         def state():
             m = sys.modules
@@ -156,6 +157,9 @@ def test_hooks_are_idempotent(make_checkpoint):
                     m['lmdeploy.serve.openai.errors'].create_request_error_response,
                     m['lmdeploy.serve.anthropic.errors'].create_request_error_response,
                     m['lmdeploy.serve.core.vl_async_engine'].VLAsyncEngine.__dict__['close'],
+                    m['lmdeploy.serve.processors.multimodal'].MultimodalProcessor.__dict__['__init__'],
+                    m['lmdeploy.serve.processors.multimodal'].MultimodalProcessor.__dict__[
+                        '_get_multimodal_prompt_input'],
                     m['lmdeploy.serve.openai.api_server'].mount_metrics,
                     dict(m['lmdeploy.pytorch.models.module_map'].CUSTOM_MODULE_MAP),
                     list(m['lmdeploy.pytorch.configurations'].AutoModelConfigBuilder._sub_classes))
@@ -166,4 +170,4 @@ def test_hooks_are_idempotent(make_checkpoint):
         print([a is b or a == b for a, b in zip(before, after)])
         """
     )
-    assert out == str([True] * 10)
+    assert out == str([True] * 12)

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -58,8 +59,15 @@ def data_url(image: Image.Image, kind: str = 'PNG') -> str:
     return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
+def video_url(file: Path | str) -> str:
+    """A data URL of a video file; what is a URL already stays as it is."""
+    if isinstance(file, str):
+        return file
+    return f'data:video/mp4;base64,{base64.b64encode(file.read_bytes()).decode()}'
+
+
 def on_the_wire(messages: Sequence[Message]) -> list[Message]:
-    """The same messages with data URLs in place of PIL images."""
+    """The same messages with data URLs in place of PIL images and of video files."""
     wired = []
     for message in messages:
         content = message['content']
@@ -72,5 +80,8 @@ def on_the_wire(messages: Sequence[Message]) -> list[Message]:
 def _wire_item(item: dict[str, Any]) -> dict[str, Any]:
     if item['type'] == 'text':
         return item
+    if item['type'] == 'video_url':
+        value = {key: entry for key, entry in item['video_url'].items() if key != 'frames'}
+        return {'type': 'video_url', 'video_url': {**value, 'url': video_url(value['url'])}}
     value = item['image_url']
     return {'type': 'image_url', 'image_url': {**value, 'url': data_url(value['url'])}}

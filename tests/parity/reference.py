@@ -301,20 +301,27 @@ class Reference:
         compression: str | float = 'auto',
         per_image: Sequence[str | float | None] | None = None,
         max_tiles: Sequence[int | None] | None = None,
+        videos: Sequence[int | None] | None = None,
     ) -> list[Encoded]:
         """Encode the images of one prompt.
 
-        An image with its own entry in ``per_image`` is routed by itself; all the others together.
+        An image with its own entry in ``per_image`` is routed by itself, or with the other images of the same number in
+        ``videos``; all the others together.
         """
         own = list(per_image or [None] * len(images))
         limits = max_tiles or [None] * len(images)
         features = [self.features(self.tile(image, limit)) for image, limit in zip(images, limits, strict=True)]
         scores = [self.scores(x) for x in features]
-        shared = [i for i, value in enumerate(own) if value is None]
+        members: dict[object, list[int]] = {}
+        for i, (value, video) in enumerate(zip(own, videos or [None] * len(images), strict=True)):
+            key = 'the rest' if value is None else ('image', i) if video is None else ('video', video)
+            members.setdefault(key, []).append(i)
         routes: list[list[bool]] = [[]] * len(images)
-        together = iter(self._route([s for i in shared for s in scores[i]], compression))
-        for i in range(len(images)):
-            routes[i] = [next(together) for _ in scores[i]] if own[i] is None else self._route(scores[i], own[i])
+        for indices in members.values():
+            wanted = compression if own[indices[0]] is None else own[indices[0]]
+            routed = iter(self._route([s for i in indices for s in scores[i]], wanted))
+            for i in indices:
+                routes[i] = [next(routed) for _ in scores[i]]
         return [
             Encoded(
                 torch.cat([self.project(t, c) for t, c in zip(tiles, compressed, strict=True)]),
@@ -346,6 +353,7 @@ class Reference:
                 compression,
                 [p.compression for p in pictures],
                 [p.max_tiles for p in pictures],
+                [p.video for p in pictures],
             )
         )
         pieces: list[str | Tensor] = []

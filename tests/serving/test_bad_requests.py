@@ -73,7 +73,7 @@ BAD_IMAGES = {
     ),
     'tiles as text': (image_item(SMALL, max_dynamic_patch='12'), 'max_dynamic_patch must be an integer'),
     'extra data': (image_item(SMALL, data='iVBOR'), 'either "url" or "data", not both'),
-    'extra type': (image_item(SMALL, type='video'), 'are not supported'),
+    'extra type': (image_item(SMALL, type='audio'), 'are not supported'),
     'type text': (image_item(SMALL, type='text'), 'must have a string "text"'),
     'ids in an image item': (image_item(SMALL, type='text', text=[5, 6]), 'must have a string "text"'),
     'unknown compression': (image_item(SMALL, compression='most'), 'must be "auto", "none", "all"'),
@@ -104,8 +104,10 @@ def test_bad_compression_of_the_request(client):
 
 
 def test_other_modalities(client):
-    status, _ = chat(client, {'type': 'video_url', 'video_url': {'url': 'data:video/mp4;base64,AAAA'}})
-    assert status == 400
+    for item in ({'type': 'nonsense'}, {'type': 'audio_url', 'audio_url': {'url': 'data:audio/wav;base64,AAAA'}}):
+        status, body = chat(client, item, image_item(SMALL))
+        assert status == 400
+        assert 'are not supported; text, image_url and video_url are' in body['message']
 
 
 def test_prompt_longer_than_the_session(client, pictures):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS, Answer, Judge
+from parity.videos import moving_crops, read_video, write_video
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving.test_server import KINDS
 
@@ -73,6 +75,20 @@ def test_pairs_of_a_prompt_and_images(make_checkpoint, pictures, judge):
             *({'type': 'image_url', 'image_url': {'url': image}} for image in images),
         ]
         judge().check([{'role': 'user', 'content': content}], answer)
+
+
+def test_a_video_file_and_one_lazy_picture_many_times(make_checkpoint, pictures, judge, tmp_path):
+    pictures['page'].save(tmp_path / 'page.png')
+    video = write_video(tmp_path / 'coffee.mp4', moving_crops(pictures['coffee'], 20))
+    question = {'type': 'text', 'text': 'Which came first?'}
+    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
+        with Image.open(tmp_path / 'page.png') as lazy:
+            images = [{'type': 'image', 'image': lazy, 'max_dynamic_patch': 1}] * 20
+            file = {'type': 'video', 'video': str(video), 'num_frames': 4}
+            [answer] = ask(pipe, [[{'role': 'user', 'content': [*images, file, question]}]])
+        images = [{'type': 'image', 'image': pictures['page'], 'max_dynamic_patch': 1}] * 20
+        frames = {'type': 'video_url', 'video_url': {'frames': read_video(video, 4)}}
+        judge().check([{'role': 'user', 'content': [*images, frames, question]}], answer)
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

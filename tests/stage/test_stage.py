@@ -49,7 +49,7 @@ def test_limits_and_compression_of_a_single_image(stage, pictures):
 
 def test_a_failure_belongs_to_its_prompt(stage, pictures):
     class Broken:
-        size = (10, 10)
+        size, mode = (10, 10), 'L'
 
         def load(self):
             pass

@@ -60,6 +60,7 @@ class Measurement:
         self._texts: dict[int, list[str]] = {}
         self._model = options.model or ''
         self._about: dict[str, Any] = {}
+        self._unwritten = False
 
     def check(self) -> None:
         """Raises :class:`BenchError` for what would fail later; prints what is left out."""
@@ -177,7 +178,7 @@ class Measurement:
                     if not self.results[cell].error:
                         client, server = running[cell.server]
                         await self._round(cell, client, server, requests[cell.server], indices, done)
-                        self._save(complete=False, strict=False)
+                        self._save(complete=False)
 
     async def _round(
         self,
@@ -245,8 +246,8 @@ class Measurement:
         visual = bare.image_tokens if cell.server == OURS else visual_tokens(options.tiles)
         result.overhead = bare.prompt_tokens - (visual or 0)
 
-    def _save(self, complete: bool, strict: bool = True) -> None:
-        """Write the results; unless ``strict``, a failure is left to the next round to say."""
+    def _save(self, complete: bool) -> None:
+        """Write the results. In the middle of a run a failure is said, once; at its end it is raised."""
         model, tiles = paper_model(self._model), self.options.tiles
         arguments = {k: v for k, v in vars(self.options).items() if k not in ('run', 'argv')}
         content = {
@@ -263,8 +264,14 @@ class Measurement:
                 for cell, result in self.results.items()
             ],
         }
-        with contextlib.nullcontext() if strict else contextlib.suppress(BenchError):
+        try:
             self.output.write(content)
+        except BenchError as error:
+            if complete:
+                raise
+            if not self._unwritten:
+                self._say(str(error))
+            self._unwritten = True
 
     @contextlib.contextmanager
     def _progress(self, title: str, total: int) -> Iterator[Callable[[], None]]:

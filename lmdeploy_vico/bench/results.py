@@ -157,8 +157,8 @@ class OutputFile:
 
     def check(self) -> None:
         """Raises :class:`BenchError` if it cannot be written."""
-        if self.path.is_dir():
-            raise BenchError(f'{self.path} is a directory: name a file.')
+        if self.path.exists() and not self.path.is_file():
+            raise BenchError(f'{self.path} is a directory or a device: name a file.')
         try:
             self._draft.write_text('{}\n')
             self._draft.unlink()

@@ -10,6 +10,7 @@ from bench.conftest import OVERHEAD
 from serving.conftest import serve  # noqa: F401
 
 from lmdeploy_vico import cli
+from lmdeploy_vico.bench import results as results_module
 from lmdeploy_vico.bench.client import Client
 from lmdeploy_vico.bench.workload import IMAGE, LLM, OURS, Cell, Requests
 from lmdeploy_vico.testing.server import free_port
@@ -141,11 +142,31 @@ def test_a_server_that_ends_in_the_middle(fake_server, bench, how):
 
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_asked(fake_server, bench, tmp_path):
     server = fake_server()
-    for path, said in ((tmp_path, 'is a directory'), (tmp_path / 'missing' / 'file', 'No such file or directory')):
+    for path, said in (
+        (tmp_path, 'is a directory or a device'),
+        (tmp_path / 'missing' / 'file', 'No such file or directory'),
+    ):
         status, printed, _ = bench('--base-url', server.url, '--output-file', str(path))
         assert status == 1
         assert said in printed
     assert server.bodies == []
+
+
+def test_a_disk_that_fills_up_is_said_and_the_tables_are_printed(fake_server, bench, monkeypatch):
+    written = []
+
+    def dump(content, file, **options):
+        written.append(len(content['cells']))
+        if len(written) > 1:
+            raise OSError(28, 'No space left on device')
+        file.write(json.dumps({'round': 1}))
+
+    monkeypatch.setattr(results_module.json, 'dump', dump)
+    status, printed, results = bench('--base-url', fake_server().url)
+    assert status == 1
+    assert 'Requests per second' in printed
+    assert printed.count('No space left on device') == 2  # when it happened, and at the end
+    assert results == {'round': 1}
 
 
 def test_options_that_do_not_go_together(bench, tmp_path):

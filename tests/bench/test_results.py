@@ -230,8 +230,10 @@ def test_output_is_checked_and_replaced_as_a_whole(tmp_path):
 def test_output_that_cannot_be_written(tmp_path):
     with pytest.raises(BenchError, match='cannot be written: No such file or directory'):
         OutputFile(tmp_path / 'missing' / 'results.json').check()
-    with pytest.raises(BenchError, match='is a directory'):
+    with pytest.raises(BenchError, match='a directory or a device'):
         OutputFile(tmp_path).check()
+    with pytest.raises(BenchError, match='a directory or a device'):
+        OutputFile(Path('/dev/full')).check()
 
 
 def test_a_full_disk_keeps_the_last_results(tmp_path, monkeypatch):

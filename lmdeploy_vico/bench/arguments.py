@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='with baselines: all servers run while one of them is measured, in turns; or one server after the other, '
         'where they would not fit (default: together on a CPU, in-turn on a GPU)',
     )  # fmt: skip
-    parser.add_argument('--images', type=_positive, metavar='N', help='distinct pictures (default: --num-prompts)')
+    parser.add_argument('--images', type=_positive, metavar='N',
+        help='distinct pictures, half a megabyte each in memory at 10 tiles (default: --num-prompts)',
+    )  # fmt: skip
     parser.add_argument('--seed', type=_natural, default=0, help='of pictures and texts (default: 0)')
     parser.add_argument('--request-timeout', type=float, default=600, metavar='SECONDS', help='(default: 600)')
     parser.add_argument('--output-file', type=Path, default=Path('first-token.json'), metavar='FILE',

@@ -194,23 +194,19 @@ class Measurement:
         bodies = [requests.body(cell, index, start) for index in indices]
         before = parse_metrics(await client.metrics())
         measured = await client.round(bodies, self.options.max_concurrency, done)
-        added = await _added(client, before, measured)
-        result = self.results[cell]
-        result.add(measured, added)
-        if any(outcome.error for outcome in measured.outcomes):
-            await self._look_after(cell, client, server, measured)
-
-    async def _look_after(self, cell: Cell, client: Client, server: ApiServer | None, measured: Round) -> None:
-        """After failures: has the server ended, or does it refuse everything?"""
-        if await client.ended(measured.outcomes):
-            why = servers.why_ended(server)
-            self._lose(cell.server, f'the server or its engine ended: {why}')
-            if cell.server == OURS:
-                raise BenchError(
-                    f'The server or its engine ended during the measurement ({why}). Results so far: {self.output.path}'
-                )
-        elif measured.gave_up:
-            self.results[cell].error = f'no request was answered any more: {measured.outcomes[-1].error}'
+        errors = [outcome.error for outcome in measured.outcomes if outcome.error]
+        ended = bool(errors) and await client.ended(measured.outcomes)
+        if not ended and not measured.gave_up:
+            self.results[cell].add(measured, await _added(client, before, measured))
+            return
+        # Its time says nothing: only whole rounds are compared.
+        self.results[cell].add_failures(measured)
+        why = servers.why_ended(server) if ended else f'it answers no request any more: {errors[-1]}'
+        self._lose(cell.server, f'the server or its engine ended: {why}')
+        if cell.server == OURS:
+            raise BenchError(
+                f'The server or its engine ended during the measurement ({why}). Results: {self.output.path}'
+            )
 
     def _lose(self, name: str, reason: str) -> None:
         for cell, result in self.results.items():

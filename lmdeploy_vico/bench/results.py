@@ -43,9 +43,9 @@ class CellResult:
         """Add a round, and what it added to the server's metrics."""
         self.duration += measured.duration
         self.rounds.append(measured.duration)
+        self.add_failures(measured)
         for outcome in measured.outcomes:
             if outcome.error:
-                self.failures[outcome.error] += 1
                 continue
             self.ttft.append(outcome.ttft)
             self.cached_tokens += outcome.cached_tokens
@@ -56,6 +56,10 @@ class CellResult:
             self._kv_blocks += -(-outcome.prompt_tokens // KV_BLOCK)
         for name, value in added.items():
             self.added[name] = self.added.get(name, 0.0) + value
+
+    def add_failures(self, measured: Round) -> None:
+        """Count what failed in a round, and nothing else of it."""
+        self.failures.update(outcome.error for outcome in measured.outcomes if outcome.error)
 
     @property
     def completed(self) -> int:

@@ -135,7 +135,7 @@ def test_a_server_that_ends_in_the_middle(fake_server, bench, how):
     assert status == 1
     assert 'The server or its engine ended during the measurement' in printed
     assert not results['complete']
-    assert [cell['completed'] for cell in results['cells']] == [12, 4, 0]
+    assert [cell['completed'] for cell in results['cells']] == [12, 0, 0]  # whole rounds only
     assert results['cells'][1]['failed'] >= 3
     assert 'ended' in results['cells'][2]['error']
 

@@ -10,7 +10,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_cha
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench bench-handover bench-kernels soak kernel-resources clean
+.PHONY: help setup demo test test-gpu lint format bench bench-first-token bench-handover bench-kernels soak kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench: $(STAMP) ## Time image preparation and the vision stage against LMDeploy'
 
 bench-handover: $(STAMP) ## Time the ways to hand visual tokens to the engine's process
 	@$(BIN)/python -m benchmarks.handover $(ARGS)
+
+bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR' or '--base-url URL'
+	@$(BIN)/python benchmarks/first_token.py $(ARGS)
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)

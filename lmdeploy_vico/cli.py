@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 
 from lmdeploy_vico import __version__
+from lmdeploy_vico.bench import arguments as bench_arguments
 
 DESCRIPTION = """\
 lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
 answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
-This command makes small random checkpoints to try it with, reports what is installed, and runs a demonstration.
+This command makes small random checkpoints to try it with, reports what is installed, runs a demonstration, and
+measures what compression gains.
 """
 TINY = """\
 Write a random checkpoint of a few megabytes in the published layout of InternVL3.5-Flash into DIR: real tile and token
@@ -33,12 +35,24 @@ TINY_ONLY = ('llm', 'vit', 'seed', 'size', 'dtype', 'plain')  # what --like excl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own); return its exit status."""
-    arguments = _parser().parse_args(argv)
+    own, server_arguments = _split(list(sys.argv[1:] if argv is None else argv))
+    arguments = _parser().parse_args(own)
+    if arguments.run is _bench:
+        arguments.server_arguments = server_arguments
+        arguments.argv = ['lmdeploy-vico', *own, *(['--'] if server_arguments else []), *server_arguments]
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
         return 130  # as a shell reports a program that was interrupted
     return status
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What follows ``--`` after ``bench`` is for the server; argparse would mix it with options of several values."""
+    if argv[:1] != ['bench'] or '--' not in argv:
+        return argv, []
+    end = argv.index('--')
+    return argv[:end], argv[end + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         '--checkpoint', metavar='DIR', type=Path, help='what to serve (default: a tiny random checkpoint, made now)'
     )
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        'bench',
+        help='measure first-token throughput by token compression',
+        description=bench_arguments.DESCRIPTION,
+        formatter_class=raw,
+    )
+    bench_arguments.add_arguments(bench)
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -145,6 +168,19 @@ def _demo(arguments: argparse.Namespace) -> int:
     except (demo.DemoError, ServerError) as error:
         return _fail(str(error))
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from lmdeploy_vico.testing.server import ServerError
+
+    try:
+        from lmdeploy_vico.bench import BenchError, first_token
+    except ImportError as error:
+        return _fail(f'The benchmark needs {error.name}: pip install "lmdeploy-vico[bench]"')
+    try:
+        return first_token.run(arguments)
+    except (BenchError, ServerError) as error:
+        return _fail(str(error))
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,19 @@ smooth tiles to 64 tokens and detailed ones to 256, and answers that depend on e
 nothing. Those of the published sizes come without weights, for measuring.
 """
 
-from lmdeploy_vico.testing.checkpoint import is_tiny_checkpoint, make_tiny_checkpoint
-from lmdeploy_vico.testing.published import make_checkpoint_without_weights
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmdeploy_vico.testing.checkpoint import is_tiny_checkpoint, make_tiny_checkpoint
+    from lmdeploy_vico.testing.published import make_checkpoint_without_weights
 
 __all__ = ['is_tiny_checkpoint', 'make_checkpoint_without_weights', 'make_tiny_checkpoint']
+
+
+def __getattr__(name: str) -> Any:
+    """Checkpoints need torch, and are loaded when asked for: running a server (``testing.server``) needs none."""
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from lmdeploy_vico.testing import checkpoint, published
+
+    return getattr(published if hasattr(published, name) else checkpoint, name)

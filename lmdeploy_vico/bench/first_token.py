@@ -1,0 +1,323 @@
+"""The measurement: servers, warm-up, rounds in turns, results."""
+
+import argparse
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lmdeploy_vico.bench import BenchError, report, servers
+from lmdeploy_vico.bench.breakdown import difference, parse_metrics
+from lmdeploy_vico.bench.client import Client, Outcome, Round
+from lmdeploy_vico.bench.paper import paper_model, paper_speedup
+from lmdeploy_vico.bench.pictures import make_pictures
+from lmdeploy_vico.bench.results import CellResult, OutputFile
+from lmdeploy_vico.bench.texts import make_texts
+from lmdeploy_vico.bench.workload import (
+    AUTO,
+    BASELINES,
+    IMAGE,
+    LABELS,
+    LLM,
+    OURS,
+    Cell,
+    Picture,
+    Requests,
+    cells,
+    visual_tokens,
+)
+from lmdeploy_vico.testing.server import ApiServer, ServerError
+
+# A round of a cell has so many requests for each that is on its way at a time: its end, when fewer and fewer are left,
+# is short against it, and there are still rounds enough for the cells to take turns.
+ROUND, LEAST_ROUND = 8, 100
+SETTLED, POLL = 5.0, 0.05  # seconds to wait for the engine's metrics of the last requests, and between two looks
+PREFILLS = 'lmdeploy:request_prefill_time_seconds_count'
+
+
+class Measurement:
+    """One run of the benchmark.
+
+    Args:
+        options: the parsed command line (:mod:`lmdeploy_vico.bench.arguments`), with ``server_arguments`` and ``argv``.
+    """
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console = options, console
+        self.output = OutputFile(options.output_file)
+        baselines = [name for name in BASELINES if name in options.baseline]
+        todo = cells(options.mode, options.text_tokens, options.token_compression, baselines)
+        self.results = {cell: CellResult(cell, options.tiles) for cell in todo}
+        self._baselines = [name for name in baselines if any(cell.server == name for cell in todo)]
+        self._pictures: list[str] = []
+        self._texts: dict[int, list[str]] = {}
+        self._model = options.model or ''
+        self._about: dict[str, Any] = {}
+        self._unwritten = False
+
+    def check(self) -> None:
+        """Raises :class:`BenchError` for what would fail later; prints what is left out."""
+        options = self.options
+        self.output.check()
+        if options.plot:
+            report.check_plot(options.plot)
+        if options.model:
+            servers.check_model(options.model)
+        elif set(options.baseline) & set(BASELINES):
+            raise BenchError('Baselines are servers of their own: name the checkpoint with --model, not --base-url.')
+        elif options.server_arguments:
+            raise BenchError(
+                'Arguments after -- are for a server that is started here: name a checkpoint with --model.'
+            )
+        if LLM in options.mode and AUTO in options.token_compression:
+            self._say('llm mode: auto is left out, as no router sees synthetic images.')
+        if LLM in options.mode and set(options.baseline) & set(BASELINES):
+            self._say("llm mode: baselines are left out, as LMDeploy's own classes know no synthetic images.")
+
+    async def run(self) -> bool:
+        """Measure everything and print it; returns whether all requests of the plugin's own cells were answered."""
+        self._make_pictures()
+        try:
+            if self.options.base_url:
+                self._about = {'servers': {OURS: self.options.base_url}, **self._environment(None)}
+                async with Client(self.options.base_url, self.options.request_timeout) as client:
+                    await self._measure({OURS: (client, None)})
+            else:
+                await self._run_servers()
+        except (BenchError, ServerError, asyncio.CancelledError):
+            if any(result.completed for result in self.results.values()):
+                report.show(self.console, self.results, paper_model(self._model), self.options.tiles)
+            self._save(complete=False)
+            raise
+        report.show(self.console, self.results, paper_model(self._model), self.options.tiles)
+        self._save(complete=True)
+        self._say(f'Results: {self.output.path}')
+        if self.options.plot:
+            title = f'{Path(self._model).name}: {self.options.tiles} tiles, {self.options.max_concurrency} at a time'
+            report.draw(self.options.plot, self.results, paper_model(self._model), self.options.tiles, title)
+            self._say(f'Plot: {self.options.plot}')
+        ours = [result for cell, result in self.results.items() if cell.server == OURS]
+        return all(result.completed and not result.failed and not result.error for result in ours)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _environment(self, device: str | None) -> dict[str, Any]:
+        return {'environment': servers.environment(device)}
+
+    def _make_pictures(self) -> None:
+        if IMAGE not in self.options.mode:
+            return
+        picture = Picture.of_tiles(self.options.tiles)
+        count = (self.options.images or self.options.num_prompts) * picture.count
+        with self._progress('Making pictures', count) as done:
+            self._pictures = make_pictures(count, picture.size, self.options.seed, done)
+
+    async def _run_servers(self) -> None:
+        options, names = self.options, [OURS, *self._baselines]
+        gpu = servers.gpu_name()
+        together = options.servers == 'together' or (options.servers == 'auto' and not gpu)
+        if len(names) > 1:
+            how = 'all run, one is measured at a time, in turns' if together else 'one after the other, not in turns'
+            self._say(f'{len(names)} servers: {how}.')
+        with tempfile.TemporaryDirectory(prefix='vico-bench-') as scratch:
+            made = {
+                name: servers.make_server(
+                    name, options.model, options.mode, bool(gpu), options.server_arguments, Path(scratch)
+                )
+                for name in names
+            }
+            commands = {name: ' '.join(server.command) for name, server in made.items()}
+            self._about = {'servers': commands, 'servers_together': together, **self._environment(gpu or 'cpu')}
+            for group in [names] if together else [[name] for name in names]:
+                async with contextlib.AsyncExitStack() as stack:
+                    running = {}
+                    for name in group:
+                        if self._started(stack, name, made[name]):
+                            client = Client(made[name].url, options.request_timeout)
+                            running[name] = (await stack.enter_async_context(client), made[name])
+                    await self._measure(running)
+
+    def _started(self, stack: contextlib.AsyncExitStack, name: str, server: ApiServer) -> bool:
+        self._say('$ ' + ' '.join(server.command))
+        try:
+            stack.enter_context(server)
+        except ServerError:
+            if name == OURS:
+                raise
+            self._lose(name, f'the server did not start: {servers.why_ended(server)}')
+            return False
+        return True
+
+    async def _measure(self, running: Mapping[str, tuple[Client, ApiServer | None]]) -> None:
+        """Warm up and measure the cells of some servers, which take turns."""
+        options, requests = self.options, {}
+        for name, (client, _) in running.items():
+            model = await client.model()
+            self._model = self._model or model
+            for tokens in set(options.text_tokens) - set(self._texts):
+                self._texts[tokens] = await make_texts(client.token_counts, tokens, options.num_prompts, options.seed)
+            requests[name] = Requests(model, options.tiles, self._pictures, self._texts, options.seed)
+        order = [cell for cell in self.results if cell.server in running]
+        for cell in order:
+            await self._warm_up(cell, *running[cell.server], requests[cell.server])
+        rounds = max(1, round(options.num_prompts / max(ROUND * options.max_concurrency, LEAST_ROUND)))
+        edges = [options.num_prompts * i // rounds for i in range(rounds + 1)]
+        with self._progress('Measuring', options.num_prompts * len(order)) as done:
+            for turn in range(rounds):
+                indices = range(edges[turn], edges[turn + 1])
+                shift = turn % len(order) if order else 0
+                for cell in order[shift:] + order[:shift]:
+                    if not self.results[cell].error:
+                        client, server = running[cell.server]
+                        await self._round(cell, client, server, requests[cell.server], indices, done)
+                        self._save(complete=False)
+
+    async def _round(
+        self,
+        cell: Cell,
+        client: Client,
+        server: ApiServer | None,
+        requests: Requests,
+        indices: Sequence[int],
+        done: Callable[[], object],
+    ) -> None:
+        # Cells start at different pictures, so that a cache of tiles finds as little as it can of the cell before.
+        start = list(self.results).index(cell) * self.options.num_prompts // len(self.results)
+        bodies = [requests.body(cell, index, start) for index in indices]
+        before = parse_metrics(await client.metrics())
+        measured = await client.round(bodies, self.options.max_concurrency, done)
+        errors = [outcome.error for outcome in measured.outcomes if outcome.error]
+        ended = bool(errors) and await client.ended(measured.outcomes)
+        if not ended and not measured.gave_up:
+            self.results[cell].add(measured, await _added(client, before, measured))
+            return
+        # Its time says nothing: only whole rounds are compared.
+        self.results[cell].add_failures(measured)
+        why = servers.why_ended(server) if ended else f'it answers no request any more: {errors[-1]}'
+        self._lose(cell.server, f'the server or its engine ended: {why}')
+        if cell.server == OURS:
+            raise BenchError(
+                f'The server or its engine ended during the measurement ({why}). Results: {self.output.path}'
+            )
+
+    def _lose(self, name: str, reason: str) -> None:
+        for cell, result in self.results.items():
+            if cell.server == name and not result.error:
+                result.error = reason
+        self._say(f'{LABELS[name]}: {reason}')
+
+    async def _warm_up(self, cell: Cell, client: Client, server: ApiServer | None, requests: Requests) -> None:
+        """Ask for every number of compressed tiles once, check what comes back, then for many at a time."""
+        result, options = self.results[cell], self.options
+        if result.error:
+            return
+        shapes = {requests.compressed(cell, index): index for index in reversed(range(options.num_prompts))}
+        bare = await client.ask(requests.body(cell, 0, text=''))
+        outcomes = [await client.ask(requests.body(cell, index)) for index in shapes.values()]
+        many = [requests.body(cell, i % options.num_prompts) for i in range(2 * options.max_concurrency)]
+        try:
+            for compressed, outcome in zip((requests.compressed(cell, 0), *shapes), (bare, *outcomes), strict=True):
+                _check(cell, outcome, options.tiles, compressed)
+            outcomes += (await client.round(many, options.max_concurrency)).outcomes
+            for outcome in outcomes:
+                _check(cell, outcome, options.tiles, None)
+        except BenchError as error:
+            ended = await client.ended(outcomes)
+            if cell.server == OURS:
+                raise BenchError(
+                    f'{error} The server has ended: {servers.why_ended(server)}' if ended else str(error)
+                ) from error
+            reason = (
+                f'the server or its engine ended while warming up: {servers.why_ended(server)}' if ended else str(error)
+            )
+            self._lose(cell.server, reason)
+        visual = bare.image_tokens if cell.server == OURS else visual_tokens(options.tiles)
+        result.overhead = bare.prompt_tokens - (visual or 0)
+
+    def _save(self, complete: bool) -> None:
+        """Write the results. In the middle of a run a failure is said, once; at its end it is raised."""
+        model, tiles = paper_model(self._model), self.options.tiles
+        arguments = {k: v for k, v in vars(self.options).items() if k not in ('run', 'argv')}
+        content = {
+            'benchmark': 'first_token',
+            'complete': complete,
+            'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+            'command': ' '.join(self.options.argv),
+            'arguments': {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()},
+            'model': self._model,
+            'paper_model': model,
+            **self._about,
+            'cells': [
+                result.as_json(report.speedup(self.results, cell), paper_speedup(model, tiles, cell))
+                for cell, result in self.results.items()
+            ],
+        }
+        try:
+            self.output.write(content)
+        except BenchError as error:
+            if complete:
+                raise
+            if not self._unwritten:
+                self._say(str(error))
+            self._unwritten = True
+
+    @contextlib.contextmanager
+    def _progress(self, title: str, total: int) -> Iterator[Callable[[], None]]:
+        columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # Redrawn seldom: what draws takes time from the client.
+        with Progress(*columns, console=self.console, transient=True, refresh_per_second=1) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda: progress.advance(task)
+
+
+def _check(cell: Cell, outcome: Outcome, tiles: int, compressed: int | None) -> None:
+    """Raises :class:`BenchError` if a request of the warm-up was not answered as the measurement needs it."""
+    if outcome.status == 400 and cell.mode == LLM:
+        raise BenchError(
+            'The server refuses synthetic images: start it with LMDEPLOY_VICO_SYNTHETIC_IMAGES=1 in its environment. '
+            f'It said: {outcome.error}'
+        )
+    if outcome.error:
+        raise BenchError(f'The server does not answer requests ({cell}): {outcome.error}')
+    if cell.server != OURS:
+        return
+    if outcome.image_tokens is None:
+        raise BenchError(
+            'The model is not served as a ViCO model, as its usage counts no image_tokens: serve an InternVL3.5-Flash '
+            'checkpoint where lmdeploy-vico is installed and LMDEPLOY_VICO is not 0.'
+        )
+    if compressed is not None and outcome.image_tokens != visual_tokens(tiles, compressed):
+        raise BenchError(
+            f'{tiles} tiles with {compressed} compressed are {visual_tokens(tiles, compressed)} visual tokens, but the '
+            f'server counts {outcome.image_tokens}: compression does not do what it is asked ({cell}).'
+        )
+
+
+async def _added(client: Client, before: dict[str, float], measured: Round) -> dict[str, float]:
+    """What a round added to the metrics, once the engine has reported its last requests."""
+    answered = sum(outcome.error is None for outcome in measured.outcomes)
+    end = time.monotonic() + (SETTLED if PREFILLS in before else 0)
+    while True:
+        after = parse_metrics(await client.metrics())
+        added = difference(after, before)
+        if added.get(PREFILLS, 0) >= answered or not after or time.monotonic() >= end:
+            return added
+        await asyncio.sleep(POLL)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the parsed command line; returns the exit status. Raises BenchError and ServerError."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 150)
+    measurement = Measurement(options, console)
+    measurement.check()
+    return 0 if asyncio.run(measurement.run()) else 1

@@ -1,0 +1,168 @@
+"""The servers that a measurement starts: the plugin's, and LMDeploy without the plugin's classes."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmdeploy_vico.bench import BenchError
+from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS
+from lmdeploy_vico.testing.server import ApiServer
+
+FLASH_KEYS = ('flash_mode', 'flash_relative_threshold', 'flash_absolute_threshold')
+ROUTER_WEIGHTS = ('mlp2.', 'pooling_before_gating.', 'gating.')
+INDEX = 'model.safetensors.index.json'
+HUB_ID = re.compile(r'^[\w.-]+/[\w.-]+$')
+EXCEPTION = re.compile(r'^\s*(?:[\w.]+\.)?\w*(?:Error|Exception)\b.*')
+COPIED = 2**24  # bytes at a time
+DEVICE = (
+    'import torch; print(torch.cuda.get_device_name() + f" x {torch.cuda.device_count()}" '
+    'if torch.cuda.is_available() else "")'
+)
+
+
+def check_model(model: str) -> None:
+    """Raises :class:`BenchError` if ``model`` is neither a checkpoint's directory nor a name on the hub."""
+    path = Path(model)
+    if not (path / 'config.json').is_file() and (path.exists() or not HUB_ID.match(model)):
+        raise BenchError(f'--model: {model} is not a checkpoint directory: it holds no config.json.')
+
+
+def make_server(
+    name: str, model: str, modes: Sequence[str], on_gpu: bool, extra: Sequence[str], scratch: Path
+) -> ApiServer:
+    """The server of a baseline, or of the plugin, not started yet.
+
+    Args:
+        name: ``none`` for the plugin, ``lmdeploy-flash`` or ``lmdeploy-internvl``.
+        extra: further arguments of ``lmdeploy serve api_server``.
+        scratch: a directory for its log, and for the checkpoint without a router.
+    """
+    environment: dict[str, str | None] = {'OMP_WAIT_POLICY': os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')}
+    arguments = list(extra)
+    if name == OURS:
+        environment['LMDEPLOY_VICO_CACHE_BYTES'] = '0'  # cells share pictures, and each has to pay for them
+        if LLM in modes:
+            environment['LMDEPLOY_VICO_SYNTHETIC_IMAGES'] = '1'
+    else:
+        environment['LMDEPLOY_VICO'] = '0' if on_gpu else 'cpu'
+        arguments += [] if '--trust-remote-code' in arguments else ['--trust-remote-code']
+    if name == INTERNVL:
+        model = str(without_router(Path(model), scratch / 'without-router'))
+    return ApiServer(model, *arguments, log=scratch / f'{name}.log', environment=environment, timeout=1800)
+
+
+def without_router(checkpoint: Path, target: Path) -> Path:
+    """A copy of a ViCO checkpoint that LMDeploy serves as the InternVL model it was made from.
+
+    LMDeploy takes a checkpoint for a flash one by ``flash_mode`` in its config, whatever the value, and stops at a
+    weight it has no parameter for. So the keys go from the config, and the router and its projector from the
+    safetensors files that hold them; all other files are links.
+
+    Raises:
+        BenchError: the checkpoint is not a directory of safetensors files.
+    """
+    if not checkpoint.is_dir():
+        raise BenchError(f'The baseline {INTERNVL} needs a directory as --model, not {checkpoint}: download it first.')
+    target.mkdir()
+    for file in checkpoint.iterdir():
+        (target / file.name).symlink_to(file.resolve())
+    config = json.loads((checkpoint / 'config.json').read_text())
+    _replace(target / 'config.json', {key: value for key, value in config.items() if key not in FLASH_KEYS})
+    for file in sorted(checkpoint.glob('*.safetensors')):
+        copy_without(file, target / file.name, ROUTER_WEIGHTS)
+    if (target / INDEX).is_file():
+        index = json.loads((checkpoint / INDEX).read_text())
+        index['weight_map'] = {k: v for k, v in index['weight_map'].items() if not k.startswith(ROUTER_WEIGHTS)}
+        _replace(target / INDEX, index)
+    return target
+
+
+def _replace(file: Path, content: Any) -> None:
+    file.unlink()
+    file.write_text(json.dumps(content, indent=2))
+
+
+def copy_without(source: Path, target: Path, prefixes: tuple[str, ...]) -> None:
+    """Replace the link ``target`` by a copy of a safetensors file without some tensors; a link stays if it has none.
+
+    The format: eight bytes of length, a JSON header with every tensor's place, and the bytes, without gaps.
+    """
+    with source.open('rb') as file:
+        (length,) = struct.unpack('<Q', file.read(8))
+        header = json.loads(file.read(length))
+        if not any(name.startswith(prefixes) for name in header):
+            return
+        about = header.pop('__metadata__', None)
+        kept = sorted(
+            ((name, entry) for name, entry in header.items() if not name.startswith(prefixes)),
+            key=lambda item: item[1]['data_offsets'],
+        )
+        places, end = {}, 0
+        for name, entry in kept:
+            size = entry['data_offsets'][1] - entry['data_offsets'][0]
+            places[name] = {**entry, 'data_offsets': [end, end + size]}
+            end += size
+        text = json.dumps({**({'__metadata__': about} if about else {}), **places}).encode()
+        text += b' ' * (-len(text) % 8)
+        target.unlink()
+        with target.open('wb') as copy:
+            copy.write(struct.pack('<Q', len(text)) + text)
+            for _, entry in kept:
+                begin, stop = entry['data_offsets']
+                file.seek(8 + length + begin)
+                _copy(file, copy, stop - begin)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    while size:
+        block = source.read(min(size, COPIED))
+        if not block:
+            raise BenchError('A safetensors file ends before its last tensor: the checkpoint is not complete.')
+        target.write(block)
+        size -= len(block)
+
+
+def why_ended(server: ApiServer | None) -> str:
+    """The last exception in the server's log, or what little is known."""
+    if server is None:
+        return 'its log tells why'
+    errors = [line.strip() for line in server.log_text().splitlines() if EXCEPTION.match(line)]
+    return errors[-1] if errors else 'its log names no exception'
+
+
+def gpu_name() -> str:
+    """The CUDA devices of this machine, empty without one; torch is asked in a process of its own."""
+    command = [sys.executable, '-c', DEVICE]
+    environment = {**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return answer.stdout.strip() if answer.returncode == 0 else ''
+
+
+def environment(device: str | None) -> dict[str, Any]:
+    """Versions and the machine; ``device`` None where the server runs elsewhere and its device is not known."""
+    versions: dict[str, str | None] = {}
+    for package in ('lmdeploy-vico', 'lmdeploy', 'torch', 'transformers', 'triton', 'aiohttp'):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    cpu = f'{platform.machine()}, {os.cpu_count()} cores'
+    return {'device': device, 'cpu': cpu, 'python': platform.python_version(), **versions, 'commit': _commit()}
+
+
+def _commit() -> str | None:
+    git = shutil.which('git')
+    if git is None:
+        return None
+    command = [git, '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None if answer.returncode == 0 else None

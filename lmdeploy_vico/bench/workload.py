@@ -1,0 +1,178 @@
+"""What is asked: the cells of the table, how many tiles of each request are compressed, and the requests' bodies."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from lmdeploy_vico.config import IMAGE_SIZE, TOKENS_COMPRESSED, TOKENS_FULL
+
+AUTO = 'auto'
+IMAGE, LLM = 'image', 'llm'
+OURS = 'none'  # the plugin itself; as a baseline: the plugin without compression
+FLASH, INTERNVL = 'lmdeploy-flash', 'lmdeploy-internvl'
+BASELINES = (FLASH, INTERNVL)
+LABELS = {
+    OURS: 'lmdeploy-vico',
+    FLASH: 'LMDeploy flash mode (answers are wrong after the first token)',
+    INTERNVL: 'LMDeploy without a router',
+}
+LARGEST = Fraction(TOKENS_FULL - TOKENS_COMPRESSED, TOKENS_FULL)  # all tiles compressed
+# A picture of one pixel: in llm mode the server takes the number of tiles from the item and looks at no pixel.
+PIXEL = (
+    'data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=='
+)
+
+
+def parse_compression(text: str) -> float | str:
+    """A share of the visual tokens to remove, 0 to 0.75, or ``auto``; raises ValueError."""
+    if text == AUTO:
+        return AUTO
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= LARGEST:
+        raise ValueError(f'must be a share of the visual tokens from 0 to {float(LARGEST)}, or {AUTO}, not {text!r}')
+    return share
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row and column of the table.
+
+    Attributes:
+        mode: ``image`` or ``llm``.
+        server: ``none`` for the plugin, or a baseline.
+        text_tokens: tokens of a request's text.
+        compression: the share of visual tokens to remove, ``auto``, or None where the server cannot be told.
+    """
+
+    mode: str
+    server: str
+    text_tokens: int
+    compression: float | str | None
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the speed-ups of its mode and text are against this one."""
+        return self.server == OURS and self.compression == 0
+
+    @property
+    def asked(self) -> str:
+        """The compression in words; a baseline does what it does."""
+        return f'{self.compression:.0%}' if isinstance(self.compression, float) else self.compression or 'itself'
+
+    def __str__(self) -> str:
+        server = LABELS[self.server].split(' (')[0]
+        return f'{self.mode}, {server}, {self.text_tokens} text tokens, compression {self.asked}'
+
+
+def cells(
+    modes: Sequence[str], text_tokens: Sequence[int], compressions: Sequence[float | str], baselines: Sequence[str]
+) -> list[Cell]:
+    """All that is measured: no compression always among it, ``auto`` and the baselines in image mode only."""
+    shares = sorted({0.0, *(c for c in compressions if isinstance(c, float))})
+    made = []
+    for mode in dict.fromkeys(modes):
+        columns: list[float | str] = [*shares, AUTO] if AUTO in compressions and mode == IMAGE else [*shares]
+        for text in dict.fromkeys(text_tokens):
+            made += [Cell(mode, OURS, text, column) for column in columns]
+            made += [Cell(mode, name, text, None) for name in BASELINES if name in baselines and mode == IMAGE]
+    return made
+
+
+def compressed_tiles(share: float, tiles: int, index: int) -> int:
+    """How many tiles of request ``index`` are compressed.
+
+    A compressed tile has 64 visual tokens instead of 256, so ``share`` of the visual tokens are 4/3 ``share`` of the
+    tiles. Over the requests from 0 on the sum is never more than half a tile from that, and two requests differ by at
+    most one tile.
+    """
+    each = Fraction(repr(share)) * tiles / LARGEST
+    return _round_half_up((index + 1) * each) - _round_half_up(index * each)
+
+
+def _round_half_up(number: Fraction) -> int:
+    return int(number + Fraction(1, 2))
+
+
+def visual_tokens(tiles: int, compressed: int = 0) -> int:
+    """Visual tokens of a request."""
+    return tiles * TOKENS_FULL - compressed * (TOKENS_FULL - TOKENS_COMPRESSED)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What pictures of one request add up to the wanted tiles: so many, of so many tiles in columns and rows."""
+
+    count: int
+    columns: int
+    rows: int
+
+    @classmethod
+    def of_tiles(cls, tiles: int) -> 'Picture':
+        """The squarest single picture with that many tiles, its thumbnail included; two of one tile for 2 tiles."""
+        if tiles <= 2:  # a picture of one tile has no thumbnail
+            return cls(tiles, 1, 1)
+        grid = tiles - 1
+        rows = max(rows for rows in range(1, grid + 1) if grid % rows == 0 and rows * rows <= grid)
+        return cls(1, grid // rows, rows)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.columns * IMAGE_SIZE, self.rows * IMAGE_SIZE
+
+
+class Requests:
+    """Makes the bodies of a cell's requests, each a function of its index.
+
+    Args:
+        model: the name that the server gave its model.
+        tiles: tiles of a request.
+        pictures: data URLs; request i takes its own from the i-th on, starting over at the end.
+        texts: of every amount of text, one for each request.
+        seed: of the synthetic embeddings in llm mode.
+    """
+
+    def __init__(
+        self, model: str, tiles: int, pictures: Sequence[str], texts: dict[int, list[str]], seed: int = 0
+    ) -> None:
+        self._model, self._tiles, self._pictures, self._texts, self._seed = model, tiles, pictures, texts, seed
+        self._picture = Picture.of_tiles(tiles)
+
+    def compressed(self, cell: Cell, index: int) -> int | None:
+        """How many tiles are compressed; None where the server decides."""
+        return compressed_tiles(cell.compression, self._tiles, index) if isinstance(cell.compression, float) else None
+
+    def body(self, cell: Cell, index: int, start: int = 0, text: str | None = None) -> bytes:
+        """The JSON of request ``index``, its pictures counted from ``start`` on; ``text`` overrides its own."""
+        compressed = self.compressed(cell, index)
+        text = self._texts[cell.text_tokens][index] if text is None else text
+        content = self._images(cell, start + index, compressed) + ([{'type': 'text', 'text': text}] if text else [])
+        body: dict[str, Any] = {
+            'model': self._model,
+            'messages': [{'role': 'user', 'content': content}],
+            'max_tokens': 1,
+            'temperature': 0,
+            'stream': True,
+            'stream_options': {'include_usage': True},
+        }
+        if cell.mode == IMAGE and cell.compression is not None:
+            value = AUTO if compressed is None else compressed / self._tiles
+            body['mm_processor_kwargs'] = {'image': {'compression': value}}
+        return json.dumps(body).encode()
+
+    def _images(self, cell: Cell, index: int, compressed: int | None) -> list[dict[str, Any]]:
+        if cell.mode == LLM:
+            seed = self._seed * 10**6 + index
+            synthetic = {'tiles': self._tiles, 'compressed': compressed, 'seed': seed}
+            return [{'type': 'image_url', 'image_url': {'url': PIXEL, 'synthetic': synthetic}}]
+        picture = self._picture
+        grid = picture.columns * picture.rows
+        places = range(index * picture.count, (index + 1) * picture.count)
+        urls = [self._pictures[place % len(self._pictures)] for place in places]
+        # Said to the server, as a picture of exactly that size may also be cut into a larger grid of its shape.
+        return [{'type': 'image_url', 'image_url': {'url': url, 'max_dynamic_patch': grid}} for url in urls]

@@ -1,0 +1,203 @@
+"""The command against servers that do, and do not do, what they should."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+from bench.conftest import OVERHEAD
+from serving.conftest import serve  # noqa: F401
+
+from lmdeploy_vico import cli
+from lmdeploy_vico.bench import results as results_module
+from lmdeploy_vico.bench.client import Client
+from lmdeploy_vico.bench.workload import IMAGE, LLM, OURS, Cell, Requests
+from lmdeploy_vico.testing.server import free_port
+
+FEW = ['--num-prompts', '12', '--max-concurrency', '3', '--tiles', '5', '--text-tokens', '8']
+SHARES = ['--token-compression', '0', '0.5', 'auto']
+
+
+@pytest.fixture
+def bench(tmp_path, capsys):
+    """``bench(*arguments)``: exit status, what was printed, and the JSON if there is one."""
+    path = tmp_path / 'results.json'
+
+    def run(*arguments: str) -> tuple[int, str, dict | None]:
+        status = cli.main(['bench', *FEW, *SHARES, '--output-file', str(path), *arguments])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def ask_all(url: str, bodies: list[bytes], concurrency: int, timeout: float = 30):
+    async def ask():
+        async with Client(url, timeout) as client:
+            return await client.round(bodies, concurrency)
+
+    return asyncio.run(ask())
+
+
+def bodies(count: int, mode: str = IMAGE) -> list[bytes]:
+    requests = Requests('fake', 5, ['data:'], {8: ['one two three four five six seven eight'] * count})
+    return [requests.body(Cell(mode, OURS, 8, 0.5), index) for index in range(count)]
+
+
+def test_a_round_keeps_so_many_on_their_way(fake_server):
+    server = fake_server(hold=4)
+    measured = ask_all(server.url, bodies(40), 4)
+    assert len(measured.outcomes) == len(server.bodies) == 40
+    assert not measured.gave_up
+    assert server.most_running == 4
+    assert all(0 < outcome.ttft < measured.duration and outcome.error is None for outcome in measured.outcomes)
+    assert {outcome.prompt_tokens - outcome.image_tokens for outcome in measured.outcomes} == {8 + OVERHEAD}
+
+
+def test_a_round_ends_when_nothing_is_answered_any_more(fake_server):
+    server = fake_server(engine_ends_after=5)
+    measured = ask_all(server.url, bodies(40), 4)
+    assert measured.gave_up
+    assert len(measured.outcomes) < 16
+    assert measured.outcomes[-1].error == 'HTTP 503: The inference engine is unavailable.'
+    assert sum(outcome.error is None for outcome in measured.outcomes) == 5
+
+
+def test_a_server_that_never_answers_is_timed_out():
+    async def silent():
+        server = await asyncio.start_server(lambda reader, writer: asyncio.Event().wait(), '127.0.0.1', 0)
+        async with server, Client(f'http://127.0.0.1:{server.sockets[0].getsockname()[1]}', 0.2) as client:
+            return await client.ask(b'{}')
+
+    assert asyncio.run(silent()).error == 'The server did not answer in time.'
+
+
+def test_both_modes(fake_server, bench, tmp_path):
+    server = fake_server()
+    plot = tmp_path / 'plot.png'
+    status, printed, results = bench('--base-url', server.url, '--mode', LLM, IMAGE, '--plot', str(plot))
+    assert status == 0
+    assert 'auto is left out' in printed
+    assert plot.stat().st_size > 10_000
+    assert results['complete']
+    assert [(c['mode'], c['token_compression']) for c in results['cells']] == [
+        (LLM, 0.0), (LLM, 0.5), (IMAGE, 0.0), (IMAGE, 0.5), (IMAGE, 'auto'),
+    ]  # fmt: skip
+    for cell in results['cells']:
+        assert (cell['completed'], cell['failed'], cell['error']) == (12, 0, None)
+        assert cell['user_text_tokens_per_request'] == 8
+        assert cell['request_throughput'] == pytest.approx(12 / cell['duration'])
+        assert cell['seconds_per_request']['prefill'] == pytest.approx(0.01)
+    # 12 requests of 5 tiles at 50 %: two thirds of 60 tiles are 40, each 192 tokens less.
+    half = results['cells'][3]
+    assert half['total_input_vision_tokens'] == 60 * 256 - 40 * 192
+    assert half['achieved_token_compression'] == pytest.approx(0.5)
+
+
+def test_measured_requests_differ(fake_server, bench):
+    server = fake_server()
+    assert bench('--base-url', server.url, '--token-compression', '0')[0] == 0
+    asked = [json.dumps(body['messages']) for body in server.bodies[-12:]]
+    assert len(set(asked)) == 12
+
+
+def test_no_server(bench):
+    status, printed, _ = bench('--base-url', f'http://127.0.0.1:{free_port()}')
+    assert status == 1
+    assert 'No server answers at' in printed
+    assert 'check --base-url' in printed
+
+
+def test_a_server_that_refuses_synthetic_images(fake_server, bench):
+    status, printed, results = bench('--base-url', fake_server(synthetic=False).url, '--mode', LLM)
+    assert status == 1
+    assert 'LMDEPLOY_VICO_SYNTHETIC_IMAGES=1' in printed
+    assert 'synthetic is no key' in printed
+    assert not results['complete']
+
+
+@pytest.mark.parametrize(
+    ('fault', 'said'),
+    [({'image_tokens': False}, 'not served as a ViCO model'), ({'compresses': False}, 'does not do what it is asked')],
+)
+def test_a_model_that_is_not_vico(fake_server, bench, fault, said):
+    status, printed, results = bench('--base-url', fake_server(**fault).url)
+    assert status == 1
+    assert said in printed
+    assert not results['complete']
+
+
+@pytest.mark.parametrize('how', ['dies_after', 'engine_ends_after'])
+def test_a_server_that_ends_in_the_middle(fake_server, bench, how):
+    # Warming up takes 8 requests without compression, 9 at 50 % and 8 with auto; then come rounds of 12.
+    status, printed, results = bench('--base-url', fake_server(**{how: 25 + 12 + 4}).url)
+    assert status == 1
+    assert 'The server or its engine ended during the measurement' in printed
+    assert not results['complete']
+    assert [cell['completed'] for cell in results['cells']] == [12, 0, 0]  # whole rounds only
+    assert results['cells'][1]['failed'] >= 3
+    assert 'ended' in results['cells'][2]['error']
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_asked(fake_server, bench, tmp_path):
+    server = fake_server()
+    for path, said in (
+        (tmp_path, 'is a directory or a device'),
+        (tmp_path / 'missing' / 'file', 'No such file or directory'),
+    ):
+        status, printed, _ = bench('--base-url', server.url, '--output-file', str(path))
+        assert status == 1
+        assert said in printed
+    assert server.bodies == []
+
+
+def test_a_disk_that_fills_up_is_said_and_the_tables_are_printed(fake_server, bench, monkeypatch):
+    written = []
+
+    def dump(content, file, **options):
+        written.append(len(content['cells']))
+        if len(written) > 1:
+            raise OSError(28, 'No space left on device')
+        file.write(json.dumps({'round': 1}))
+
+    monkeypatch.setattr(results_module.json, 'dump', dump)
+    status, printed, results = bench('--base-url', fake_server().url)
+    assert status == 1
+    assert 'Requests per second' in printed
+    assert printed.count('No space left on device') == 2  # when it happened, and at the end
+    assert results == {'round': 1}
+
+
+def test_options_that_do_not_go_together(bench, tmp_path):
+    for arguments, said in (
+        (['--base-url', 'http://localhost', '--baseline', 'lmdeploy-flash'], 'Baselines are servers of their own'),
+        (['--base-url', 'http://localhost', '--', '--tp', '2'], 'are for a server that is started here'),
+        (['--model', str(tmp_path)], 'holds no config.json'),
+        (['--model', 'nowhere'], 'holds no config.json'),
+    ):
+        status, printed, _ = bench(*arguments)
+        assert status == 1
+        assert said in printed
+
+
+def test_importing_the_client_loads_neither_lmdeploy_nor_torch():
+    code = 'import sys, lmdeploy_vico.bench.first_token; print([m for m in ("torch", "lmdeploy") if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == '[]'
+
+
+def test_a_real_server(serve, make_checkpoint, bench):  # noqa: F811
+    server = serve(make_checkpoint(), LMDEPLOY_VICO_CACHE_BYTES='0')
+    arguments = ['--num-prompts', '32', '--max-concurrency', '8', '--tiles', '2', '--token-compression', '0', '0.75']
+    status, printed, results = bench('--base-url', server.url, *arguments)
+    assert status == 0, printed
+    none, most = results['cells']
+    assert (none['completed'], most['completed'], none['failed'], most['failed']) == (32, 32, 0, 0)
+    assert (none['vision_tokens_per_request'], most['vision_tokens_per_request']) == (512, 128)
+    assert none['user_text_tokens_per_request'] == most['user_text_tokens_per_request'] == 8
+    assert most['achieved_token_compression'] == 0.75
+    assert most['cached_tokens'] == 0
+    parts = most['seconds_per_request']
+    assert all(parts[name] > 0 for name in ('tiling', 'vit', 'prefill'))
+    assert sum(parts.values()) == pytest.approx(most['mean_ttft_ms'] / 1e3, rel=0.2)

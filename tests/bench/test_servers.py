@@ -1,0 +1,180 @@
+"""The servers that a measurement starts, and what becomes of it when one of them fails."""
+
+import contextlib
+import json
+
+import pytest
+from safetensors import safe_open
+
+from lmdeploy_vico import cli
+from lmdeploy_vico.bench import BenchError, servers
+from lmdeploy_vico.bench.workload import FLASH, IMAGE, INTERNVL, LLM, OURS
+from lmdeploy_vico.testing.server import ServerError
+
+
+def tensors(folder) -> dict:
+    found = {}
+    for file in folder.glob('*.safetensors'):
+        with safe_open(file, framework='pt') as opened:
+            found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    return found
+
+
+def test_a_checkpoint_without_its_router(make_checkpoint, tmp_path):
+    original = make_checkpoint()
+    copy = servers.without_router(original, tmp_path / 'copy')
+    before, after = tensors(original), tensors(copy)
+    dropped = set(before) - set(after)
+    assert {name.partition('.')[0] for name in dropped} == {'mlp2', 'pooling_before_gating', 'gating'}
+    assert set(after) < set(before)
+    assert all(tensor.equal(before[name]) and tensor.dtype == before[name].dtype for name, tensor in after.items())
+    assert set(json.loads((copy / servers.INDEX).read_text())['weight_map']) == set(after)
+    config, changed = (json.loads((folder / 'config.json').read_text()) for folder in (original, copy))
+    assert set(config) - set(changed) == set(servers.FLASH_KEYS)
+    assert {file.name for file in copy.iterdir()} == {file.name for file in original.iterdir()}
+    assert (copy / 'tokenizer.json').is_symlink()
+    assert set(tensors(original)) == set(before)
+
+
+def test_a_plain_checkpoint_is_links_only(make_checkpoint, tmp_path):
+    copy = servers.without_router(make_checkpoint(flash=False), tmp_path / 'copy')
+    assert all(file.is_symlink() for file in copy.glob('*.safetensors'))
+
+
+def test_a_checkpoint_that_is_cut_off(make_checkpoint, tmp_path):
+    broken = tmp_path / 'broken'
+    broken.mkdir()
+    for file in make_checkpoint().iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[:-1] if file.suffix == '.safetensors' else content)
+    with pytest.raises(BenchError, match='ends before its last tensor'):
+        servers.without_router(broken, tmp_path / 'copy')
+    with pytest.raises(BenchError, match='needs a directory'):
+        servers.without_router(tmp_path / 'missing', tmp_path / 'copy')
+
+
+def test_our_server_keeps_no_tiles_and_takes_synthetic_images_where_they_are_sent(tmp_path):
+    for modes, synthetic in (([IMAGE], None), ([LLM], '1')):
+        server = servers.make_server(OURS, 'm', modes, on_gpu=True, extra=['--tp', '2'], scratch=tmp_path)
+        assert server._environment.get('LMDEPLOY_VICO_SYNTHETIC_IMAGES') == synthetic
+        assert server._environment['LMDEPLOY_VICO_CACHE_BYTES'] == '0'
+        assert 'LMDEPLOY_VICO' not in server._environment
+        assert server.command[-2:] == ['--tp', '2']
+
+
+@pytest.mark.parametrize(('on_gpu', 'switch'), [(True, '0'), (False, 'cpu')])
+def test_baselines_are_served_without_our_classes(make_checkpoint, tmp_path, on_gpu, switch):
+    for name in (FLASH, INTERNVL):
+        server = servers.make_server(name, str(make_checkpoint()), [IMAGE], on_gpu, [], tmp_path)
+        assert server._environment['LMDEPLOY_VICO'] == switch
+        assert server.command[-1] == '--trust-remote-code'
+
+
+def test_the_reason_is_the_last_exception_of_the_log(tmp_path):
+    server = servers.make_server(OURS, 'm', [IMAGE], on_gpu=False, extra=[], scratch=tmp_path)
+    server.log.write_text('INFO: fine\nValueError: first\n  torch.OutOfMemoryError: no memory left\nbye\n')
+    assert servers.why_ended(server) == 'torch.OutOfMemoryError: no memory left'
+    server.log.write_text('INFO: fine\n')
+    assert servers.why_ended(server) == 'its log names no exception'
+
+
+class Fake(contextlib.AbstractContextManager):
+    """A fake server in the place of one that the measurement starts."""
+
+    def __init__(self, server, running: list[str], name: str, starts: bool = True) -> None:
+        self.url, self.command = server.url, ['serve', name]
+        self._running, self._name, self._starts = running, name, starts
+
+    def __enter__(self):
+        if not self._starts:
+            raise ServerError('The server ended while starting')
+        self._running.append(self._name)
+        return self
+
+    def __exit__(self, *error):
+        self._running.remove(self._name)
+
+    def log_text(self) -> str:
+        return 'Traceback\nRuntimeError: killed\n'
+
+
+@pytest.fixture
+def bench(fake_server, monkeypatch, tmp_path, capsys):
+    """``bench(faults by server, *arguments)``: exit status, what was printed, the JSON."""
+
+    def run(faults: dict, *arguments: str, gpu: str = ''):
+        running: list[str] = []
+        starts = {name: fault != 'no start' for name, fault in faults.items()}
+        fakes = {}
+
+        def make(name, *rest):
+            fault = faults.get(name) if starts.get(name, True) else None
+            fakes[name] = fake_server(**({'image_tokens': name == OURS} | (fault or {})))
+            return Fake(fakes[name], running, name, starts.get(name, True))
+
+        original = servers.environment
+        monkeypatch.setattr(servers, 'make_server', make)
+        monkeypatch.setattr(servers, 'check_model', lambda model: None)
+        monkeypatch.setattr(servers, 'gpu_name', lambda: gpu)
+        monkeypatch.setattr(servers, 'environment', lambda device: {**original(device), 'device': device})
+        path = tmp_path / 'results.json'
+        few = ['--num-prompts', '8', '--max-concurrency', '2', '--tiles', '3', '--text-tokens', '8']
+        few += ['--token-compression', '0', '--baseline', FLASH, INTERNVL, '--output-file', str(path)]
+        status = cli.main(['bench', '--model', 'm', *few, *arguments])
+        assert running == []  # all of them were stopped
+        return status, ''.join(capsys.readouterr()), json.loads(path.read_text())
+
+    return run
+
+
+def completed(results: dict) -> dict[str, int]:
+    return {cell['server']: cell['completed'] for cell in results['cells']}
+
+
+@pytest.mark.parametrize(
+    ('gpu', 'arguments', 'together'),
+    [
+        ('', [], True),
+        ('H200', [], False),
+        ('H200', ['--servers', 'together'], True),
+        ('', ['--servers', 'in-turn'], False),
+    ],
+)
+def test_servers_run_together_or_in_turn(bench, gpu, arguments, together):
+    status, printed, results = bench({}, *arguments, gpu=gpu)
+    assert status == 0
+    assert results['servers_together'] == together
+    assert ('in turns' if together else 'not in turns') in printed
+    assert completed(results) == {OURS: 8, FLASH: 8, INTERNVL: 8}
+    assert results['environment']['device'] == (gpu or 'cpu')
+    assert [cell['speedup'] is not None for cell in results['cells']] == [True] * 3
+
+
+@pytest.mark.parametrize('order', ['together', 'in-turn'])
+def test_a_baseline_whose_engine_ends_is_reported_and_the_run_goes_on(bench, order):
+    # Six requests warm it up: one without text, one of every shape, and twice as many as are sent at a time.
+    status, printed, results = bench({FLASH: {'engine_ends_after': 6 + 3}}, '--servers', order)
+    assert status == 0
+    assert results['complete']
+    assert completed(results) == {OURS: 8, FLASH: 0, INTERNVL: 8}
+    flash = results['cells'][1]
+    assert flash['failed'] >= 2
+    assert flash['error'] == 'the server or its engine ended: RuntimeError: killed'
+    assert 'RuntimeError: killed' in printed
+
+
+def test_a_baseline_that_ends_while_it_is_warmed_up_or_started(bench):
+    status, _, results = bench({FLASH: {'engine_ends_after': 2}, INTERNVL: 'no start'})
+    assert status == 0
+    assert completed(results) == {OURS: 8, FLASH: 0, INTERNVL: 0}
+    assert [cell['error'] for cell in results['cells'][1:]] == [
+        'the server or its engine ended while warming up: RuntimeError: killed',
+        'the server did not start: RuntimeError: killed',
+    ]
+
+
+def test_without_our_own_server_there_is_nothing_to_measure(bench):
+    status, printed, results = bench({OURS: 'no start'})
+    assert status == 1
+    assert 'ended while starting' in printed
+    assert not results['complete']

@@ -18,7 +18,6 @@ LMDeploy's side leaves out is said in benchmarks/lmdeploy_path.py. Without LMDep
 
 import argparse
 import asyncio
-import inspect
 import json
 import math
 import os
@@ -39,8 +38,9 @@ from rich.table import Table
 from benchmarks import images, models
 from benchmarks.facts import facts
 from benchmarks.timing import QUIET, undisturbed
-from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
+from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
+from lmdeploy_vico.vision.resample import resize_into_tiles
 from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_digests
 
 try:
@@ -74,10 +74,9 @@ class Bench:
         self.config = models.config(arguments.like, arguments.layers)
         self.encoder, weights = models.random_encoder(self.config, self.device, keep=not MISSING)
         dtype = self.encoder.dtype
-        # A tile that has been encoded before must not be found again.
-        uncached = {'cache_bytes': 0} if 'cache_bytes' in inspect.signature(VisionStage).parameters else {}
         output = torch.bfloat16 if self.device.type == 'cuda' else dtype
-        self.stage = VisionStage(self.encoder, output, self.threads, 2**20, **uncached)
+        # Without a cache: a tile that has been encoded before must not be found again.
+        self.stage = VisionStage([self.encoder], output, self.threads)
         self.prepare = ThreadPoolExecutor(self.threads)
         self.loop = asyncio.new_event_loop()
         self.theirs: dict[str, Any] = {}
@@ -238,13 +237,14 @@ def check_pixels(preparation: Any, data: bytes) -> None:
 def steps_of(data: bytes, seconds: float) -> dict[str, float]:
     """Milliseconds of one thread for each step from a file to tiles."""
     image = load(data)
-    columns, rows = choose_grid(*image.size, *LIMITS)
+    columns, _ = choose_grid(*image.size, *LIMITS)
     tiles = cut_tiles(image, *LIMITS)
+    grid, thumbnail = tiles[:-1].copy(), tiles[-1:].copy()
     turns: Turns = {
         'decode': lambda: Image.open(BytesIO(data)).load(),
         'load': lambda: load(data),
-        'resize': lambda: image.resize((columns * IMAGE_SIZE, rows * IMAGE_SIZE)),
-        'thumbnail': lambda: image.resize((IMAGE_SIZE, IMAGE_SIZE)),
+        'resize': lambda: resize_into_tiles(image, grid, columns),
+        'thumbnail': lambda: resize_into_tiles(image, thumbnail, 1),
         'cut': lambda: cut_tiles(image, *LIMITS),
         'digests': lambda: tile_digests(tiles),
     }
@@ -253,9 +253,9 @@ def steps_of(data: bytes, seconds: float) -> dict[str, float]:
     return {
         'JPEG decoding (Pillow)': took['decode'],
         "copy in LMDeploy's convert('RGB')": max(0.0, took['load'] - took['decode']),
-        'resizing to the grid (Pillow)': took['resize'],
-        'resizing to the thumbnail (Pillow)': took['thumbnail'],
-        'cutting into tiles': max(0.0, took['cut'] - took['resize'] - took['thumbnail']),
+        'resizing into the grid of tiles': took['resize'],
+        'resizing to the thumbnail': took['thumbnail'],
+        'the rest of cutting': max(0.0, took['cut'] - took['resize'] - took['thumbnail']),
         'digests of the tiles': took['digests'],
     }
 

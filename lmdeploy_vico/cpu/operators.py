@@ -10,8 +10,8 @@ from lmdeploy.pytorch.backends.lora import AdapterInfo, LoRAImpl
 from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingImpl
 
-# A CPU's libraries choose how to sum by the shape, so a row's last bits may depend on how many there are. Products of one
-# number of rows give the same bits for a row wherever it stands (seen on processors with AVX2, AVX-512 and AMX).
+# A CPU's libraries choose how to sum by the shape, so a row's last bits may depend on how many there are. Products of
+# one number of rows give the same bits for a row wherever it stands (seen on processors with AVX-512, and with AMX).
 ROWS = 32
 
 

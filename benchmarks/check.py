@@ -3,8 +3,8 @@
 What is compared are ratios to fixed references, measured in turns. A case fails only when the fastest of the new rounds
 is slower than the slowest of the stored ones by more than the threshold. Both are to be measured on one kind of device,
 host and versions, since the references' speed depends on them: anything else is refused; and where nothing else runs,
-which cannot be seen afterwards. On a GPU the vision side has a published width (--like), and times in seconds are stored
-as well, for people to read.
+which cannot be seen afterwards. On a GPU the vision side has a published width (--like), and times in seconds are
+stored as well, for people to read.
 
 Exit status: 0 nothing got slower, 1 something did, 2 there is nothing to compare with (make ends with 2 for either).
 

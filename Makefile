@@ -10,7 +10,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_cha
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench bench-first-token bench-handover bench-kernels soak kernel-resources clean
+.PHONY: help setup demo test test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ format: $(STAMP) ## Format the code
 bench: $(STAMP) ## Time image preparation and the vision stage against LMDeploy's (ARGS=--help lists the options)
 	@$(BIN)/python -m benchmarks.vision $(ARGS)
 
+bench-check: $(STAMP) ## Fail if anything got slower than the stored baseline (ARGS=--update stores it)
+	@$(BIN)/python -m benchmarks.check $(ARGS)
+
 bench-handover: $(STAMP) ## Time the ways to hand visual tokens to the engine's process
 	@$(BIN)/python -m benchmarks.handover $(ARGS)
 
@@ -57,6 +60,9 @@ bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)
+
+counters: $(STAMP) ## Compare what requests make the engine do with the committed counts (ARGS=--update writes them)
+	@$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.counters $(ARGS)
 
 soak: $(STAMP) ## Send 2000 requests, a tenth of them cancelled: every answer right, no memory lost
 	@$(TEST_ENV) $(BIN)/python benchmarks/soak.py $(ARGS)

@@ -9,6 +9,12 @@ from benchmarks.facts import facts
 COLUMNS = ('operation', 'D', 'tiles', 'median', 'floor', 'times floor', 'of copy bandwidth', 'against')
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup('benchmarks/speed.py')
+    group.addoption('--turns', type=int, default=5, help='turns in each round of a case')
+    group.addoption('--like', help='size of the ViT, as in benchmarks/models.py')
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(facts())
 

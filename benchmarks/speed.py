@@ -1,0 +1,137 @@
+"""The cases of ``benchmarks/check.py``: what the plugin does to a request, each against a fixed reference.
+
+A reference is work that no change of the plugin makes faster or slower. It takes turns with ours in one process, so
+that the clocks, neighbours and age of a machine cancel in the ratio of their wall times. A round is the median ratio of
+some turns that follow each other.
+"""
+
+import hashlib
+import pickle
+import statistics
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import images, models
+from lmdeploy_vico.adapter import prompt
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
+from lmdeploy_vico.vision import tiling
+from lmdeploy_vico.vision.encoder import VisualTokens
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = (torch.device('cuda'), torch.bfloat16) if CUDA else (torch.device('cpu'), torch.float32)
+ROUNDS = 5
+WARM_UP = 2  # turns
+TILES = 10  # of a prompt, as in the paper
+LLM_WIDTH, KV_BLOCK = 4096, 64
+PROMPTS, THREADS, COMPRESSION = 8, 2, 0.5
+PRODUCT = (8192, 4) if CUDA else (1024, 1)  # side of the reference's matrices, and how many products
+
+
+@pytest.fixture
+def against(benchmark, pytestconfig):
+    """``against(ours, reference)``: time both in turns; what is called returns when its work is done."""
+
+    def run(ours, reference):
+        turns = pytestconfig.getoption('turns')
+        references = []
+
+        def time_reference():
+            begun = time.perf_counter()
+            reference()
+            references.append(time.perf_counter() - begun)
+
+        benchmark.pedantic(ours, setup=time_reference, rounds=ROUNDS * turns, warmup_rounds=WARM_UP)
+        pairs = zip(benchmark.stats.stats.data, references[WARM_UP:], strict=True)
+        ratios = [mine / other for mine, other in pairs]
+        rounds = [ratios[start : start + turns] for start in range(0, len(ratios), turns)]
+        benchmark.extra_info['ratios'] = [statistics.median(ratios) for ratios in rounds]
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def encoder(pytestconfig):
+    """A vision side with random weights, of a published size on a GPU."""
+    return models.random_encoder(models.config(pytestconfig.getoption('like')), DEVICE, keep=False)[0]
+
+
+def noise(width, height, seed=0):
+    """A picture of which no tile looks like another."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_cutting(against):
+    """A picture of ten tiles, against Pillow's two resizes of it."""
+    picture = noise(*images.SIZE)
+
+    def resizes():
+        picture.resize((1344, 1344))
+        picture.resize((448, 448))
+
+    against(lambda: tiling.cut_tiles(picture, 1, 12), resizes)
+
+
+def test_digests(against):
+    """The digests of ten tiles, against one BLAKE2b of all their pixels."""
+    tiles = tiling.cut_tiles(noise(*images.SIZE), 1, 12)
+    against(lambda: tiling.tile_digests(tiles), lambda: hashlib.blake2b(tiles))
+
+
+def test_encoding(against, encoder):
+    """A batch of tiles encoded, scored and projected, half of them compressed, against matrix products."""
+    tiles = list(tiling.cut_tiles(noise(1792, 896), 8, 8)[: encoder.tile_batch])
+    compressed = torch.arange(len(tiles)) % 2 == 0
+    side, products = PRODUCT
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+
+    def encode():
+        encoder.project(encoder.start(tiles).wait().patches, compressed)
+
+    def multiply():
+        for _ in range(products):
+            a @ b
+        if CUDA:
+            torch.cuda.synchronize()
+
+    against(encode, multiply)
+
+
+def test_stage(against, encoder):
+    """Eight prompts at a time through the stage, against the encoder called for one after the other."""
+    size = images.SIZE if CUDA else (896, 448)  # ten tiles, or three
+    pictures = [noise(*size, seed) for seed in range(PROMPTS)]
+    stage = VisionStage([encoder], DTYPE, THREADS)  # without a cache, or nothing would be encoded twice
+
+    def ours():
+        for future in [stage.submit([ImageJob(picture)], COMPRESSION) for picture in pictures]:
+            future.result()
+
+    def one_by_one():
+        for picture in pictures:
+            encoder.encode([picture], COMPRESSION)
+
+    try:
+        against(ours, one_by_one)
+    finally:
+        stage.close()
+
+
+def test_hand_over(against):
+    """A prompt of ten tiles assembled, pickled and unpickled, against copies of the bytes of its visual tokens."""
+    tile_tokens = [TOKENS_COMPRESSED, TOKENS_FULL] * (TILES // 2)
+    embeddings = torch.randn(sum(tile_tokens), LLM_WIDTH).to(torch.bfloat16)
+    digests = [bytes([tile]) * tiling.DIGEST_SIZE for tile in range(TILES)]
+    data = embeddings.view(torch.uint8).numpy().tobytes()  # copied as bytes: by one thread, as ours are
+    image = EncodedImage(VisualTokens(embeddings, tile_tokens, [0.5] * TILES), digests)
+
+    def send():
+        ids, spans = prompt.assemble([[1] * 20, [2] * 64], [image], 0, KV_BLOCK)
+        for span in pickle.loads(pickle.dumps((ids, spans)))[1]:
+            span['embeddings'].tensor()
+
+    against(send, lambda: [bytearray(data) for _ in range(4)])

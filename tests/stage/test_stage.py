@@ -213,8 +213,9 @@ def test_what_is_in_flight_is_encoded_once(encoder, held, pictures):
     first = stage.submit([ImageJob(pictures['coffee'])], 'none')
     entered.wait()
     others = [stage.submit([ImageJob(pictures['coffee'])] * 2, value) for value in ('all', 'auto')]
-    for _ in range(2):
-        stage._prepare.submit(threading.Barrier(2).wait)  # both threads have cut everything by now
+    barrier = threading.Barrier(2, timeout=60)
+    for reached in [stage._prepare.submit(barrier.wait) for _ in range(2)]:
+        reached.result()  # both threads have cut everything by now
     first.cancel()  # the others need its tiles all the same
     release.set()
     [expected] = encoder.encode([pictures['coffee']], 'all')

@@ -168,8 +168,6 @@ class TileQueue:
             if device not in self._devices or len(self._devices) == 1:
                 return False
             self._devices.remove(device)
-            for prompt in self._prompts:
-                prompt.exhausted = False
             self._changed.notify_all()
             return True
 

@@ -22,6 +22,7 @@ from lmdeploy_vico.vision.tiling import tile_digests
 logger = logging.getLogger(__name__)
 
 READ_LOCKS = 16
+ALIGNMENT = 16  # of objects in memory: what ids have in common says nothing
 FAILURES = 3  # batches in a row, after which a device is given up if there are others
 
 
@@ -108,7 +109,7 @@ class VisionStage:
         return self._queue.admit(size)
 
     def release(self, admission: Admission) -> None:
-        """Give up a place that :meth:`submit` has not been given."""
+        """Give a place back; what has been submitted with it stays queued."""
         self._queue.release(admission)
 
     def submit(
@@ -148,7 +149,7 @@ class VisionStage:
 
     def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:
-            with self._reading[hash(id(job.image)) % READ_LOCKS]:
+            with self._reading[id(job.image) // ALIGNMENT % READ_LOCKS]:
                 job.image.load()  # does nothing for one that has been read
             with self._metrics.preprocess.time():
                 pixels = self.encoder.cut(job.image, job.max_tiles)

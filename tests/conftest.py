@@ -43,6 +43,23 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20)
 
 
+@pytest.fixture
+def rows_apart(monkeypatch) -> None:
+    """Has Triton's interpreter, if it runs, multiply row by row.
+
+    On a GPU every row of a block is summed alike. The interpreter leaves the product to numpy, whose BLAS may sum a row
+    differently depending on its place, on some processors: nothing that a kernel could do about.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *precision):
+        rows = np.split(a.data, a.data.shape[-2], axis=-2)
+        product = np.concatenate([np.matmul(row, b.data, dtype=d.data.dtype) for row in rows], axis=-2)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, 'create_dot', create_dot)
+
+
 @pytest.fixture(scope='session')
 def prompts(pictures) -> dict[str, list[dict]]:
     """The conversations by name, with PIL images."""

@@ -80,7 +80,7 @@ def test_heads(inside, float64, assert_close, rng, head):
 
 @both
 @pytest.mark.parametrize('rows', [8, 32])  # on a CPU, torch's products of odd heights treat their last rows differently
-def test_a_row_knows_nothing_of_the_others(inside, rng, rows):
+def test_a_row_knows_nothing_of_the_others(inside, rng, rows, rows_apart):
     a = inside(rng.standard_normal((1, rows, 600)), torch.float32, (0, 0, 0), (0, 0, 0))[0]
     w = inside(rng.standard_normal((1, 20, 600)), torch.bfloat16, (0, 0, 0), (0, 0, 0))[0]
     before = linear(a, w, gelu=True)

@@ -93,15 +93,20 @@ def held(encoder, monkeypatch):
     release.set()
 
 
-def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held, pictures):
+def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held, pictures, monkeypatch):
     entered, release = held
     running = stage.submit([ImageJob(pictures['astronaut'], max_tiles=1)], 'auto')
     entered.wait()
     waiting = stage.submit([ImageJob(pictures['astronaut'])], 'auto')
-    closing = threading.Thread(target=stage.close)
-    closing.start()
-    release.set()
-    closing.join()
+
+    def close():
+        prompts = close_queue()
+        release.set()  # not before: the device would take the waiting prompt
+        return prompts
+
+    close_queue = stage._queue.close
+    monkeypatch.setattr(stage._queue, 'close', close)
+    stage.close()
     assert len(running.result()) == 1 and waiting.cancelled()
 
 

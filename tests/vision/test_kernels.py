@@ -62,7 +62,7 @@ def test_torch_when_asked_for(encoder, tiles, use, monkeypatch):
     encoder.encode_tiles([tiles[:1]], 'all')
 
 
-def test_alone_or_among_others(encoder, tiles):
+def test_alone_or_among_others(encoder, tiles, rows_apart):
     def score_and_tokens(order):
         features = encoder.features(tiles[order])
         return features.scores, encoder.project(features.patches, torch.tensor([index != 1 for index in order]))

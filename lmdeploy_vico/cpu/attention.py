@@ -118,17 +118,18 @@ def attend(
     for start in range(0, q_len, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q_len)
         rows = query[start:stop].float().unflatten(1, (kv_heads, groups)).permute(1, 2, 0, 3)
-        scores = (rows @ keys) * rule.scale  # [kv_heads, groups, rows, kv]
+        seen = stop + kv_len - q_len if rule.causal else kv_len  # no row of the block may attend to later keys
+        scores = (rows @ keys[..., :seen]) * rule.scale  # [kv_heads, groups, rows, seen]
         if rule.soft_cap:
             scores = torch.tanh(scores / rule.soft_cap) * rule.soft_cap
         positions = torch.arange(start, stop) + (kv_len - q_len)
         if alibi is not None:
-            distance = (positions[:, None] - key_positions[None, :]).abs()
+            distance = (positions[:, None] - key_positions[None, :seen]).abs()
             scores = scores - alibi.view(kv_heads, groups, 1, 1) * distance
-        forbidden = rule.mask(positions, key_positions)
+        forbidden = rule.mask(positions, key_positions[:seen])
         if forbidden is not None:
-            scores = scores.masked_fill(forbidden, float('-inf'))
-        attended = _softmax(scores, sinks) @ values
+            scores.masked_fill_(forbidden, float('-inf'))
+        attended = _softmax(scores, sinks) @ values[..., :seen, :]
         output[start:stop] = attended.permute(2, 0, 1, 3).flatten(1, 2)
     return output
 

@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--images', type=_positive, metavar='N',
         help='distinct pictures, half a megabyte each in memory at 10 tiles (default: --num-prompts)',
     )  # fmt: skip
+    parser.add_argument('--count-prefills', action='store_true',
+        help="count the engine's prefill steps, in the debug log of the servers that are started here",
+    )  # fmt: skip
     parser.add_argument('--seed', type=_natural, default=0, help='of pictures and texts (default: 0)')
     parser.add_argument('--request-timeout', type=float, default=600, metavar='SECONDS', help='(default: 600)')
     parser.add_argument('--output-file', type=Path, default=Path('first-token.json'), metavar='FILE',

@@ -18,6 +18,7 @@ from lmdeploy_vico.bench.breakdown import difference, parse_metrics
 from lmdeploy_vico.bench.client import Client, Outcome, Round
 from lmdeploy_vico.bench.paper import paper_model, paper_speedup
 from lmdeploy_vico.bench.pictures import make_pictures
+from lmdeploy_vico.bench.prefills import DEBUG, PrefillLog
 from lmdeploy_vico.bench.results import CellResult, OutputFile
 from lmdeploy_vico.bench.texts import make_texts
 from lmdeploy_vico.bench.workload import (
@@ -61,6 +62,7 @@ class Measurement:
         self._model = options.model or ''
         self._about: dict[str, Any] = {}
         self._unwritten = False
+        self._prefills: dict[str, PrefillLog] = {}  # of each server whose steps are counted
 
     def check(self) -> None:
         """Raises :class:`BenchError` for what would fail later; prints what is left out."""
@@ -72,6 +74,8 @@ class Measurement:
             servers.check_model(options.model)
         elif set(options.baseline) & set(BASELINES):
             raise BenchError('Baselines are servers of their own: name the checkpoint with --model, not --base-url.')
+        elif options.count_prefills:
+            raise BenchError("--count-prefills reads a server's log: name a checkpoint with --model, not --base-url.")
         elif options.server_arguments:
             raise BenchError(
                 'Arguments after -- are for a server that is started here: name a checkpoint with --model.'
@@ -122,6 +126,7 @@ class Measurement:
 
     async def _run_servers(self) -> None:
         options, names = self.options, [OURS, *self._baselines]
+        arguments = [*options.server_arguments, *(DEBUG if options.count_prefills else ())]
         gpu = servers.gpu_name()
         together = options.servers == 'together' or (options.servers == 'auto' and not gpu)
         if len(names) > 1:
@@ -129,11 +134,11 @@ class Measurement:
             self._say(f'{len(names)} servers: {how}.')
         with tempfile.TemporaryDirectory(prefix='vico-bench-') as scratch:
             made = {
-                name: servers.make_server(
-                    name, options.model, options.mode, bool(gpu), options.server_arguments, Path(scratch)
-                )
+                name: servers.make_server(name, options.model, options.mode, bool(gpu), arguments, Path(scratch))
                 for name in names
             }
+            if options.count_prefills:
+                self._prefills = {name: PrefillLog(server.log) for name, server in made.items()}
             commands = {name: ' '.join(server.command) for name, server in made.items()}
             self._about = {'servers': commands, 'servers_together': together, **self._environment(gpu or 'cpu')}
             for group in [names] if together else [[name] for name in names]:
@@ -193,11 +198,13 @@ class Measurement:
         start = list(self.results).index(cell) * self.options.num_prompts // len(self.results)
         bodies = [requests.body(cell, index, start) for index in indices]
         before = parse_metrics(await client.metrics())
+        self._prefill_steps(cell)  # those of others
         measured = await client.round(bodies, self.options.max_concurrency, done)
         errors = [outcome.error for outcome in measured.outcomes if outcome.error]
         ended = bool(errors) and await client.ended(measured.outcomes)
         if not ended and not measured.gave_up:
-            self.results[cell].add(measured, await _added(client, before, measured))
+            added = await _added(client, before, measured)
+            self.results[cell].add(measured, added, self._prefill_steps(cell))
             return
         # Its time says nothing: only whole rounds are compared.
         self.results[cell].add_failures(measured)
@@ -207,6 +214,10 @@ class Measurement:
             raise BenchError(
                 f'The server or its engine ended during the measurement ({why}). Results: {self.output.path}'
             )
+
+    def _prefill_steps(self, cell: Cell) -> int | None:
+        log = self._prefills.get(cell.server)
+        return log.taken() if log else None
 
     def _lose(self, name: str, reason: str) -> None:
         for cell, result in self.results.items():

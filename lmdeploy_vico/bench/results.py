@@ -36,11 +36,14 @@ class CellResult:
         self.ttft: list[float] = []
         self.cached_tokens = 0
         self.added: dict[str, float] = {}
+        self.prefill_steps: int | None = None  # of the engine; None where they are not counted
         self._tiles = tiles
         self._input_tokens = self._vision_tokens = self._kv_blocks = 0
 
-    def add(self, measured: Round, added: Mapping[str, float]) -> None:
-        """Add a round, and what it added to the server's metrics."""
+    def add(self, measured: Round, added: Mapping[str, float], prefill_steps: int | None = None) -> None:
+        """Add a round, what it added to the server's metrics, and the engine's prefill steps if they are known."""
+        if prefill_steps is not None:
+            self.prefill_steps = (self.prefill_steps or 0) + prefill_steps
         self.duration += measured.duration
         self.rounds.append(measured.duration)
         self.add_failures(measured)
@@ -92,6 +95,16 @@ class CellResult:
         return 1 - self._vision_tokens / (self.completed * visual_tokens(self._tiles)) if self.completed else math.nan
 
     @property
+    def kv_blocks_per_request(self) -> float:
+        """KV blocks that a prompt takes, on average."""
+        return self._kv_blocks / max(self.completed, 1)
+
+    @property
+    def prefill_steps_per_request(self) -> float | None:
+        """The engine's prefill steps over the requests, several of which share one; None where they are not counted."""
+        return None if self.prefill_steps is None else self.prefill_steps / max(self.completed, 1)
+
+    @property
     def breakdown(self) -> Breakdown | None:
         """Where the time went, if the server says."""
         if not self.completed:
@@ -136,7 +149,8 @@ class CellResult:
                 'input_tokens_per_request': self._input_tokens / answered,
                 'vision_tokens_per_request': self._vision_tokens / answered,
                 'user_text_tokens_per_request': text / answered - self.overhead,
-                'kv_blocks_per_request': self._kv_blocks / answered,
+                'kv_blocks_per_request': self.kv_blocks_per_request,
+                'prefill_steps_per_request': self.prefill_steps_per_request,
                 'cached_tokens': self.cached_tokens,
                 'round_durations': self.rounds,
                 'seconds_per_request': breakdown.parts() if breakdown else None,

@@ -1,7 +1,7 @@
 """Tables, sentences and a plot of the results."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -61,29 +61,54 @@ def _speedup(results: Results, cell: Cell, model: str | None, tiles: int) -> str
 
 
 def detail_table(results: Results) -> Table:
-    """Throughput, times to the first token and tokens of every cell."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, caption='TTFT: time to the first token, ms. vision: visual tokens.'
-    )
-    for heading in ('mode', 'server', 'text', 'removed'):
-        table.add_column(heading, no_wrap=True)
-    for heading in ('requests/s', 'input tokens/s', 'TTFT mean', 'p50', 'p90', 'p99', 'vision/request', 'failed'):
-        table.add_column(heading, justify='right')
+    """Throughput and times to the first token of every cell."""
+    headings = ('requests/s', 'input tokens/s', 'TTFT mean', 'p50', 'p90', 'p99', 'failed')
+    table = _table(headings, caption='TTFT: time to the first token, ms.')
     for cell, result in results.items():
         achieved = '' if math.isnan(result.achieved_compression) else f' ({result.achieved_compression:.1%})'
         numbers = [result.request_throughput, result.input_throughput]
         times = [result.ttft_ms(percentile) for percentile in (None, 50, 90, 99)]
         table.add_row(
-            cell.mode,
-            'lmdeploy-vico' if cell.server == OURS else cell.server,
-            str(cell.text_tokens),
+            *_names(cell)[:-1],
             cell.asked + (achieved if cell.server == OURS else ''),
             *(f'{number:.1f}' for number in numbers),
             *('-' if math.isnan(time) else f'{time:.0f}' for time in times),
-            f'{result.vision_tokens / max(result.completed, 1):.0f}',
             str(result.failed),
         )
     return table
+
+
+def token_table(results: Results) -> Table:
+    """What a request makes the engine do, on average."""
+    table = _table(('prompt tokens', 'of them visual', 'KV blocks', 'prefill steps'), title='The engine, per request')
+    for cell, result in results.items():
+        if result.completed:
+            steps = result.prefill_steps_per_request
+            table.add_row(
+                *_names(cell),
+                f'{result.input_tokens / result.completed:.1f}',
+                f'{result.vision_tokens / result.completed:.1f}',
+                f'{result.kv_blocks_per_request:.1f}',
+                '-' if steps is None else f'{steps:.3f}',
+            )
+    if all(result.prefill_steps is None for result in results.values()):
+        table.caption = 'Prefill steps are counted with --count-prefills.'
+    return table
+
+
+def _table(numbers: Sequence[str], title: str | None = None, caption: str | None = None) -> Table:
+    """A table with a row for each cell, which begins with :func:`_names`."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, caption=caption)
+    for heading in ('mode', 'server', 'text', 'removed'):
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify='right')
+    return table
+
+
+def _names(cell: Cell) -> tuple[str, str, str, str]:
+    server = 'lmdeploy-vico' if cell.server == OURS else cell.server
+    return cell.mode, server, str(cell.text_tokens), cell.asked
 
 
 def time_table(results: Results) -> Table | None:
@@ -91,18 +116,12 @@ def time_table(results: Results) -> Table | None:
     told = {cell: result.breakdown for cell, result in results.items()}
     if not any(told.values()):
         return None
-    table = Table(box=box.SIMPLE_HEAD, title='Where the time went, ms per request', pad_edge=False)
-    for heading in ('mode', 'server', 'text', 'removed'):
-        table.add_column(heading, no_wrap=True)
-    for heading in ('decode, queue', 'tiling', 'ViT', 'hand-over', 'engine queue', 'prefill', 'ViT busy', 'cutting'):
-        table.add_column(heading, justify='right')
+    headings = ('decode, queue', 'tiling', 'ViT', 'hand-over', 'engine queue', 'prefill', 'ViT busy', 'cutting')
+    table = _table(headings, title='Where the time went, ms per request')
     for cell, breakdown in told.items():
         if breakdown:
             table.add_row(
-                cell.mode,
-                'lmdeploy-vico' if cell.server == OURS else cell.server,
-                str(cell.text_tokens),
-                cell.asked,
+                *_names(cell),
                 *(f'{1e3 * seconds:.1f}' for seconds in breakdown.parts().values()),
                 f'{breakdown.vit_busy:.0%}',
                 f'{breakdown.tiling_threads:.1f} threads',
@@ -142,6 +161,7 @@ def show(console: Console, results: Results, model: str | None, tiles: int) -> N
     """Print everything."""
     console.print(speedup_table(results, model, tiles))
     console.print(detail_table(results))
+    console.print(token_table(results))
     table = time_table(results)
     if table:
         console.print(table)

@@ -85,6 +85,11 @@ class CellResult:
         return self._vision_tokens
 
     @property
+    def input_tokens(self) -> int:
+        """Prompt tokens of all answered requests."""
+        return self._input_tokens
+
+    @property
     def input_throughput(self) -> float:
         """Prompt tokens per second."""
         return self._input_tokens / self.duration if self.duration else 0.0

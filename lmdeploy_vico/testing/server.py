@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +29,7 @@ class ApiServer:
         environment: variables to set for the server; a value of None removes one.
         log: file for the server's output.
         timeout: seconds to wait until it is ready.
+        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ApiServer:
         log: Path,
         environment: Mapping[str, str | None] | None = None,
         timeout: float = 300,
+        program: Sequence[str] | None = None,
     ) -> None:
         self.port = free_port()
         self.url = f'http://127.0.0.1:{self.port}'
@@ -46,6 +48,7 @@ class ApiServer:
         self.command = ['lmdeploy', 'serve', 'api_server', str(checkpoint), *address, *arguments]
         self._environment = environment or {}
         self._timeout = timeout
+        self._program = program or [str(Path(sys.executable).with_name('lmdeploy'))]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> 'ApiServer':
@@ -65,11 +68,9 @@ class ApiServer:
     def start(self) -> None:
         """Start the process; returns at once."""
         environment = {**os.environ, **self._environment}
-        # The lmdeploy command of the Python that runs us, whatever PATH says.
-        executable = str(Path(sys.executable).with_name('lmdeploy'))
         with self.log.open('wb') as output:
             self._process = subprocess.Popen(
-                [executable, *self.command[1:]],
+                [*self._program, *self.command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -4,13 +4,15 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lmdeploy_vico.adapter.requests import VIDEO_TYPES, check_kind, video_options
+from lmdeploy_vico.adapter.requests import IMAGE_TYPES, VIDEO_TYPES, check_kind, video_options
+from lmdeploy_vico.stage.metrics import stage_metrics
 
 Message = dict[str, Any]
 CORES = os.cpu_count() or 1
@@ -77,8 +79,10 @@ class MediaParser:
             options, num_frames = video_options(item, media_io_kwargs, self._session_len())
             media_io_kwargs = {**media_io_kwargs, 'video': options}
         parsed: dict[int, Message] = {}
+        timed = stage_metrics().decode.time() if item['type'] in (*IMAGE_TYPES, *VIDEO_TYPES) else nullcontext()
         try:
-            self._parse_message(index, {index: message}, parsed, media_io_kwargs, allowed_media_domains)
+            with timed:
+                self._parse_message(index, {index: message}, parsed, media_io_kwargs, allowed_media_domains)
         except NotImplementedError as error:
             raise ValueError(str(error)) from error
         except OSError as error:  # those of requests are OSErrors too

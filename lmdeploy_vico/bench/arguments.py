@@ -37,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument('--baseline', nargs='+', choices=(OURS, *BASELINES), default=[OURS],
         help='none: the plugin without compression, always measured; lmdeploy-flash: LMDeploy without the plugin, '
-        "whose answers are wrong after the first token; lmdeploy-internvl: LMDeploy's path for models without a router",
+        "whose answers are wrong after the first token; lmdeploy-internvl: LMDeploy's path for models without a "
+        'router, on the same PyTorch engine; lmdeploy-turbomind: what LMDeploy chooses for this model on a GPU, which '
+        'takes no notice of the router',
     )  # fmt: skip
     parser.add_argument('--servers', choices=('auto', 'together', 'in-turn'), default='auto',
-        help='with baselines: all servers run while one of them is measured, in turns; or one server after the other, '
-        'where they would not fit (default: together on a CPU, in-turn on a GPU)',
+        help='with baselines: all servers run while one of them is measured; or one server after the other and then in '
+        'reverse, where they would not fit (default: together on a CPU, in-turn on a GPU)',
     )  # fmt: skip
     parser.add_argument('--images', type=_positive, metavar='N',
-        help='distinct pictures, half a megabyte each in memory at 10 tiles (default: --num-prompts)',
+        help='distinct pictures, most of a megabyte each in memory at 10 tiles (default: --num-prompts)',
     )  # fmt: skip
     parser.add_argument('--count-prefills', action='store_true',
         help="count the engine's prefill steps, in the debug log of the servers that are started here",

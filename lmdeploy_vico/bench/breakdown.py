@@ -30,19 +30,21 @@ class Breakdown:
     """Seconds of a request in each part, adding up to its time to the first token; and how busy two of them were.
 
     Attributes:
-        decode_and_queue: from its arrival in the vision stage to its first tile on the device, without the cutting:
-            decoding, waiting for a thread, waiting for the device. Of a server without the plugin: everything before
-            the engine.
+        decode: fetching and decoding, in a thread. Of a server without the plugin: everything before the engine.
+        queue: from its arrival in the vision stage to its first tile on the device, without the cutting: waiting for a
+            thread, waiting for the device.
         tiling: resizing and cutting, in a thread.
         vit: its share of the time that the device encoded.
-        hand_over: all that is not another part: HTTP, placing the embeddings, sending them to the engine, the way back.
+        hand_over: all that is not another part: HTTP, waiting for a decoding thread, placing the embeddings, sending
+            them to the engine, the way back.
         engine_queue: waiting for the scheduler.
         prefill: from being scheduled to the first token. In LMDeploy's own classes, the ViT is in here.
         vit_busy: share of the wall time in which a device encoded; above 1 with several devices.
         tiling_threads: how many threads were cutting on average.
     """
 
-    decode_and_queue: float
+    decode: float
+    queue: float
     tiling: float
     vit: float
     hand_over: float
@@ -66,18 +68,18 @@ class Breakdown:
         prefill = added.get('lmdeploy:request_prefill_time_seconds_sum', 0) / answered
         seconds = {
             name: added.get(f'vico:encoder_{name}_seconds_sum', 0.0)
-            for name in ('queue_wait', 'preprocess', 'model_forward')
+            for name in ('decode', 'queue_wait', 'preprocess', 'model_forward')
         }
-        tiling, vit = seconds['preprocess'] / requests, seconds['model_forward'] / requests
-        if f'{VICO}encoder_queue_wait_seconds_sum' in added:
-            waiting = max(0.0, seconds['queue_wait'] / requests - tiling)
-        else:
-            waiting = max(0.0, ttft - engine)
+        decode, tiling, vit = (seconds[name] / requests for name in ('decode', 'preprocess', 'model_forward'))
+        waiting = max(0.0, seconds['queue_wait'] / requests - tiling)
+        if f'{VICO}encoder_queue_wait_seconds_sum' not in added:
+            decode = max(0.0, ttft - engine)
         return cls(
-            decode_and_queue=waiting,
+            decode=decode,
+            queue=waiting,
             tiling=tiling,
             vit=vit,
-            hand_over=max(0.0, ttft - waiting - tiling - vit - queue - prefill),
+            hand_over=max(0.0, ttft - decode - waiting - tiling - vit - queue - prefill),
             engine_queue=queue,
             prefill=prefill,
             vit_busy=seconds['model_forward'] / duration,
@@ -86,14 +88,14 @@ class Breakdown:
 
     def parts(self) -> dict[str, float]:
         """Seconds by part, in the order a request goes through them."""
-        names = ('decode_and_queue', 'tiling', 'vit', 'hand_over', 'engine_queue', 'prefill')
+        names = ('decode', 'queue', 'tiling', 'vit', 'hand_over', 'engine_queue', 'prefill')
         return {name: getattr(self, name) for name in names}
 
     def bottleneck(self) -> str:
         """What takes most of the wall time, in words: with a fixed number of requests on their way, where they are."""
         parts = self.parts()
         total = sum(parts.values()) or 1.0
-        vision = parts['decode_and_queue'] + parts['tiling'] + parts['vit']
+        vision = parts['decode'] + parts['queue'] + parts['tiling'] + parts['vit']
         engine = parts['engine_queue'] + parts['prefill']
         if parts['hand_over'] > max(vision, engine):
             return f'HTTP and hand-over take {parts["hand_over"] / total:.0%} of the time'

@@ -76,7 +76,7 @@ class Client:
         try:
             answer = json.loads(await self._look('/v1/models'))
             name: str = answer['data'][0]['id']
-        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, OSError) as error:
             raise BenchError(f'No server answers at {self.url} ({_name(error)}): check --base-url.') from error
         except (KeyError, IndexError, TypeError) as error:
             raise BenchError(f'{self.url} is not an OpenAI server: /v1/models names no model.') from error
@@ -87,7 +87,7 @@ class Client:
         try:
             body = {'input': texts, 'do_preprocess': False, 'add_bos': False}
             lengths: list[int] = json.loads(await self._look('/v1/encode', body))['length']
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, OSError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError, OSError) as error:
             message = f'{self.url} does not count tokens at /v1/encode ({_name(error)}): it is not an LMDeploy server.'
             raise BenchError(message) from error
         return lengths
@@ -96,7 +96,7 @@ class Client:
         """What ``/metrics`` says; nothing if there is no such page."""
         try:
             return await self._look('/metrics')
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
             return ''
 
     async def ended(self, outcomes: Iterable[Outcome]) -> bool:
@@ -105,7 +105,7 @@ class Client:
             return True
         try:
             await self._look('/health')
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
             return True
         return False
 
@@ -125,7 +125,7 @@ class Client:
                 if response.status != 200:
                     return Outcome(error=_message(await response.text(), response.status), status=response.status)
                 return await _read(response, began)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # Python 3.10 has another of that name
             return Outcome(error='The server did not answer in time.')
         except (aiohttp.ClientError, OSError) as error:
             return Outcome(error=f'The connection was lost ({_name(error)}).')

@@ -3,9 +3,10 @@
 import argparse
 import asyncio
 import contextlib
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lmdeploy_vico.bench.workload import (
     LABELS,
     LLM,
     OURS,
+    TURBOMIND,
     Cell,
     Picture,
     Requests,
@@ -62,6 +64,8 @@ class Measurement:
         self._model = options.model or ''
         self._about: dict[str, Any] = {}
         self._unwritten = False
+        self._servers: dict[str, ApiServer] = {}
+        self._groups: list[list[str]] = []  # servers that run at the same time, group after group
         self._prefills: dict[str, PrefillLog] = {}  # of each server whose steps are counted
 
     def check(self) -> None:
@@ -85,20 +89,55 @@ class Measurement:
         if LLM in options.mode and set(options.baseline) & set(BASELINES):
             self._say("llm mode: baselines are left out, as LMDeploy's own classes know no synthetic images.")
 
+    def prepare(self, stack: contextlib.ExitStack) -> None:
+        """Make pictures and servers, which takes a while and does not belong into an event loop; starts nothing."""
+        options = self.options
+        if IMAGE in options.mode:
+            picture = Picture.of_tiles(options.tiles)
+            count = (options.images or options.num_prompts) * picture.count
+            with self._progress('Making pictures', count) as done:
+                self._pictures = make_pictures(count, picture.size, options.seed, done)
+        if options.base_url:
+            self._about = {'servers': {OURS: options.base_url}, 'environment': servers.environment(None)}
+            return
+        gpu, names = servers.gpu_name(), [OURS, *self._baselines]
+        together = options.servers == 'together' or (options.servers == 'auto' and not gpu)
+        servers.check_arguments(options.server_arguments, self._baselines, together, bool(gpu))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='vico-bench-')))
+        arguments = [*options.server_arguments, *(DEBUG if options.count_prefills else ())]
+        self._servers = {
+            name: servers.make_server(name, options.model, options.mode, bool(gpu), arguments, scratch)
+            for name in names
+        }
+        if options.count_prefills:
+            logs = {name: server.log for name, server in self._servers.items() if name != TURBOMIND}
+            self._prefills = {name: PrefillLog(log) for name, log in logs.items()}
+        # One after the other and back again, so that what changes slowly changes them alike.
+        self._groups = [names] if together else [[name] for name in (*names, *names[-2::-1])]
+        if len(names) > 1:
+            how = 'all run, one is measured at a time' if together else 'one after the other, then in reverse'
+            self._say(f'{len(names)} servers: {how}.')
+        self._about = {
+            'servers': {name: ' '.join(server.command) for name, server in self._servers.items()},
+            'servers_together': together,
+            'environment_variables': {name: servers.recorded(one.environment) for name, one in self._servers.items()},
+            'environment': servers.environment(gpu or 'cpu'),
+        }
+
     async def run(self) -> bool:
         """Measure everything and print it; returns whether all requests of the plugin's own cells were answered."""
-        self._make_pictures()
+        if self._rounds == 1 and len(self.results) > 1:
+            self._say('One round of each cell: too few requests for cells to take turns, so that drift stays in.')
         try:
             if self.options.base_url:
-                self._about = {'servers': {OURS: self.options.base_url}, **self._environment(None)}
                 async with Client(self.options.base_url, self.options.request_timeout) as client:
-                    await self._measure({OURS: (client, None)})
+                    await self._measure({OURS: (client, None)}, range(self._rounds))
             else:
                 await self._run_servers()
         except (BenchError, ServerError, asyncio.CancelledError):
             if any(result.completed for result in self.results.values()):
                 report.show(self.console, self.results, paper_model(self._model), self.options.tiles)
-            self._save(complete=False)
+                self._save(complete=False)  # nothing is written, over earlier results perhaps, where there is nothing
             raise
         report.show(self.console, self.results, paper_model(self._model), self.options.tiles)
         self._save(complete=True)
@@ -113,47 +152,33 @@ class Measurement:
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def _environment(self, device: str | None) -> dict[str, Any]:
-        return {'environment': servers.environment(device)}
-
-    def _make_pictures(self) -> None:
-        if IMAGE not in self.options.mode:
-            return
-        picture = Picture.of_tiles(self.options.tiles)
-        count = (self.options.images or self.options.num_prompts) * picture.count
-        with self._progress('Making pictures', count) as done:
-            self._pictures = make_pictures(count, picture.size, self.options.seed, done)
+    @property
+    def _rounds(self) -> int:
+        options = self.options
+        return max(1, round(options.num_prompts / max(ROUND * options.max_concurrency, LEAST_ROUND)))
 
     async def _run_servers(self) -> None:
-        options, names = self.options, [OURS, *self._baselines]
-        arguments = [*options.server_arguments, *(DEBUG if options.count_prefills else ())]
-        gpu = servers.gpu_name()
-        together = options.servers == 'together' or (options.servers == 'auto' and not gpu)
-        if len(names) > 1:
-            how = 'all run, one is measured at a time, in turns' if together else 'one after the other, not in turns'
-            self._say(f'{len(names)} servers: {how}.')
-        with tempfile.TemporaryDirectory(prefix='vico-bench-') as scratch:
-            made = {
-                name: servers.make_server(name, options.model, options.mode, bool(gpu), arguments, Path(scratch))
-                for name in names
-            }
-            if options.count_prefills:
-                self._prefills = {name: PrefillLog(server.log) for name, server in made.items()}
-            commands = {name: ' '.join(server.command) for name, server in made.items()}
-            self._about = {'servers': commands, 'servers_together': together, **self._environment(gpu or 'cpu')}
-            for group in [names] if together else [[name] for name in names]:
-                async with contextlib.AsyncExitStack() as stack:
-                    running = {}
-                    for name in group:
-                        if self._started(stack, name, made[name]):
-                            client = Client(made[name].url, options.request_timeout)
-                            running[name] = (await stack.enter_async_context(client), made[name])
-                    await self._measure(running)
+        for index, group in enumerate(self._groups):
+            before, times = self._groups[:index].count(group), self._groups.count(group)
+            turns = range(-(-self._rounds * before // times), -(-self._rounds * (before + 1) // times))
+            async with contextlib.AsyncExitStack() as stack:
+                running = {}
+                for name in group if turns else ():
+                    if await self._started(stack, name):
+                        server = self._servers[name]
+                        client = Client(server.url, self.options.request_timeout)
+                        running[name] = (await stack.enter_async_context(client), server)
+                await self._measure(running, turns)
 
-    def _started(self, stack: contextlib.AsyncExitStack, name: str, server: ApiServer) -> bool:
+    async def _started(self, stack: contextlib.AsyncExitStack, name: str) -> bool:
+        server = self._servers[name]
+        server.start()
+        stack.callback(server.stop)
         self._say('$ ' + ' '.join(server.command))
+        if name in self._prefills:
+            self._prefills[name] = PrefillLog(server.log)
         try:
-            stack.enter_context(server)
+            await asyncio.to_thread(server.wait_until_ready)
         except ServerError:
             if name == OURS:
                 raise
@@ -161,22 +186,22 @@ class Measurement:
             return False
         return True
 
-    async def _measure(self, running: Mapping[str, tuple[Client, ApiServer | None]]) -> None:
+    async def _measure(self, running: Mapping[str, tuple[Client, ApiServer | None]], turns: range) -> None:
         """Warm up and measure the cells of some servers, which take turns."""
-        options, requests = self.options, {}
-        for name, (client, _) in running.items():
-            model = await client.model()
-            self._model = self._model or model
-            for tokens in set(options.text_tokens) - set(self._texts):
-                self._texts[tokens] = await make_texts(client.token_counts, tokens, options.num_prompts, options.seed)
-            requests[name] = Requests(model, options.tiles, self._pictures, self._texts, options.seed)
-        order = [cell for cell in self.results if cell.server in running]
+        requests = {}
+        for name, (client, server) in running.items():
+            try:
+                requests[name] = await self._requests(client)
+            except BenchError:
+                if name == OURS:
+                    raise
+                self._lose(name, f'the server ended at once: {servers.why_ended(server)}')
+        order = [cell for cell in self.results if cell.server in requests]
         for cell in order:
             await self._warm_up(cell, *running[cell.server], requests[cell.server])
-        rounds = max(1, round(options.num_prompts / max(ROUND * options.max_concurrency, LEAST_ROUND)))
-        edges = [options.num_prompts * i // rounds for i in range(rounds + 1)]
-        with self._progress('Measuring', options.num_prompts * len(order)) as done:
-            for turn in range(rounds):
+        edges = [self.options.num_prompts * i // self._rounds for i in range(self._rounds + 1)]
+        with self._progress('Measuring', (edges[turns.stop] - edges[turns.start]) * len(order)) as done:
+            for turn in turns:
                 indices = range(edges[turn], edges[turn + 1])
                 shift = turn % len(order) if order else 0
                 for cell in order[shift:] + order[:shift]:
@@ -184,6 +209,14 @@ class Measurement:
                         client, server = running[cell.server]
                         await self._round(cell, client, server, requests[cell.server], indices, done)
                         self._save(complete=False)
+
+    async def _requests(self, client: Client) -> Requests:
+        options = self.options
+        model = await client.model()
+        self._model = self._model or model
+        for tokens in set(options.text_tokens) - set(self._texts):
+            self._texts[tokens] = await make_texts(client.token_counts, tokens, options.num_prompts, options.seed)
+        return Requests(model, options.tiles, self._pictures, self._texts, options.seed)
 
     async def _round(
         self,
@@ -240,6 +273,7 @@ class Measurement:
             outcomes += (await client.round(many, options.max_concurrency)).outcomes
             for outcome in outcomes:
                 _check(cell, outcome, options.tiles, None)
+            self._check_alike(cell, bare)
         except BenchError as error:
             ended = await client.ended(outcomes)
             if cell.server == OURS:
@@ -252,6 +286,17 @@ class Measurement:
             self._lose(cell.server, reason)
         visual = bare.image_tokens if cell.server == OURS else visual_tokens(options.tiles)
         result.overhead = bare.prompt_tokens - (visual or 0)
+
+    def _check_alike(self, cell: Cell, bare: Outcome) -> None:
+        """Raises :class:`BenchError` for a baseline whose prompts are not those of the plugin without compression."""
+        overheads = [
+            other.overhead for one, other in self.results.items() if one.server == OURS and one.mode == cell.mode
+        ]
+        expected = visual_tokens(self.options.tiles) + overheads[0]
+        if cell.server != OURS and bare.prompt_tokens != expected:
+            raise BenchError(
+                f'Its prompts have {bare.prompt_tokens} tokens instead of {expected}: it does not do the same work.'
+            )
 
     def _save(self, complete: bool) -> None:
         """Write the results. In the middle of a run a failure is said, once; at its end it is raised."""
@@ -324,6 +369,19 @@ async def _added(client: Client, before: dict[str, float], measured: Round) -> d
         await asyncio.sleep(POLL)
 
 
+async def _until_signalled(work: Coroutine[Any, Any, bool], received: list[int]) -> bool:
+    """Await ``work``, but cancel it when the process is told to end: servers would be left running otherwise."""
+    task = asyncio.ensure_future(work)
+
+    def end(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    return await task
+
+
 def run(options: argparse.Namespace) -> int:
     """Run the parsed command line; returns the exit status. Raises BenchError and ServerError."""
     console = Console()
@@ -331,4 +389,10 @@ def run(options: argparse.Namespace) -> int:
         console.width = max(console.width, 150)
     measurement = Measurement(options, console)
     measurement.check()
-    return 0 if asyncio.run(measurement.run()) else 1
+    received: list[int] = []
+    with contextlib.ExitStack() as stack:
+        measurement.prepare(stack)
+        try:
+            return 0 if asyncio.run(_until_signalled(measurement.run(), received)) else 1
+        except asyncio.CancelledError:
+            return 128 + received[0]  # as a shell reports a program that was ended by a signal

@@ -35,7 +35,11 @@ def make_pictures(count: int, size: tuple[int, int], seed: int, done: Callable[[
         return f'data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow encodes without the GIL
-        return list(threads.map(encode, range(count)))
+        try:
+            return list(threads.map(encode, range(count)))
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)  # interrupted: the rest is not waited for
+            raise
 
 
 def _canvas(width: int, height: int, seed: int) -> Image.Image:

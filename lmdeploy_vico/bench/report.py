@@ -116,7 +116,7 @@ def time_table(results: Results) -> Table | None:
     told = {cell: result.breakdown for cell, result in results.items()}
     if not any(told.values()):
         return None
-    headings = ('decode, queue', 'tiling', 'ViT', 'hand-over', 'engine queue', 'prefill', 'ViT busy', 'cutting')
+    headings = ('decode', 'queue', 'tiling', 'ViT', 'hand-over', 'engine queue', 'prefill', 'ViT busy', 'cutting')
     table = _table(headings, title='Where the time went, ms per request')
     for cell, breakdown in told.items():
         if breakdown:

@@ -8,13 +8,13 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS
+from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS, TURBOMIND
 from lmdeploy_vico.testing.server import ApiServer
 
 FLASH_KEYS = ('flash_mode', 'flash_relative_threshold', 'flash_absolute_threshold')
@@ -23,6 +23,11 @@ INDEX = 'model.safetensors.index.json'
 HUB_ID = re.compile(r'^[\w.-]+/[\w.-]+$')
 EXCEPTION = re.compile(r'^\s*(?:[\w.]+\.)?\w*(?:Error|Exception)\b.*')
 COPIED = 2**24  # bytes at a time
+LOG_END = 2**20  # bytes of a log in which the last exception is looked for
+# What of the environment decides how a server works.
+RECORDED = re.compile(r'^(LMDEPLOY|OMP_|CUDA_VISIBLE_DEVICES)')
+OWN_ARGUMENTS = ('--server-name', '--server-port')
+SHARE = '--cache-max-entry-count'
 DEVICE = (
     'import torch; print(torch.cuda.get_device_name() + f" x {torch.cuda.device_count()}" '
     'if torch.cuda.is_available() else "")'
@@ -36,13 +41,34 @@ def check_model(model: str) -> None:
         raise BenchError(f'--model: {model} is not a checkpoint directory: it holds no config.json.')
 
 
+def check_arguments(arguments: Sequence[str], baselines: Sequence[str], together: bool, on_gpu: bool) -> None:
+    """Raises :class:`BenchError` for arguments with which no server, or no fair measurement, would come about."""
+    given = {argument.partition('=')[0] for argument in arguments}
+    for own in OWN_ARGUMENTS:
+        if own in given:
+            raise BenchError(f'{own} is chosen here, for every server: leave it out.')
+    if TURBOMIND in baselines and not on_gpu:
+        raise BenchError(f'{TURBOMIND} needs a CUDA device.')
+    if together and on_gpu and baselines and SHARE not in given:
+        raise BenchError(
+            'Servers together on a GPU: the first would take most of the memory for its KV cache. Give each its share, '
+            f'for example -- {SHARE} 0.2, or leave out --servers together.'
+        )
+
+
+def recorded(environment: Mapping[str, str | None]) -> dict[str, str]:
+    """Variables of a server's environment that decide how it works: ours, with ``environment`` on top."""
+    merged = {**os.environ, **environment}
+    return {name: value for name, value in sorted(merged.items()) if value is not None and RECORDED.match(name)}
+
+
 def make_server(
     name: str, model: str, modes: Sequence[str], on_gpu: bool, extra: Sequence[str], scratch: Path
 ) -> ApiServer:
     """The server of a baseline, or of the plugin, not started yet.
 
     Args:
-        name: ``none`` for the plugin, ``lmdeploy-flash`` or ``lmdeploy-internvl``.
+        name: ``none`` for the plugin, or a baseline.
         extra: further arguments of ``lmdeploy serve api_server``.
         scratch: a directory for its log, and for the checkpoint without a router.
     """
@@ -55,6 +81,8 @@ def make_server(
     else:
         environment['LMDEPLOY_VICO'] = '0' if on_gpu else 'cpu'
         arguments += [] if '--trust-remote-code' in arguments else ['--trust-remote-code']
+        # LMDeploy would choose TurboMind for all of them, which knows nothing of flash mode.
+        arguments += ['--backend', 'turbomind' if name == TURBOMIND else 'pytorch']
     if name == INTERNVL:
         model = str(without_router(Path(model), scratch / 'without-router'))
     return ApiServer(model, *arguments, log=scratch / f'{name}.log', environment=environment, timeout=1800)
@@ -72,6 +100,17 @@ def without_router(checkpoint: Path, target: Path) -> Path:
     """
     if not checkpoint.is_dir():
         raise BenchError(f'The baseline {INTERNVL} needs a directory as --model, not {checkpoint}: download it first.')
+    try:
+        _copy_without_router(checkpoint, target)
+    except OSError as error:
+        raise BenchError(
+            f'The checkpoint without a router cannot be written to {target.parent}: {error.strerror}. The variable '
+            'TMPDIR names another place.'
+        ) from error
+    return target
+
+
+def _copy_without_router(checkpoint: Path, target: Path) -> None:
     target.mkdir()
     for file in checkpoint.iterdir():
         (target / file.name).symlink_to(file.resolve())
@@ -83,7 +122,6 @@ def without_router(checkpoint: Path, target: Path) -> Path:
         index = json.loads((checkpoint / INDEX).read_text())
         index['weight_map'] = {k: v for k, v in index['weight_map'].items() if not k.startswith(ROUTER_WEIGHTS)}
         _replace(target / INDEX, index)
-    return target
 
 
 def _replace(file: Path, content: Any) -> None:
@@ -135,7 +173,7 @@ def why_ended(server: ApiServer | None) -> str:
     """The last exception in the server's log, or what little is known."""
     if server is None:
         return 'its log tells why'
-    errors = [line.strip() for line in server.log_text().splitlines() if EXCEPTION.match(line)]
+    errors = [line.strip() for line in server.log_text(LOG_END).splitlines() if EXCEPTION.match(line)]
     return errors[-1] if errors else 'its log names no exception'
 
 

@@ -6,19 +6,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from lmdeploy_vico.config import IMAGE_SIZE, TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 
 AUTO = 'auto'
 IMAGE, LLM = 'image', 'llm'
 OURS = 'none'  # the plugin itself; as a baseline: the plugin without compression
-FLASH, INTERNVL = 'lmdeploy-flash', 'lmdeploy-internvl'
-BASELINES = (FLASH, INTERNVL)
+FLASH, INTERNVL, TURBOMIND = 'lmdeploy-flash', 'lmdeploy-internvl', 'lmdeploy-turbomind'
+BASELINES = (FLASH, INTERNVL, TURBOMIND)
 LABELS = {
     OURS: 'lmdeploy-vico',
     FLASH: 'LMDeploy flash mode (answers are wrong after the first token)',
     INTERNVL: 'LMDeploy without a router',
+    TURBOMIND: 'LMDeploy on TurboMind (no router)',
 }
 LARGEST = Fraction(TOKENS_FULL - TOKENS_COMPRESSED, TOKENS_FULL)  # all tiles compressed
+# Pixels of a picture for each tile's side: as a rule pictures are larger than their tiles and have to be resized.
+PIXELS = 500
 # A picture of one pixel: in llm mode the server takes the number of tiles from the item and looks at no pixel.
 PIXEL = (
     'data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=='
@@ -123,7 +126,7 @@ class Picture:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
-        return self.columns * IMAGE_SIZE, self.rows * IMAGE_SIZE
+        return self.columns * PIXELS, self.rows * PIXELS
 
 
 class Requests:
@@ -174,5 +177,5 @@ class Requests:
         grid = picture.columns * picture.rows
         places = range(index * picture.count, (index + 1) * picture.count)
         urls = [self._pictures[place % len(self._pictures)] for place in places]
-        # Said to the server, as a picture of exactly that size may also be cut into a larger grid of its shape.
+        # Said to the server, as a picture of that size may also be cut into a larger grid of its shape.
         return [{'type': 'image_url', 'image_url': {'url': url, 'max_dynamic_patch': grid}} for url in urls]

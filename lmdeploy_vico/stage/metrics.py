@@ -29,6 +29,9 @@ class StageMetrics:
             'vico:encoder_queue_wait_seconds', 'From the arrival of a prompt to its first tile on the device.',
             buckets=SECONDS,
         )  # fmt: skip
+        self.decode = Histogram(
+            'vico:encoder_decode_seconds', 'Fetching and decoding one image or video, in its thread.', buckets=SECONDS
+        )
         self.preprocess = Histogram(
             'vico:encoder_preprocess_seconds', 'Resizing and cutting one image, in its thread.', buckets=SECONDS
         )

@@ -1,4 +1,4 @@
-"""Runs the unmodified ``lmdeploy serve api_server`` as a user would, on a free port, and always stops it."""
+"""Runs the unmodified ``lmdeploy serve api_server`` as a user would, on a free port, and stops it."""
 
 import contextlib
 import os
@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 POLL = 0.1  # seconds between two looks at the server's health
+LOOK = 10  # seconds for such a look
+STOPPING = 20  # seconds that a server is given to end by itself
 
 
 class ServerError(RuntimeError):
@@ -84,10 +88,20 @@ class ApiServer:
         while time.monotonic() < deadline:
             if not self.alive():
                 raise ServerError(f'The server ended while starting:\n{self.log_tail()}')
-            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f'{self.url}/health'):
+            with (
+                contextlib.suppress(OSError, HTTPException),
+                urllib.request.urlopen(f'{self.url}/health', timeout=LOOK),
+            ):
+                self._require_own_port()
                 return
             time.sleep(POLL)
         raise ServerError(f'The server was not ready after {self._timeout:g} s:\n{self.log_tail()}')
+
+    def _require_own_port(self) -> None:
+        """A port that was free may have been taken by somebody else until the server came to it."""
+        connections = psutil.Process(self.pid).net_connections('inet') if self.alive() else []
+        if self.port not in [one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN]:
+            raise ServerError(f'Another program listens on port {self.port}. Try again.\n{self.log_tail()}')
 
     def wait_until_ended(self) -> int:
         """Wait for a server that is expected to refuse to start; returns its exit code."""
@@ -108,17 +122,27 @@ class ApiServer:
         """Stop the server and whatever it started; does nothing if it has ended."""
         if self._process is None:
             return
-        if self.alive():
-            self._process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session: nothing else is in it
-        self._process.wait()
+        try:
+            if self.alive():
+                self._process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=STOPPING)
+        finally:  # interrupted once more, too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+            self._process.wait()
 
-    def log_text(self) -> str:
-        """Everything the server has printed."""
-        return self.log.read_text(errors='replace')
+    @property
+    def environment(self) -> Mapping[str, str | None]:
+        """What its environment has besides, or instead of, that of this process; None where it lacks something."""
+        return self._environment
+
+    def log_text(self, most: int | None = None) -> str:
+        """What the server has printed: everything, or the last bytes, at ``most`` so many."""
+        with self.log.open('rb') as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most) if most else 0)
+            return file.read().decode(errors='replace')
 
     def log_tail(self, lines: int = 15) -> str:
         """The last lines of the log."""

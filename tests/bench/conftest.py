@@ -24,6 +24,7 @@ class FakeServer:
         dies_after: chat requests until the connection is cut and the port closed.
         engine_ends_after: chat requests until only 503 is answered.
         hold: requests that wait until so many have come.
+        overhead: tokens of the chat template.
     """
 
     def __init__(
@@ -34,8 +35,14 @@ class FakeServer:
         dies_after: float = math.inf,
         engine_ends_after: float = math.inf,
         hold: int = 0,
+        overhead: int = OVERHEAD,
     ) -> None:
-        self.image_tokens, self.compresses, self.synthetic = image_tokens, compresses, synthetic
+        self.image_tokens, self.compresses, self.synthetic, self.overhead = (
+            image_tokens,
+            compresses,
+            synthetic,
+            overhead,
+        )
         self.dies_after, self.engine_ends_after = dies_after, engine_ends_after
         self.bodies: list[dict] = []
         self.running = self.most_running = 0
@@ -122,7 +129,10 @@ class FakeServer:
     async def _stream(self, request: web.Request, image_tokens: int, text_tokens: int) -> web.StreamResponse:
         response = web.StreamResponse(headers={'Content-Type': 'text/event-stream'})
         await response.prepare(request)
-        usage = {'prompt_tokens': image_tokens + text_tokens + OVERHEAD, 'prompt_tokens_details': {'cached_tokens': 0}}
+        usage = {
+            'prompt_tokens': image_tokens + text_tokens + self.overhead,
+            'prompt_tokens_details': {'cached_tokens': 0},
+        }
         if self.image_tokens:
             usage['prompt_tokens_details']['image_tokens'] = image_tokens
         for event in (

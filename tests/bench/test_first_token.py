@@ -2,17 +2,19 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 from bench.conftest import OVERHEAD
-from serving.conftest import serve  # noqa: F401
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench import results as results_module
 from lmdeploy_vico.bench.client import Client
-from lmdeploy_vico.bench.workload import IMAGE, LLM, OURS, Cell, Requests
+from lmdeploy_vico.bench.workload import FLASH, IMAGE, INTERNVL, LLM, OURS, Cell, Requests
 from lmdeploy_vico.testing.server import free_port
 
 FEW = ['--num-prompts', '12', '--max-concurrency', '3', '--tiles', '5', '--text-tokens', '8']
@@ -102,9 +104,11 @@ def test_measured_requests_differ(fake_server, bench):
     assert len(set(asked)) == 12
 
 
-def test_no_server(bench):
-    status, printed, _ = bench('--base-url', f'http://127.0.0.1:{free_port()}')
+def test_no_server(bench, tmp_path):
+    (tmp_path / 'results.json').write_text('{"earlier": true}')
+    status, printed, results = bench('--base-url', f'http://127.0.0.1:{free_port()}')
     assert status == 1
+    assert results == {'earlier': True}
     assert 'No server answers at' in printed
     assert 'check --base-url' in printed
 
@@ -114,7 +118,7 @@ def test_a_server_that_refuses_synthetic_images(fake_server, bench):
     assert status == 1
     assert 'LMDEPLOY_VICO_SYNTHETIC_IMAGES=1' in printed
     assert 'synthetic is no key' in printed
-    assert not results['complete']
+    assert results is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_a_model_that_is_not_vico(fake_server, bench, fault, said):
     status, printed, results = bench('--base-url', fake_server(**fault).url)
     assert status == 1
     assert said in printed
-    assert not results['complete']
+    assert results is None
 
 
 @pytest.mark.parametrize('how', ['dies_after', 'engine_ends_after'])
@@ -187,17 +191,48 @@ def test_importing_the_client_loads_neither_lmdeploy_nor_torch():
     assert out.stdout.strip() == '[]'
 
 
-def test_a_real_server(serve, make_checkpoint, bench):  # noqa: F811
-    server = serve(make_checkpoint(), LMDEPLOY_VICO_CACHE_BYTES='0')
-    arguments = ['--num-prompts', '32', '--max-concurrency', '8', '--tiles', '2', '--token-compression', '0', '0.75']
-    status, printed, results = bench('--base-url', server.url, *arguments)
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, number, status):
+    command = [str(Path(sys.executable).with_name('lmdeploy-vico')), 'bench', '--model', str(make_checkpoint()), *FEW]
+    with subprocess.Popen(
+        [*command, '--mode', 'llm', '--output-file', str(tmp_path / 'results.json')], stdout=subprocess.PIPE, text=True
+    ) as bench:
+        try:
+            started = next(line for line in bench.stdout if line.startswith('$ lmdeploy serve'))
+            [server] = psutil.Process(bench.pid).children()
+            assert started.split()[started.split().index('--server-port') + 1] in server.cmdline()
+            bench.send_signal(number)
+            assert bench.wait(60) == status
+            assert not server.is_running()
+        finally:
+            bench.kill()
+
+
+SMOKE = ['--num-prompts', '64', '--max-concurrency', '16', '--tiles', '2', '--token-compression', '0', '0.75']
+
+
+def test_both_modes_and_both_baselines_for_real(make_checkpoint, bench):
+    arguments = [*SMOKE, '--mode', LLM, IMAGE, '--baseline', FLASH, INTERNVL, '--count-prefills']
+    status, printed, results = bench('--model', str(make_checkpoint()), *arguments)
     assert status == 0, printed
-    none, most = results['cells']
-    assert (none['completed'], most['completed'], none['failed'], most['failed']) == (32, 32, 0, 0)
-    assert (none['vision_tokens_per_request'], most['vision_tokens_per_request']) == (512, 128)
-    assert none['user_text_tokens_per_request'] == most['user_text_tokens_per_request'] == 8
+    cells = {(cell['mode'], cell['server'], cell['token_compression']): cell for cell in results['cells']}
+    image, baselines = (
+        [(IMAGE, OURS, share) for share in (0.0, 0.75)],
+        [(IMAGE, name, None) for name in (FLASH, INTERNVL)],
+    )
+    assert list(cells) == [(LLM, OURS, 0.0), (LLM, OURS, 0.75), *image, *baselines]
+    assert {(cell['completed'], cell['failed'], cell['error']) for cell in cells.values()} == {(64, 0, None)}
+    # LMDeploy schedules its flash mode's tokens as if nothing were compressed.
+    for key, cell in cells.items():
+        visual = 128 if key[2] == 0.75 else 512
+        assert cell['input_tokens_per_request'] == visual + cells[image[0]]['input_tokens_per_request'] - 512
+        assert cell['kv_blocks_per_request'] == -(-cell['input_tokens_per_request'] // 64)
+        # At most 8192 tokens a step, so many prompts at least, and no more steps than prompts.
+        assert cell['input_tokens_per_request'] / 8192 <= cell['prefill_steps_per_request'] <= 1
+        assert cell['user_text_tokens_per_request'] == 8
+        assert cell['cached_tokens'] == 0
+    most = cells[image[1]]
     assert most['achieved_token_compression'] == 0.75
-    assert most['cached_tokens'] == 0
     parts = most['seconds_per_request']
-    assert all(parts[name] > 0 for name in ('tiling', 'vit', 'prefill'))
+    assert all(parts[name] > 0 for name in ('decode', 'tiling', 'vit', 'prefill'))
     assert sum(parts.values()) == pytest.approx(most['mean_ttft_ms'] / 1e3, rel=0.2)

@@ -1,14 +1,14 @@
 """The servers that a measurement starts, and what becomes of it when one of them fails."""
 
-import contextlib
 import json
+import re
 
 import pytest
 from safetensors import safe_open
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench import BenchError, servers
-from lmdeploy_vico.bench.workload import FLASH, IMAGE, INTERNVL, LLM, OURS
+from lmdeploy_vico.bench.workload import FLASH, IMAGE, INTERNVL, LLM, OURS, TURBOMIND
 from lmdeploy_vico.testing.server import ServerError
 
 
@@ -34,6 +34,15 @@ def test_a_checkpoint_without_its_router(make_checkpoint, tmp_path):
     assert {file.name for file in copy.iterdir()} == {file.name for file in original.iterdir()}
     assert (copy / 'tokenizer.json').is_symlink()
     assert set(tensors(original)) == set(before)
+
+
+def test_a_disk_that_fills_up_while_the_copy_is_written(make_checkpoint, tmp_path, monkeypatch):
+    def write(*arguments):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(servers, '_copy', write)
+    with pytest.raises(BenchError, match='No space left on device. The variable TMPDIR names another place'):
+        servers.without_router(make_checkpoint(), tmp_path / 'copy')
 
 
 def test_a_plain_checkpoint_is_links_only(make_checkpoint, tmp_path):
@@ -67,7 +76,44 @@ def test_baselines_are_served_without_our_classes(make_checkpoint, tmp_path, on_
     for name in (FLASH, INTERNVL):
         server = servers.make_server(name, str(make_checkpoint()), [IMAGE], on_gpu, [], tmp_path)
         assert server._environment['LMDEPLOY_VICO'] == switch
-        assert server.command[-1] == '--trust-remote-code'
+        # Without it, LMDeploy would choose TurboMind on a GPU, which knows nothing of flash mode.
+        assert server.command[-3:] == ['--trust-remote-code', '--backend', 'pytorch']
+
+
+def test_turbomind_serves_the_checkpoint_as_it_is(tmp_path):
+    server = servers.make_server(TURBOMIND, 'm', [IMAGE], on_gpu=True, extra=[], scratch=tmp_path)
+    assert server.command[3] == 'm'
+    assert server.command[-2:] == ['--backend', 'turbomind']
+
+
+def test_what_decides_how_a_server_works_is_recorded(monkeypatch):
+    monkeypatch.setenv('LMDEPLOY_VICO_DUMMY_WEIGHTS', '1')
+    monkeypatch.setenv('LMDEPLOY_VICO', 'cpu')
+    monkeypatch.setenv('SECRET', 'x')
+    recorded = servers.recorded({'LMDEPLOY_VICO': None, 'OMP_WAIT_POLICY': 'PASSIVE'})
+    assert 'SECRET' not in recorded
+    assert recorded['LMDEPLOY_VICO_DUMMY_WEIGHTS'] == '1'
+    assert recorded['OMP_WAIT_POLICY'] == 'PASSIVE'
+    assert 'LMDEPLOY_VICO' not in recorded
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'baselines', 'together', 'gpu', 'said'),
+    [
+        (['--server-port', '1'], [], False, True, '--server-port is chosen here'),
+        (['--server-name=0.0.0.0'], [], False, False, '--server-name is chosen here'),
+        ([], [TURBOMIND], True, False, 'needs a CUDA device'),
+        ([], [FLASH], True, True, '--cache-max-entry-count 0.2'),
+        (['--cache-max-entry-count', '0.3'], [FLASH], True, True, None),
+        ([], [FLASH], True, False, None),
+        ([], [FLASH, TURBOMIND], False, True, None),
+    ],
+)
+def test_arguments_that_no_fair_measurement_comes_of(arguments, baselines, together, gpu, said):
+    if said is None:
+        return servers.check_arguments(arguments, baselines, together, gpu)
+    with pytest.raises(BenchError, match=said):
+        servers.check_arguments(arguments, baselines, together, gpu)
 
 
 def test_the_reason_is_the_last_exception_of_the_log(tmp_path):
@@ -78,23 +124,24 @@ def test_the_reason_is_the_last_exception_of_the_log(tmp_path):
     assert servers.why_ended(server) == 'its log names no exception'
 
 
-class Fake(contextlib.AbstractContextManager):
+class Fake:
     """A fake server in the place of one that the measurement starts."""
 
     def __init__(self, server, running: list[str], name: str, starts: bool = True) -> None:
-        self.url, self.command = server.url, ['serve', name]
+        self.url, self.command, self.environment = server.url, ['serve', name], {'LMDEPLOY_VICO_CACHE_BYTES': '0'}
         self._running, self._name, self._starts = running, name, starts
 
-    def __enter__(self):
+    def start(self):
+        self._running.append(self._name)
+
+    def wait_until_ready(self):
         if not self._starts:
             raise ServerError('The server ended while starting')
-        self._running.append(self._name)
-        return self
 
-    def __exit__(self, *error):
+    def stop(self):
         self._running.remove(self._name)
 
-    def log_text(self) -> str:
+    def log_text(self, most: int) -> str:
         return 'Traceback\nRuntimeError: killed\n'
 
 
@@ -122,7 +169,7 @@ def bench(fake_server, monkeypatch, tmp_path, capsys):
         few += ['--token-compression', '0', '--baseline', FLASH, INTERNVL, '--output-file', str(path)]
         status = cli.main(['bench', '--model', 'm', *few, *arguments])
         assert running == []  # all of them were stopped
-        return status, ''.join(capsys.readouterr()), json.loads(path.read_text())
+        return status, ''.join(capsys.readouterr()), json.loads(path.read_text()) if path.exists() else None
 
     return run
 
@@ -136,7 +183,7 @@ def completed(results: dict) -> dict[str, int]:
     [
         ('', [], True),
         ('H200', [], False),
-        ('H200', ['--servers', 'together'], True),
+        ('H200', ['--servers', 'together', '--', '--cache-max-entry-count', '0.2'], True),
         ('', ['--servers', 'in-turn'], False),
     ],
 )
@@ -144,7 +191,7 @@ def test_servers_run_together_or_in_turn(bench, gpu, arguments, together):
     status, printed, results = bench({}, *arguments, gpu=gpu)
     assert status == 0
     assert results['servers_together'] == together
-    assert ('in turns' if together else 'not in turns') in printed
+    assert ('all run' if together else 'then in reverse') in printed
     assert completed(results) == {OURS: 8, FLASH: 8, INTERNVL: 8}
     assert results['environment']['device'] == (gpu or 'cpu')
     assert [cell['speedup'] is not None for cell in results['cells']] == [True] * 3
@@ -173,8 +220,28 @@ def test_a_baseline_that_ends_while_it_is_warmed_up_or_started(bench):
     ]
 
 
+def test_servers_in_turn_go_through_in_reverse_as_well(bench):
+    many = ['--num-prompts', '300', '--servers', 'in-turn']  # three rounds: two in the first pass
+    status, printed, results = bench({}, *many)
+    assert status == 0
+    assert completed(results) == {OURS: 300, FLASH: 300, INTERNVL: 300}
+    assert re.findall(r'^\$ serve (\S+)', printed, re.MULTILINE) == [OURS, FLASH, INTERNVL, FLASH, OURS]
+    assert [len(cell['round_durations']) for cell in results['cells']] == [3, 3, 3]
+
+
+def test_a_run_without_turns_says_so(bench):
+    assert 'too few requests for cells to take turns' in bench({})[1]
+
+
+def test_a_baseline_with_other_prompts_is_not_compared(bench):
+    status, _, results = bench({FLASH: {'overhead': 20}})
+    assert status == 0
+    assert completed(results) == {OURS: 8, FLASH: 0, INTERNVL: 8}
+    assert results['cells'][1]['error'] == ('Its prompts have 788 tokens instead of 784: it does not do the same work.')
+
+
 def test_without_our_own_server_there_is_nothing_to_measure(bench):
     status, printed, results = bench({OURS: 'no start'})
     assert status == 1
     assert 'ended while starting' in printed
-    assert not results['complete']
+    assert results is None

@@ -36,7 +36,8 @@ class Breakdown:
         tiling: resizing and cutting, in a thread.
         vit: its share of the time that the device encoded.
         hand_over: all that is not another part: HTTP, waiting for a decoding thread, placing the embeddings, sending
-            them to the engine, the way back.
+            them to the engine, the way back. Of an engine on a CPU also the wait for its loop, which stands while the
+            model computes.
         engine_queue: waiting for the scheduler.
         prefill: from being scheduled to the first token. In LMDeploy's own classes, the ViT is in here.
         vit_busy: share of the wall time in which a device encoded; above 1 with several devices.
@@ -98,7 +99,8 @@ class Breakdown:
         vision = parts['decode'] + parts['queue'] + parts['tiling'] + parts['vit']
         engine = parts['engine_queue'] + parts['prefill']
         if parts['hand_over'] > max(vision, engine):
-            return f'HTTP and hand-over take {parts["hand_over"] / total:.0%} of the time'
+            share = f'{parts["hand_over"] / total:.0%}'
+            return f'HTTP and hand-over (on a CPU: with the wait for the engine, which is computing) take {share} of the time'
         if engine >= vision:
             return f'prefill, with the wait for it, takes {engine / total:.0%} of the time'
         if self.vit_busy >= BUSY:

@@ -13,7 +13,8 @@ from lmdeploy_vico.vision.routing import Compression, parse_compression
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
-LEAST = {'max_tiles': 1, 'preprocess_threads': 1, 'tile_batch': 0, 'max_queued_tiles': 1, 'cache_bytes': 0}
+LEAST = {'max_tiles': 1, 'preprocess_threads': 1, 'tile_batch': 0, 'max_queued_tiles': 1}
+LEAST |= {'max_decoded_bytes': 1, 'cache_bytes': 0}
 FLAGS = ('dummy_weights', 'synthetic_images')
 _TRUTH = {'0': False, '1': True, 'false': False, 'true': True}
 
@@ -30,6 +31,10 @@ def _default_cache_bytes() -> int:
     return min(4 * 2**30, psutil.virtual_memory().total // 16)
 
 
+def _default_decoded_bytes() -> int:
+    return min(16 * 2**30, psutil.virtual_memory().total // 8)
+
+
 @dataclass(frozen=True)
 class Options:
     """What an operator can set.
@@ -43,6 +48,8 @@ class Options:
             several devices that share the work, "cuda:0,cuda:1".
         tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
         max_queued_tiles: tiles that may wait to be encoded; beyond, requests with images are answered with a 503.
+        max_decoded_bytes: host memory for decoded images and video frames; a request that alone needs more is answered
+            with a 400, one that finds no room beside the others with a 503.
         cache_bytes: host memory for the ViT-level results of tiles that may be asked about again; 0 keeps none.
         kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
         dummy_weights: make all weights up instead of reading them, for measuring: the answers mean nothing.
@@ -55,6 +62,7 @@ class Options:
     vision_device: str = 'auto'
     tile_batch: int = 0
     max_queued_tiles: int = 2048
+    max_decoded_bytes: int = dataclasses.field(default_factory=_default_decoded_bytes)
     cache_bytes: int = dataclasses.field(default_factory=_default_cache_bytes)
     kernels: str = AUTO
     dummy_weights: bool = False

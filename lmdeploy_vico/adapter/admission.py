@@ -7,6 +7,7 @@ from typing import Any
 
 from lmdeploy_vico.adapter.disconnect import ServedRequest, served_request
 from lmdeploy_vico.adapter.overload import OverloadError
+from lmdeploy_vico.adapter.pixels import PixelBudget, PixelShare
 from lmdeploy_vico.adapter.requests import IMAGE_TYPES, VIDEO_TYPES, jpeg_frames, parameters, tile_limit, video_options
 from lmdeploy_vico.stage.queue import Admission, StageBusyError
 from lmdeploy_vico.stage.stage import VisionStage
@@ -17,10 +18,11 @@ _current: ContextVar[Admission | None] = ContextVar('vico_admission', default=No
 
 
 @asynccontextmanager
-async def admitted(stage: VisionStage, tiles: int) -> AsyncIterator[None]:
+async def admitted(stage: VisionStage, tiles: int, pixels: PixelBudget) -> AsyncIterator[None]:
     """Hold a place in the stage for what is prepared inside; :func:`current_admission` hands it on.
 
-    All choices of a request with ``n`` above 1 share one place: their images are the same.
+    All choices of a request with ``n`` above 1 share one place: their images are the same. Each of them decodes these
+    for itself, and what that takes of the budget is added up.
 
     Raises:
         OverloadError: too much is waiting already.
@@ -30,10 +32,12 @@ async def admitted(stage: VisionStage, tiles: int) -> AsyncIterator[None]:
         admission = request.admission = request.admission or stage.admit(tiles)
     except StageBusyError as error:
         raise OverloadError(str(error)) from error
+    share = request.pixels = request.pixels or PixelShare(pixels)
     request.preparing += 1
     token = _current.set(admission)
     try:
-        yield
+        with share.in_use():
+            yield
     finally:
         _current.reset(token)
         request.preparing -= 1

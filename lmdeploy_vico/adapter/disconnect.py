@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from lmdeploy_vico.adapter.pixels import PixelShare
 from lmdeploy_vico.stage.queue import Admission
 
 T = TypeVar('T')
@@ -31,6 +32,7 @@ class ServedRequest:
         pending: what its client's leaving cancels.
         admission: the place in the vision stage that is held while it is prepared.
         preparing: how many of its choices are being prepared.
+        pixels: what its decoded images take of the server's memory for them.
     """
 
     client_gone: bool = False
@@ -38,6 +40,7 @@ class ServedRequest:
     pending: 'set[Work[Any]]' = field(default_factory=set)
     admission: Admission | None = None
     preparing: int = 0
+    pixels: PixelShare | None = None
 
     def abandon(self) -> None:
         """The client has gone: cancel what is done for it."""
@@ -87,9 +90,14 @@ async def while_client_waits(start: 'Callable[[], Work[T]]') -> T:
     finally:
         request.pending.discard(work)
         waiting.cancel()  # and the work with it, unless they are done
-    if waiting.cancelled():
-        _require_client(request)
-    return waiting.result()
+    try:
+        if waiting.cancelled():
+            _require_client(request)
+        return waiting.result()
+    finally:
+        # An error of the work refers to this frame. If this frame referred to it too, what it has seen, decoded images
+        # among it, would not be freed before Python looks for cycles.
+        del work, waiting
 
 
 def _require_client(request: ServedRequest) -> None:

@@ -2,15 +2,18 @@
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from contextvars import copy_context
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from lmdeploy_vico.adapter.pixels import decoding
 from lmdeploy_vico.adapter.requests import IMAGE_TYPES, VIDEO_TYPES, check_kind, video_options
 from lmdeploy_vico.stage.metrics import stage_metrics
 
@@ -25,8 +28,8 @@ class MediaParser:
     """Stands in for ``MultimodalProcessor.async_parse_multimodal_item``: same arguments and result, but item by item.
 
     Every item is parsed by LMDeploy, as the only one of its message, in threads of our own: those of the event loop's
-    default executor are for others, who would wait behind slow downloads. Pictures
-    that are Pillow objects already pass through untouched; they may be the same lazy object many times.
+    default executor are for others, who would wait behind slow downloads. Pictures that are Pillow objects already pass
+    through untouched; they may be the same lazy object many times.
 
     Args:
         processor: LMDeploy's MultimodalProcessor.
@@ -50,22 +53,28 @@ class MediaParser:
 
         async def parse(index: int, part: Message) -> Message:
             async with turn:
-                return await loop.run_in_executor(
-                    self._threads, self._parse, index, part, media_io_kwargs or {}, allowed_media_domains
-                )
+                arguments = index, part, media_io_kwargs or {}, allowed_media_domains
+                return await loop.run_in_executor(self._threads, copy_context().run, self._parse, *arguments)
 
         parts = [_split(message) for message in messages]
-        tasks = [
+        tasks = deque(
             asyncio.create_task(parse(index, part)) for index, of_message in enumerate(parts) for part in of_message
-        ]
+        )
+        done: list[Message] = []
         try:
-            parsed = iter([await task for task in tasks])
-        finally:
-            for task in tasks:  # of a request that fails, what has not been begun is not decoded
-                if not task.cancel() and not task.cancelled():
-                    task.exception()  # seen, so that asyncio does not log it
+            while tasks:
+                done.append(await tasks.popleft())
+        except BaseException:
+            # The error refers to this frame. If this frame went on referring to tasks, and so to errors, what has been
+            # decoded would not be freed before Python looks for cycles.
+            done.clear()
+            while tasks:
+                _give_up(tasks.popleft())
+            raise
+        parsed = iter(done)
         return [_join([next(parsed) for _ in of_message]) for of_message in parts]
 
+    @decoding()
     def _parse(
         self, index: int, message: Message, media_io_kwargs: Mapping[str, Any], allowed_media_domains: Any
     ) -> Message:
@@ -111,6 +120,12 @@ def video_frames(frames: np.ndarray | torch.Tensor, backend: str, num_frames: in
     if num_frames is not None and 0 < num_frames < len(frames):
         frames = frames[np.linspace(0, len(frames) - 1, num_frames, dtype=int)]
     return [Image.fromarray(frame) for frame in frames]
+
+
+def _give_up(task: 'asyncio.Task[Message]') -> None:
+    """Of a request that fails, what has not been begun is not decoded."""
+    if not task.cancel() and not task.cancelled():
+        task.exception()  # seen, so that asyncio does not log it
 
 
 def _split(message: Message) -> list[Message]:

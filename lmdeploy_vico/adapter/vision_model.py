@@ -24,6 +24,7 @@ from lmdeploy_vico.adapter.disconnect import watch_clients
 from lmdeploy_vico.adapter.dummy_weights import open_weights
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.overload import OverloadError
+from lmdeploy_vico.adapter.pixels import PixelBudget
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
@@ -100,6 +101,7 @@ class VicoVisionModel(VisionModel):
         torch.cuda.empty_cache()  # of loading; what the stage takes is kept, and the KV cache is sized by what is free
         # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
+        self._pixels = PixelBudget(None if capacity is None else options.max_decoded_bytes)
         dtype = self.mm_feature_dtype or torch.bfloat16
         self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
         self._synthetic = (
@@ -211,7 +213,8 @@ class VicoVisionModel(VisionModel):
         )
         self._refuse_too_many(least * TOKENS_COMPRESSED)
         # A place is not held for more than could be answered.
-        return admitted(self.stage, most if limit is None else min(most, limit // TOKENS_COMPRESSED + 1))
+        most = most if limit is None else min(most, limit // TOKENS_COMPRESSED + 1)
+        return admitted(self.stage, most, self._pixels)
 
     def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
         compression = prompt_compression(mm_processor_kwargs, self.options.compression)

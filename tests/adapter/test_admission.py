@@ -8,6 +8,7 @@ from lmdeploy_vico.adapter import disconnect
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.disconnect import ServedRequest
 from lmdeploy_vico.adapter.overload import OverloadError
+from lmdeploy_vico.adapter.pixels import PixelBudget, charge
 from lmdeploy_vico.stage.queue import TileQueue
 
 IMAGE = {'type': 'image_url', 'image_url': {'url': 'x'}}
@@ -68,10 +69,10 @@ class Stage:
 def test_a_place_is_held_while_a_request_is_prepared():
     async def run():
         stage = Stage(10)
-        async with admitted(stage, 10):
+        async with admitted(stage, 10, PixelBudget(None)):
             assert current_admission().size == 10
             with pytest.raises(OverloadError, match='Try again later'):
-                async with admitted(stage, 1):
+                async with admitted(stage, 1, PixelBudget(None)):
                     pass
         assert current_admission() is None
         stage.queue.admit(10)
@@ -80,27 +81,44 @@ def test_a_place_is_held_while_a_request_is_prepared():
 
 
 def test_all_choices_of_a_request_share_a_place():
-    async def choice(stage, begun, end):
-        async with admitted(stage, 8):
+    async def choice(stage, pixels, begun, end):
+        async with admitted(stage, 8, pixels):
+            charge(30)
             begun.release()
             await end.wait()
             return current_admission()
 
     async def run():
-        stage, begun, end = Stage(10), asyncio.Semaphore(0), asyncio.Event()
+        stage, pixels, begun, end = Stage(10), PixelBudget(200), asyncio.Semaphore(0), asyncio.Event()
         disconnect._served.set(ServedRequest())
-        choices = [asyncio.create_task(choice(stage, begun, end)) for _ in range(5)]
+        choices = [asyncio.create_task(choice(stage, pixels, begun, end)) for _ in range(5)]
         for _ in choices:
             await begun.acquire()
+        assert pixels.taken == 5 * 30  # each choice decodes for itself
         with pytest.raises(OverloadError):
             await asyncio.create_task(choice_of_another(stage))
         end.set()
         assert len({id(place) for place in await asyncio.gather(*choices)}) == 1
+        assert pixels.taken == 0
         stage.queue.admit(10)
 
     async def choice_of_another(stage):
         disconnect._served.set(ServedRequest())
-        async with admitted(stage, 8):
+        async with admitted(stage, 8, PixelBudget(None)):
             pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize('end', [ValueError, OverloadError, asyncio.CancelledError])
+def test_memory_comes_back_however_a_request_ends(end):
+    async def run():
+        pixels = PixelBudget(100)
+        with pytest.raises(end):
+            async with admitted(Stage(10), 1, pixels):
+                charge(70)
+                assert pixels.taken == 70
+                raise end('x')
+        assert pixels.taken == 0
 
     asyncio.run(run())

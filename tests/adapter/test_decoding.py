@@ -2,10 +2,14 @@
 
 import base64
 import io
+import struct
 import sys
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lmdeploy.vl.media.image import ImageMediaIO
@@ -15,7 +19,11 @@ from parity.conversations import data_url
 from parity.videos import moving_crops, write_video
 from PIL import Image, ImageFile
 
+from lmdeploy_vico.adapter import decoding
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.overload import OverloadError
+from lmdeploy_vico.adapter.pixels import PixelBudget, PixelShare, TooLargeError
+from lmdeploy_vico.vision.tiling import cut_tiles
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 
@@ -28,7 +36,8 @@ def guarded(monkeypatch):
         monkeypatch.setattr(ImageMediaIO, name, ImageMediaIO.__dict__[name])
     for name in ('__init__', 'load_bytes', 'load_base64', 'load_file'):
         monkeypatch.setattr(VideoMediaIO, name, VideoMediaIO.__dict__[name])
-    monkeypatch.setattr(OpenCVVideoLoader, '_read_frames', OpenCVVideoLoader.__dict__['_read_frames'])
+    for owner, name in ((OpenCVVideoLoader, '_read_frames'), (ImageFile.ImageFile, 'load_prepare')):
+        monkeypatch.setattr(owner, name, owner.__dict__[name])
     guard_media_decoding()
 
 
@@ -85,6 +94,15 @@ def test_decompression_bomb(monkeypatch):
         ImageMediaIO().load_bytes(encoded('PNG'))
 
 
+def test_no_memory(monkeypatch):
+    def convert(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, 'convert', convert)
+    with pytest.raises(ValueError, match='The image is too large to be decoded: the memory does not suffice'):
+        ImageMediaIO().load_bytes(encoded('PNG'))
+
+
 def test_a_bad_mode_is_reported_once():
     with pytest.raises(ValueError) as caught:
         ImageMediaIO(image_mode='XX').load_base64('', base64.b64encode(encoded('PNG')).decode())
@@ -104,6 +122,104 @@ def test_guarding_twice_changes_nothing():
     before = guards()
     guard_media_decoding()
     assert guards() == before
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def icon_with_a_larger_picture():
+    """16x16 pixels, says its header; the PNG in it has 40x56."""
+    png = encoded('PNG')
+    return b'\0\0\1\0\1\0' + bytes([16, 16, 0, 0, 1, 0, 24, 0]) + struct.pack('<II', len(png), 22) + png
+
+
+@pytest.mark.parametrize('kind', [*FORMATS, 'ICO'])
+@pytest.mark.parametrize('load', ['load_bytes', 'load_base64', 'load_file'])
+def test_pictures_are_counted_before_they_are_decoded(kind, load, tmp_path):
+    data = icon_with_a_larger_picture() if kind == 'ICO' else encoded(kind)
+    (tmp_path / 'picture').write_bytes(data)
+    argument = {'load_bytes': [data], 'load_base64': ['', base64.b64encode(data)], 'load_file': [tmp_path / 'picture']}
+    size, budget = 40 * 56 * 8, PixelBudget(40 * 56 * 8)
+    with PixelShare(budget).in_use():
+        getattr(ImageMediaIO(), load)(*argument[load])
+        assert budget.taken == size
+    budget.limit = size - 1
+    with pytest.raises(TooLargeError, match=f'at least {size} bytes'), PixelShare(budget).in_use():
+        getattr(ImageMediaIO(), load)(*argument[load])
+
+
+def test_a_picture_that_does_not_fit_beside_others():
+    budget = PixelBudget(40 * 56 * 8)
+    other = PixelShare(budget)
+    with other.in_use():
+        other.take(1)
+        with pytest.raises(OverloadError), PixelShare(budget).in_use():
+            ImageMediaIO().load_bytes(encoded('PNG'))
+
+
+@pytest.fixture(scope='module')
+def large_video(pictures, tmp_path_factory):
+    """Ten frames of 640x480."""
+    path = tmp_path_factory.mktemp('video') / 'large.avi'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 8, (640, 480))
+    for frame in moving_crops(pictures['coffee'], 10):
+        writer.write(cv2.resize(frame, (640, 480)))
+    writer.release()
+    return path.read_bytes()
+
+
+def test_frames_of_large_videos_become_the_same_tiles(large_video, monkeypatch):
+    whole, of_whole = read(large_video, num_frames=5)
+    monkeypatch.setattr(decoding, '_LARGE', 5 * 640 * 480 * 7 - 1)
+    small, of_small = read(large_video, num_frames=5)
+    assert whole.shape == (5, 480, 640, 3) and small.shape == (5, 448, 448, 3) and of_whole == of_small
+    for frame, tile in zip(whole, small, strict=True):
+        expected = cut_tiles(Image.fromarray(frame), 1, 1)
+        np.testing.assert_array_equal(expected[0], tile)
+        np.testing.assert_array_equal(expected, cut_tiles(Image.fromarray(tile), 1, 1))
+
+
+@pytest.mark.parametrize('large, side', [(10**9, (640, 480)), (0, (448, 448))])
+def test_frames_are_counted_before_they_are_read(large_video, monkeypatch, large, side):
+    monkeypatch.setattr(decoding, '_LARGE', large)
+    size = 5 * side[0] * side[1] * 7 + 640 * 480 * 16
+    budget = PixelBudget(size)
+    with PixelShare(budget).in_use():
+        read(large_video, num_frames=5)
+        assert budget.taken == size
+    budget.limit -= 1
+    monkeypatch.setattr(decoding._Capture, 'grab', None)
+    with pytest.raises(TooLargeError, match=f'at least {size} bytes'), PixelShare(budget).in_use():
+        read(large_video, num_frames=5)
+
+
+def test_frames_of_another_size_than_announced():
+    capture = decoding._Capture(cv2.VideoCapture(), 1)
+    capture._capture = SimpleNamespace(retrieve=lambda: (True, np.zeros((9, 9, 3), np.uint8)))
+    with pytest.raises(ValueError, match='The video is damaged: not all of its frames have 0x0 pixels'):
+        capture.retrieve()
+
+
+def test_a_sequence_of_jpeg_frames_is_counted(pictures):
+    frames = sequence(moving_crops(pictures['coffee'], 4))
+    budget = PixelBudget(4 * 96 * 128 * 8)
+    with PixelShare(budget).in_use():
+        VideoMediaIO(ImageMediaIO()).load_base64('video/jpeg', frames)
+        assert budget.taken == budget.limit
+    budget.limit -= 1
+    with pytest.raises(TooLargeError), PixelShare(budget).in_use():
+        VideoMediaIO(ImageMediaIO()).load_base64('video/jpeg', frames)
+
+
+def test_frames_of_another_loader_are_counted(video, monkeypatch):
+    loader = VideoMediaIO(ImageMediaIO(), num_frames=2)
+    decoded = torch.zeros((2, 3, 96, 128), dtype=torch.uint8), {'video_backend': 'torchcodec', 'total_num_frames': 2}
+    decoded[1]['duration'] = 1
+    monkeypatch.setattr(loader.video_loader, 'load_bytes', lambda *args, **kwargs: decoded)
+    budget = PixelBudget(2 * 96 * 128 * 7)
+    with PixelShare(budget).in_use():
+        loader.load_bytes(video)
+        assert budget.taken == budget.limit
 
 
 # --- videos ----------------------------------------------------------------------------------------------------------

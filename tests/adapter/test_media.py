@@ -1,7 +1,10 @@
 """Items are decoded side by side, and come back as LMDeploy parses them one after the other."""
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,9 @@ from parity.conversations import data_url, video_url
 from parity.videos import moving_crops, write_video
 from PIL import Image
 
+from lmdeploy_vico.adapter.disconnect import while_client_waits
 from lmdeploy_vico.adapter.media import MediaParser, video_frames
+from lmdeploy_vico.adapter.pixels import PixelBudget, PixelShare, charge
 from lmdeploy_vico.adapter.vision_model import VicoVisionModel
 
 
@@ -95,6 +100,61 @@ def test_the_first_error_in_the_prompts_order_is_raised(monkeypatch):
     ]
     with pytest.raises(ValueError, match='first'):
         parse([{'role': 'user', 'content': content}])
+
+
+def test_threads_count_for_the_request(monkeypatch):
+    def load(self, media_type, data):
+        charge(100)
+        return Image.new('RGB', (9, 7))
+
+    async def run():
+        with PixelShare(budget).in_use():
+            await MediaParser(MultimodalProcessor, lambda: None)([{'role': 'user', 'content': [image('red')] * 3}])
+            return budget.taken
+
+    budget, other = PixelBudget(10**9), PixelBudget(10**9)
+    monkeypatch.setattr(ImageMediaIO, 'load_base64', load)
+    with PixelShare(other).in_use():
+        assert asyncio.run(run()) == 300
+    assert budget.taken == other.taken == 0
+
+
+def test_what_a_refused_request_has_sent_and_decoded_is_freed_at_once(monkeypatch):
+    """Not when Python looks for cycles next, which may be long after gigabytes have been decoded again."""
+    freed = []
+
+    class Message(dict):
+        pass
+
+    async def request():
+        parser = MediaParser(MultimodalProcessor, lambda: None)
+        content = [
+            {'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{name}'}}
+            for name in ('good', 'bad', 'good')
+        ]
+        messages = [Message(role='user', content=content)]
+        freed.append(weakref.ref(messages[0]))
+        with contextlib.suppress(ValueError):
+            await while_client_waits(lambda: asyncio.ensure_future(parser(messages)))
+        parser._threads.shutdown()
+
+    def load(self, media_type, data):
+        if data == 'bad':
+            raise ValueError('bad')
+        picture = Image.new('RGB', (9, 7))
+        freed.append(weakref.ref(picture))
+        return picture
+
+    async def run():
+        await request()
+        assert len(freed) > 1 and not any(thing() for thing in freed)
+
+    monkeypatch.setattr(ImageMediaIO, 'load_base64', load)
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 def test_a_lazy_picture_many_times_passes_untouched(pictures, tmp_path):

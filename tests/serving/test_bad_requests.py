@@ -1,22 +1,29 @@
 """Whatever a client sends, it gets an answer that says what is wrong, and the next good request is answered right."""
 
+import asyncio
 import base64
 import json
+import re
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+import openai
 import pytest
 from parity.conversations import data_url, on_the_wire
 from parity.judge import TOKENS
 from PIL import Image
 from serving.conftest import Client
+from serving.test_overload import ask_together
 
 GOOD = 'one photograph'
+MEMORY = 2**28  # for decoded pictures
 
 
 @pytest.fixture(scope='module')
 def client(serve, make_checkpoint):
-    return Client(serve(make_checkpoint(), '--session-len', '16384'))
+    return Client(serve(make_checkpoint(), '--session-len', '16384', LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY)))
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +115,46 @@ def test_other_modalities(client):
         status, body = chat(client, item, image_item(SMALL))
         assert status == 400
         assert 'are not supported; text, image_url and video_url are' in body['message']
+
+
+def peak_memory(client):
+    """Bytes that the server, without its engine, has had at most."""
+    status = Path(f'/proc/{client.server.pid}/status').read_text()
+    return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) * 1024
+
+
+def large_picture(side):
+    """Black, in a small file."""
+    return image_item(data_url(Image.new('1', (side, side))), max_dynamic_patch=1)
+
+
+def test_many_large_pictures_in_small_files(client):
+    before, began = peak_memory(client), time.monotonic()
+    status, body = chat(client, *[large_picture(4000)] * 200)  # 64 MB of pixels each
+    assert status == 400, body
+    assert re.search(
+        r'take at least \d+ bytes of memory, more than the limit of \d+ \(option max_decod', body['message']
+    )
+    assert f'the limit of {MEMORY} ' in body['message']
+    assert time.monotonic() - began < 20
+    assert peak_memory(client) - before < 3 * MEMORY
+
+
+def test_large_pictures_of_many_requests(client, judge):
+    messages = [{'role': 'user', 'content': [large_picture(4500)]}]  # one has room, two do not
+    before = peak_memory(client)
+    answers = asyncio.run(ask_together(client.server, messages, 8))
+    refused = [answer for answer in answers if isinstance(answer, openai.APIStatusError)]
+    assert refused and len(refused) < len(answers)
+    for error in refused:
+        assert error.status_code == 503 and error.response.headers['Retry-After'] == '1'
+        assert 'Decoded images and videos take' in error.message and 'Try again later' in error.message
+    answers += asyncio.run(ask_together(client.server, messages, 2, max_retries=20))
+    shown = [{'role': 'user', 'content': [image_item(Image.new('RGB', (4500, 4500)), max_dynamic_patch=1)]}]
+    for answer in answers:
+        if answer not in refused:
+            judge().check(shown, answer)
+    assert peak_memory(client) - before < 3 * MEMORY
 
 
 def test_prompt_longer_than_the_session(client, pictures):

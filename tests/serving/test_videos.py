@@ -5,20 +5,23 @@ import io
 import re
 import urllib.request
 
+import cv2
 import pytest
 from parity.conversations import data_url, video_url
 from parity.videos import moving_crops, read_video, write_video
 from PIL import Image
 from serving.conftest import Client
-from serving.test_bad_requests import chat, generate
+from serving.test_bad_requests import chat, generate, peak_memory
 
 FRAMES = 64
 SESSION_LEN = 16384
+MEMORY = 2**28  # for decoded frames
 
 
 @pytest.fixture(scope='module')
 def client(serve, make_checkpoint):
-    return Client(serve(make_checkpoint(), '--session-len', str(SESSION_LEN)))
+    limits = {'LMDEPLOY_VICO_MAX_DECODED_BYTES': str(MEMORY)}
+    return Client(serve(make_checkpoint(), '--session-len', str(SESSION_LEN), **limits))
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +103,19 @@ def crops(pictures, count, width=110):
         pictures[names[index % len(names)]].crop((left, top, left + width, top + 100))
         for index, (left, top) in enumerate(corners)
     ]
+
+
+def test_huge_frames(client, judge, pictures, tmp_path):
+    """In full size the frames would take three times the memory."""
+    size, file = (3840, 2160), tmp_path / '4k.mp4'
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*'mp4v'), 8, size)
+    for crop in moving_crops(pictures['coffee'], 12):
+        writer.write(cv2.resize(crop, size, interpolation=cv2.INTER_NEAREST)[..., ::-1])
+    writer.release()
+    before = peak_memory(client)
+    messages = user(video(file, 12), text('What happens?'))
+    judge().check(messages, client.chat(messages))
+    assert peak_memory(client) - before < 2 * MEMORY
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -197,6 +213,15 @@ def test_bad_options_of_a_request(client, options, message):
     status, body = chat(client, bad(JPEG), **options)
     assert status == 400, body
     assert message in body['message']
+
+
+def test_a_sequence_of_huge_frames(client):
+    frame = data_url(Image.new('L', (3840, 2160)), 'JPEG').partition(',')[2]
+    before = peak_memory(client)
+    status, body = chat(client, bad('data:video/jpeg;base64,' + ','.join([frame] * 100)))
+    assert status == 400, body
+    assert re.search(rf'take at least \d+ bytes of memory, more than the limit of {MEMORY} ', body['message'])
+    assert peak_memory(client) - before < 3 * MEMORY
 
 
 def test_videos_in_raw_prompts(client):

@@ -100,7 +100,7 @@ class Breakdown:
         engine = parts['engine_queue'] + parts['prefill']
         if parts['hand_over'] > max(vision, engine):
             share = f'{parts["hand_over"] / total:.0%}'
-            return f'HTTP and hand-over (on a CPU: and the wait for the engine, which computes) take {share} of the time'
+            return f'HTTP and hand-over (on a CPU: and the wait for a busy engine) take {share} of the time'
         if engine >= vision:
             return f'prefill, with the wait for it, takes {engine / total:.0%} of the time'
         if self.vit_busy >= BUSY:

@@ -113,6 +113,8 @@ SAME_RUN = {
     'count_prefills': False,
     'server_arguments': [],
 }
+# Variables of a server that make no other benchmark: the command sets one for llm mode; the device has been compared.
+ANY_VALUE = ('LMDEPLOY_VICO_SYNTHETIC_IMAGES', 'CUDA_VISIBLE_DEVICES')
 CELL = ('mode', 'server', 'text_tokens', 'token_compression')
 NOT_OURS = "That is LMDeploy's code, not the plugin's."
 SECONDS_DECIDE = 'Seconds a request decide: a speed-up is also lost when uncompressed requests get faster.'
@@ -160,19 +162,19 @@ def compare_first_token(
 def _experiment(content: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for seconds to be comparable.
 
-    The variables are those of the plugin's own server, but for what the command sets by itself to measure a mode. Files
-    did not always name them: what is not known may be anything.
+    The environment variables are those of the plugin's own server. Files did not always name them, and nobody names
+    those of a server that runs already: what is not known may be anything.
     """
     arguments = content['arguments']
     variables = (content.get('environment_variables') or {}).get(OURS)
     if variables is not None:
-        variables = {k: v for k, v in sorted(variables.items()) if k != 'LMDEPLOY_VICO_SYNTHETIC_IMAGES'}
+        variables = {k: v for k, v in sorted(variables.items()) if k not in ANY_VALUE}
     return {
         'device': content['environment'].get('device'),
         'model': Path(content['model']).name,
         **{name: arguments.get(name, default) for name, default in SAME_RUN.items()},
         'servers running at the same time': bool(content.get('servers_together')) and len(content['servers']) > 1,
-        'LMDEPLOY_VICO variables': 'that nobody has noted' if variables is None else variables,
+        'environment variables': 'that nobody has noted' if variables is None else variables,
     }
 
 

@@ -244,4 +244,8 @@ def test_the_workflow_names_what_there_is():
             seen.add(words[0])
     assert seen == {'setup', 'counters', 'bench-check', 'tiny', 'bench'}
     assert 'pull_request' in workflow['jobs']['times']['if']
-    assert workflow['jobs']['times']['runs-on'] == ['self-hosted', 'gpu']
+    times = workflow['jobs']['times']
+    assert times['runs-on'] == ['self-hosted', 'gpu']
+    assert times['steps'][0]['with'] == {'clean': False}  # or .venv would be made again with every push
+    removed = {path for program, *paths in commands(workflow) if program == 'rm' for path in paths}
+    assert removed >= set(times['steps'][-1]['with']['path'].split())  # and nothing of an earlier run is taken for new

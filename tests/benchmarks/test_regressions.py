@@ -135,11 +135,11 @@ def arguments(**changes):
         ({'servers_together': True}, 'servers running at the same time False, not True'),
         (
             {'environment_variables': {'none': {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '1'}}},
-            "LMDEPLOY_VICO variables {'LMDEPLOY_VICO_CACHE_BYTES': '0'}, not {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '1'}",
+            "environment variables {'LMDEPLOY_VICO_CACHE_BYTES': '0'}, not {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '1'}",
         ),
         (
             {'environment_variables': None},
-            "LMDEPLOY_VICO variables {'LMDEPLOY_VICO_CACHE_BYTES': '0'}, not that nobody has noted",
+            "environment variables {'LMDEPLOY_VICO_CACHE_BYTES': '0'}, not that nobody has noted",
         ),
     ],
 )
@@ -151,6 +151,8 @@ def test_other_first_token_experiments_are_refused(compare, capsys, changes, sai
 def test_what_makes_no_other_experiment(compare):
     variables = {'none': {'LMDEPLOY_VICO_CACHE_BYTES': '0', 'LMDEPLOY_VICO_SYNTHETIC_IMAGES': '1'}}
     assert compare(first_token(environment_variables=variables)) == 0  # the command sets that for one mode of two
+    variables = {'none': {'LMDEPLOY_VICO_CACHE_BYTES': '0', 'CUDA_VISIBLE_DEVICES': '1'}}
+    assert compare(first_token(environment_variables=variables)) == 0
     assert compare(first_token(**arguments(baseline=['none', 'lmdeploy-flash'], servers='in-turn'))) == 0
     assert compare(first_token(servers={'none': ''}, servers_together=True)) == 0  # together with no other
     before = first_token(servers={'none': 'http://localhost:23333'})

@@ -17,6 +17,7 @@ from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tower import VisionTower
 
 ROOT = Path(__file__).parents[2]
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason='a tiny ViT takes no time of a GPU')
 SETTINGS = ('--like', 'tiny', '--turns', '2', '--neighbours', '1000', '--threshold', '0.25')
 
 
@@ -57,7 +58,7 @@ def slowed(function, seconds):
     ('case', 'owner', 'name', 'seconds'),
     [
         ('test_cutting', tiling, 'cut_tiles', 0),
-        ('test_encoding', VisionTower, 'encode', 0),
+        pytest.param('test_encoding', VisionTower, 'encode', 0, marks=ON_CPU),
         ('test_encoding', VisionEncoder, 'route_prompt', 0.15),
         ('test_encoding', VisionEncoder, '_project_prompt', 0.15),
     ],

@@ -50,7 +50,7 @@ bench: $(STAMP) ## Time image preparation and the vision stage against LMDeploy'
 	@$(BIN)/python -m benchmarks.vision $(ARGS)
 
 bench-check: $(STAMP) ## Fail if anything got slower than the stored baseline (ARGS=--update stores it)
-	@$(BIN)/python -m benchmarks.check $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m benchmarks.check $(ARGS)
 
 bench-handover: $(STAMP) ## Time the ways to hand visual tokens to the engine's process
 	@$(BIN)/python -m benchmarks.handover $(ARGS)

@@ -10,6 +10,8 @@ prefills, prefix caching and a cache of tiles. For each of them:
   tiles_encoded, device_batches    what of them the cache of tiles did not have, and in how many batches that went
   encoding_operators, projecting_operators   calls of torch operators that compute, by the vision side; on a CUDA device
                                    each is a launch, or a node of the graph
+  kernel_operations                calls of the operations under kernels/, by the vision side and by the engine
+  kernel_launches                  Triton launches that these calls would have been: an operation may take several
 
 They are compared exactly with benchmarks/results/counters.json. A change that has good reason to change a number
 commits the new file along with it.
@@ -22,8 +24,9 @@ import argparse
 import json
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +38,15 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
 
 RESULTS = Path(__file__).parent / 'results' / 'counters.json'
 TILE_BATCH = 4  # as on a GPU, several tiles share a batch
 MAX_PREFILL_TOKENS = 512  # of one prefill step
 KV_BLOCK = 64
+KERNELS = {'attention_pool': attention_pool, 'linear': linear, 'pixel_shuffle': pixel_shuffle, 'pack': pack}
 OPERATORS = ('encoding_operators', 'projecting_operators')  # these depend on torch's version
 
 Counters = dict[str, int]
@@ -128,6 +134,49 @@ def counted_operators(encoder: Any) -> Iterator[Counters]:
         yield counts
 
 
+class Launches:
+    """Stands in for a Triton kernel: counts launches, and launches nothing."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, **arguments: Any) -> None:
+        self.count += 1
+
+
+@contextmanager
+def counted_kernels() -> Iterator[Counters]:
+    """Count calls of the operations under kernels/, whoever makes them, and the Triton launches of each.
+
+    Without a GPU it is their torch reference that runs. Beside it runs what would launch the Triton kernels, with these
+    replaced: shapes alone decide about launches, given a device (``device_limits`` makes one up where there is no GPU).
+    """
+    counts = {'kernel_operations': 0, 'kernel_launches': 0}
+    lock, launches = threading.Lock(), Launches()
+
+    def counting(reference: Callable[..., Any], launch: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with lock, _disable_current_modes():
+                before = launches.count
+                launch(*args, **kwargs)
+                counts['kernel_operations'] += 1
+                counts['kernel_launches'] += launches.count - before
+            return reference(*args, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for name, module in KERNELS.items():
+            for kernel in [name for name in vars(module) if name.endswith('_kernel')]:
+                stack.enter_context(mock.patch.object(module, kernel, launches))
+            reference, launch = f'{name}_torch', getattr(module, f'{name}_triton')
+            stack.enter_context(mock.patch.object(module, reference, counting(getattr(module, reference), launch)))
+        yield counts
+
+
 class Prefill(NamedTuple):
     """One forward of the language model: new tokens, and KV blocks that its sequence has."""
 
@@ -182,7 +231,7 @@ def measure(checkpoint: Path) -> Counts:
         for name, content in requests().items():
             prefills.clear()
             before = stage_counters()
-            with counted_operators(encoder) as operators:
+            with counted_operators(encoder) as operators, counted_kernels() as kernels:
                 [answer] = pipe([message(content)], gen_config=first_token)
             added = {counter: value - before[counter] for counter, value in stage_counters().items()}
             found[name] = {
@@ -193,6 +242,7 @@ def measure(checkpoint: Path) -> Counts:
                 'kv_blocks': max(prefill.blocks for prefill in prefills),
                 **added,
                 **operators,
+                **kernels,
             }
     # The build of torch, after the plus sign, does not matter.
     return {'lmdeploy': version('lmdeploy'), 'torch': version('torch').partition('+')[0], 'requests': found}

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+SLOWER, CANNOT_SAY = 1, 2  # exit statuses; 0 where nothing got slower
+
 
 class CheckError(Exception):
     """What keeps a comparison from being made, and what to do about it, in a sentence."""
@@ -21,11 +23,15 @@ class Comparison:
     Attributes:
         name: what was measured.
         was, now: its rounds; none where it failed.
+        note: why it is only said, and fails nothing, that it got slower; empty where it does.
+        disturbed: whether other processes kept the machine busy, so that being slower means nothing.
     """
 
     name: str
     was: Sequence[float]
     now: Sequence[float]
+    note: str = ''
+    disturbed: bool = False
 
     @property
     def slower_by(self) -> float:
@@ -36,25 +42,48 @@ class Comparison:
         """Whether even the fastest round is slower than the slowest was, by more than a threshold."""
         return self.slower_by > threshold
 
+    def __str__(self) -> str:
+        return f'{self.name} ({self.slower_by:+.1%})' if self.now else f'{self.name} (failed)'
 
-def report(comparisons: Sequence[Comparison], threshold: float, console: Console) -> bool:
-    """Print the table and a sentence; returns whether something got slower."""
-    slower = [one for one in comparisons if one.regressed(threshold)]
+
+def report(comparisons: Sequence[Comparison], threshold: float, console: Console) -> int:
+    """Print the table and a sentence for each kind of result; returns the exit status."""
+    regressed = [one for one in comparisons if one.regressed(threshold)]
+    noted = [one for one in regressed if one.note]
+    unsure = [one for one in regressed if one.disturbed and not one.note]
+    slower = [one for one in regressed if not one.disturbed and not one.note]
     table = Table('', 'was', 'is', 'fastest now against slowest then', '', title='Fastest and slowest round')
     for one in comparisons:
+        verdict = 'SLOWER' if one in slower else 'disturbed' if one in unsure else 'noted' if one in noted else ''
         change = f'{one.slower_by:+.1%}' if one.now else '-'
-        table.add_row(one.name, _span(one.was), _span(one.now), change, 'SLOWER' if one in slower else '')
+        table.add_row(one.name, _span(one.was), _span(one.now), change, verdict)
     console.print(table)
-    if slower:
+    judged = sum(not one.note for one in comparisons)
+    for one in noted:
+        console.print(f'Noted: {one}. {one.note}', soft_wrap=True)
+    if unsure:
         console.print(
-            f'{len(slower)} of {len(comparisons)} got slower by more than {threshold:.0%}: '
-            + ', '.join(f'{one.name} ({one.slower_by:+.1%})' if one.now else f'{one.name} (failed)' for one in slower)
-            + '.',
+            f'It cannot be said whether {len(unsure)} of {judged} got slower, as other processes kept the machine busy:'
+            f' {_listed(unsure)}. Measure again when it is quiet.',
             soft_wrap=True,
         )
-    else:
-        console.print(f'None of {len(comparisons)} got slower by more than {threshold:.0%}.')
-    return bool(slower)
+    if slower:
+        listed = _listed(slower)
+        console.print(f'{len(slower)} of {judged} got slower by more than {threshold:.0%}: {listed}.', soft_wrap=True)
+    elif not unsure:
+        console.print(f'None of {judged} got slower by more than {threshold:.0%}.')
+    return SLOWER if slower else CANNOT_SAY if unsure else 0
+
+
+def report_gone(names: Sequence[str], what: str, console: Console) -> int:
+    """Say what is stored and was not measured now; returns the exit status."""
+    if names:
+        console.print(f'Stored, but not {what}: {", ".join(names)}. Nothing can be said of that.', soft_wrap=True)
+    return CANNOT_SAY if names else 0
+
+
+def _listed(comparisons: Sequence[Comparison]) -> str:
+    return ', '.join(map(str, comparisons))
 
 
 def _span(rounds: Sequence[float]) -> str:
@@ -77,14 +106,31 @@ def differing(was: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[st
     return [f'{name} {was.get(name)}, not {now.get(name)}' for name in names if was.get(name) != now.get(name)]
 
 
-SAME_RUN = ('num_prompts', 'max_concurrency', 'tiles', 'images', 'seed')  # options that make another benchmark
+OURS = 'none'  # the server that is the plugin
+# Arguments that make another benchmark, and what a file that does not name them was measured with.
+SAME_RUN = {
+    **dict.fromkeys(('num_prompts', 'max_concurrency', 'tiles', 'images', 'seed')),
+    'count_prefills': False,
+    'server_arguments': [],
+}
+# Variables of a server that make no other benchmark: the command sets one for llm mode; the device has been compared.
+ANY_VALUE = ('LMDEPLOY_VICO_SYNTHETIC_IMAGES', 'CUDA_VISIBLE_DEVICES')
 CELL = ('mode', 'server', 'text_tokens', 'token_compression')
+NOT_OURS = "That is LMDeploy's code, not the plugin's."
+SECONDS_DECIDE = 'Seconds a request decide: a speed-up is also lost when uncompressed requests get faster.'
 
 
-def compare_first_token(old: Mapping[str, Any], new: Mapping[str, Any], console: Console) -> list[Comparison]:
-    """Compare two results of ``lmdeploy-vico bench``: seconds a request and the inverse of the speed-up, by cell.
+def compare_first_token(
+    old: Mapping[str, Any], new: Mapping[str, Any], console: Console
+) -> tuple[list[Comparison], list[str]]:
+    """Compare two results of ``lmdeploy-vico bench``, by cell: seconds a request and the inverse of the speed-up.
 
-    Other versions are what one may want to compare, and are said; another device, model or load is refused.
+    What decides is the seconds a request of the plugin's own cells take. A speed-up is also lost when the uncompressed
+    requests get faster, and a baseline's seconds are another project's: both are only noted. Other versions are what
+    one may want to compare, and are said; another device, model, load or server is refused.
+
+    Returns:
+        The comparisons, and the plugin's cells that the new file lacks.
 
     Raises:
         CheckError: they are not comparable.
@@ -92,28 +138,60 @@ def compare_first_token(old: Mapping[str, Any], new: Mapping[str, Any], console:
     for name, content in (('old', old), ('new', new)):
         if content.get('benchmark') != 'first_token' or not content.get('complete'):
             raise CheckError(f'The {name} file holds no complete results of lmdeploy-vico bench.')
-    other = differing(old['environment'], new['environment'], ['device'])
-    other += differing(*({'model': Path(side['model']).name} for side in (old, new)), ['model'])
-    other += differing(old['arguments'], new['arguments'], SAME_RUN)
+    was, now = _experiment(old), _experiment(new)
+    other = differing(was, now, list(now))
     if other:
         raise CheckError(f'These are different experiments; the old one has {"; ".join(other)}.')
     versions = differing(old['environment'], new['environment'], [k for k in new['environment'] if k != 'commit'])
     if versions:
         console.print(f'The old results were measured with {"; ".join(versions)}.', soft_wrap=True)
     before, after = _cells(old), _cells(new)
-    compared = []
+    compared, gone = [], []
     for cell in before:
-        if not _answered(before[cell]) or cell not in after:
+        if _answered(before[cell]) and cell in after:
+            compared += _compare_cell(cell, (before, old), (after, new))
+        elif _answered(before[cell]) and cell[1] == OURS:
+            gone.append(_cell_name(cell))
+        else:
             console.print(f'{_cell_name(cell)} is not in both files and is not compared.')
-            continue
-        for what, rounds in (('s/request', _seconds), ('1/speed-up', _inverse_speedups)):
-            was = rounds(before, cell, old)
-            if was:
-                now = rounds(after, cell, new) if _answered(after[cell]) else []
-                compared.append(Comparison(f'{_cell_name(cell)}: {what}', was, now))
     if not compared:
         raise CheckError('The two files have no cell in common.')
-    return compared
+    return compared, gone
+
+
+def _experiment(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same for seconds to be comparable.
+
+    The environment variables are those of the plugin's own server. Files did not always name them, and nobody names
+    those of a server that runs already: what is not known may be anything.
+    """
+    arguments = content['arguments']
+    variables = (content.get('environment_variables') or {}).get(OURS)
+    if variables is not None:
+        variables = {k: v for k, v in sorted(variables.items()) if k not in ANY_VALUE}
+    return {
+        'device': content['environment'].get('device'),
+        'model': Path(content['model']).name,
+        **{name: arguments.get(name, default) for name, default in SAME_RUN.items()},
+        'servers running at the same time': bool(content.get('servers_together')) and len(content['servers']) > 1,
+        'environment variables': 'that nobody has noted' if variables is None else variables,
+    }
+
+
+_Side = tuple[Mapping[Any, Mapping[str, Any]], Mapping[str, Any]]  # the cells of a file, and the file
+
+
+def _compare_cell(cell: tuple[Any, ...], old: _Side, new: _Side) -> list[Comparison]:
+    """A cell that was answered then: its seconds a request and, if it is the plugin's, time over uncompressed time."""
+    ours = cell[1] == OURS
+    answered = _answered(new[0][cell])
+    seconds = _seconds(cell, *new) if answered else []
+    found = [Comparison(f'{_cell_name(cell)}: s/request', _seconds(cell, *old), seconds, '' if ours else NOT_OURS)]
+    inverse = _inverse_speedups(cell, old[0]) if ours else []
+    inverse_now = _inverse_speedups(cell, new[0]) if inverse and answered else []
+    if inverse_now:
+        found.append(Comparison(f'{_cell_name(cell)}: 1/speed-up', inverse, inverse_now, SECONDS_DECIDE))
+    return found
 
 
 def _cells(content: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
@@ -122,7 +200,7 @@ def _cells(content: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any
 
 def _cell_name(cell: tuple[Any, ...]) -> str:
     mode, server, text, compression = cell
-    name = 'lmdeploy-vico' if server == 'none' else server
+    name = 'lmdeploy-vico' if server == OURS else server
     removed = f'{compression:.0%}' if isinstance(compression, float | int) else compression or 'as it is'
     return f'{mode}, {name}, {text} text tokens, {removed}'
 
@@ -131,17 +209,17 @@ def _answered(cell: Mapping[str, Any]) -> bool:
     return bool(cell['completed']) and not cell['failed'] and not cell['error']
 
 
-def _seconds(cells: Mapping[Any, Any], cell: Any, content: Mapping[str, Any]) -> list[float]:
+def _seconds(cell: Any, cells: Mapping[Any, Mapping[str, Any]], content: Mapping[str, Any]) -> list[float]:
     """Seconds a request, round by round."""
     durations, requests = cells[cell]['round_durations'], content['arguments']['num_prompts']
     edges = [requests * turn // len(durations) for turn in range(len(durations) + 1)]
     return [taken / (edges[turn + 1] - edges[turn]) for turn, taken in enumerate(durations)]
 
 
-def _inverse_speedups(cells: Mapping[Any, Any], cell: Any, content: Mapping[str, Any]) -> list[float]:
+def _inverse_speedups(cell: Any, cells: Mapping[Any, Mapping[str, Any]]) -> list[float]:
     """Time over that of the plugin without compression, round by round; empty for that one itself or without it."""
     mode, _, text, _ = cell
-    reference = (mode, 'none', text, 0.0)
+    reference = (mode, OURS, text, 0.0)
     if cell == reference or reference not in cells or not _answered(cells[reference]):
         return []
     durations, others = cells[cell]['round_durations'], cells[reference]['round_durations']

@@ -1,14 +1,15 @@
 """The cases of ``benchmarks/check.py``: what the plugin does to a request, each against a fixed reference.
 
-A reference is work that no change of the plugin makes faster or slower. It takes turns with ours in one process, so
-that the clocks, neighbours and age of a machine cancel in the ratio of their wall times. A round is the median ratio of
-some turns that follow each other.
+A reference is work that no change of the plugin makes faster or slower: Pillow's, hashlib's, torch's, never our own. It
+takes turns with ours in one process, so that the clocks and the age of a machine cancel in the ratio of their wall
+times. A round is the median ratio of some turns that follow each other. Neighbours do not cancel: a reference that has
+every core suffers more from them than work that waits now and then. So each round says how many cores they used.
 """
 
 import hashlib
 import pickle
+import pkgutil
 import statistics
-import time
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ import torch
 from PIL import Image
 
 from benchmarks import images, models
+from benchmarks.timing import Neighbours
 from lmdeploy_vico.adapter import prompt
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
 from lmdeploy_vico.vision import tiling
 from lmdeploy_vico.vision.encoder import VisualTokens
 
+RECIPE = 2  # one more with every change of a case or a reference: results of another one are not compared
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device('cuda'), torch.bfloat16) if CUDA else (torch.device('cpu'), torch.float32)
 ROUNDS = 5
@@ -29,7 +32,8 @@ WARM_UP = 2  # turns
 TILES = 10  # of a prompt, as in the paper
 LLM_WIDTH, KV_BLOCK = 4096, 64
 PROMPTS, THREADS, COMPRESSION = 8, 2, 0.5
-PRODUCT = (8192, 4) if CUDA else (1024, 1)  # side of the reference's matrices, and how many products
+SIZE = images.SIZE if CUDA else (896, 448)  # of a picture that is encoded: ten tiles, or three
+SIDE, PRODUCTS = (8192, 8) if CUDA else (1024, 4)  # of matrices, which take about as long as encoding such a picture
 
 
 @pytest.fixture
@@ -38,18 +42,23 @@ def against(benchmark, pytestconfig):
 
     def run(ours, reference):
         turns = pytestconfig.getoption('turns')
-        references = []
+        timer = pkgutil.resolve_name(pytestconfig.getoption('benchmark_timer'))  # pytest-benchmark's own
+        references, neighbours, used = [], Neighbours(), []
 
         def time_reference():
-            begun = time.perf_counter()
+            if len(references) >= WARM_UP and (len(references) - WARM_UP) % turns == 0:
+                used.append(neighbours())
+            begun = timer()
             reference()
-            references.append(time.perf_counter() - begun)
+            references.append(timer() - begun)
 
         benchmark.pedantic(ours, setup=time_reference, rounds=ROUNDS * turns, warmup_rounds=WARM_UP)
+        used.append(neighbours())
         pairs = zip(benchmark.stats.stats.data, references[WARM_UP:], strict=True)
         ratios = [mine / other for mine, other in pairs]
         rounds = [ratios[start : start + turns] for start in range(0, len(ratios), turns)]
         benchmark.extra_info['ratios'] = [statistics.median(ratios) for ratios in rounds]
+        benchmark.extra_info['neighbours'] = used[1:]  # the first is the warm-up's
 
     return run
 
@@ -58,6 +67,20 @@ def against(benchmark, pytestconfig):
 def encoder(pytestconfig):
     """A vision side with random weights, of a published size on a GPU."""
     return models.random_encoder(models.config(pytestconfig.getoption('like')), DEVICE, keep=False)[0]
+
+
+@pytest.fixture(scope='module')
+def multiply():
+    """Products of large matrices, the reference for a picture that is encoded."""
+    a, b = (torch.randn(SIDE, SIDE, device=DEVICE, dtype=DTYPE) for _ in range(2))
+
+    def run():
+        for _ in range(PRODUCTS):
+            a @ b
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return run
 
 
 def noise(width, height, seed=0):
@@ -82,41 +105,28 @@ def test_digests(against):
     against(lambda: tiling.tile_digests(tiles), lambda: hashlib.blake2b(tiles))
 
 
-def test_encoding(against, encoder):
-    """A batch of tiles encoded, scored and projected, half of them compressed, against matrix products."""
-    tiles = list(tiling.cut_tiles(noise(1792, 896), 8, 8)[: encoder.tile_batch])
-    compressed = torch.arange(len(tiles)) % 2 == 0
-    side, products = PRODUCT
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
-
-    def encode():
-        encoder.project(encoder.start(tiles).wait().patches, compressed)
-
-    def multiply():
-        for _ in range(products):
-            a @ b
-        if CUDA:
-            torch.cuda.synchronize()
-
-    against(encode, multiply)
+def test_encoding(against, encoder, multiply):
+    """A prompt of one picture encoded, scored, routed and projected, half of it compressed, against matrix products."""
+    tiles = [tiling.cut_tiles(noise(*SIZE), 1, 12)]
+    against(lambda: encoder.encode_tiles(tiles, COMPRESSION), multiply)
 
 
-def test_stage(against, encoder):
-    """Eight prompts at a time through the stage, against the encoder called for one after the other."""
-    size = images.SIZE if CUDA else (896, 448)  # ten tiles, or three
-    pictures = [noise(*size, seed) for seed in range(PROMPTS)]
+def test_stage(against, encoder, multiply):
+    """Eight prompts at a time through the stage, against a resize by Pillow and matrix products for each."""
+    pictures = [noise(*SIZE, seed) for seed in range(PROMPTS)]
     stage = VisionStage([encoder], DTYPE, THREADS)  # without a cache, or nothing would be encoded twice
 
     def ours():
         for future in [stage.submit([ImageJob(picture)], COMPRESSION) for picture in pictures]:
             future.result()
 
-    def one_by_one():
+    def reference():
         for picture in pictures:
-            encoder.encode([picture], COMPRESSION)
+            picture.resize(SIZE)
+            multiply()
 
     try:
-        against(ours, one_by_one)
+        against(ours, reference)
     finally:
         stage.close()
 

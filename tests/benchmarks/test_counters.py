@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import counters
+from lmdeploy_vico.kernels import pack
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='the counters are those of a CPU')
 
@@ -49,6 +50,13 @@ def test_they_say_what_they_are_meant_to(measured):
     assert found['text only']['projecting_operators'] == 0
     assert found['two pictures']['device_batches'] == 3
     assert found['all compressed']['tiles_full'] == 0
+    for one in found.values():
+        packed = one['prefill_steps'] if one['visual_tokens'] else 0  # once a step, by the engine
+        projected = 2 if one['visual_tokens'] else 0  # pixel_shuffle and pack, once a prompt of so few tiles
+        per_batch = 27  # of four rounds of pooling and nine layers of the gate
+        assert one['kernel_operations'] == packed + projected + per_batch * one['device_batches']
+        # A pooling of few tiles is split between programs, and merged by another launch.
+        assert one['kernel_launches'] == one['kernel_operations'] + 4 * one['device_batches']
 
 
 def test_a_difference_is_shown(committed):
@@ -86,3 +94,18 @@ def test_operators_that_compute_are_counted():
     with counters.Operators() as operators:
         torch.nn.functional.linear(x, x).view(2, 8)
     assert operators.count == 1  # the product; linear itself is made of it and of views
+
+
+def test_kernel_launches_are_counted(monkeypatch):
+    rows, out = torch.ones(3, 16), torch.zeros(6, 16)
+    with counters.counted_kernels() as counts, counters.Operators() as operators:
+        pack.pack(out, [rows, rows], [0, 3])
+    assert counts == {'kernel_operations': 1, 'kernel_launches': 1}
+    assert operators.count == 2 and out.eq(1).all()  # what ran is the reference, and only that was counted
+
+    launch = pack.pack_triton
+    monkeypatch.setattr(pack, 'pack_triton', lambda *arguments: (launch(*arguments), launch(*arguments)))
+    with counters.counted_kernels() as counts:
+        pack.pack(out, [rows], [0])
+        pack.pack(out, [], [])
+    assert counts == {'kernel_operations': 1, 'kernel_launches': 2}

@@ -1,10 +1,11 @@
 """Thousands of requests, some of whose clients leave: every answer is right, and the server does not grow.
 
-Sixteen clients send pictures of one or three tiles, most of them new, some seen before; a share of the requests is
-dropped by closing the connection at a random time. Afterwards every prompt is asked again, alone: its answer must be
-the one it got in company. Each client keeps its connection, so an answer too many, or to another's request, would be
-taken for the next one's and found wrong. The memory, file descriptors and threads of the server's processes, and
-device memory, are compared between the second and the last quarter of the run, if the first is long enough to warm up.
+Sixteen clients send pictures of one or three tiles, hardly two of a size, most of them new, some seen before; a share
+of the requests is dropped by closing the connection at a random time. Afterwards every prompt is asked again, alone:
+its answer must be the one it got in company. Each client keeps its connection, so an answer too many, or to another's
+request, would be taken for the next one's and found wrong. The memory, file descriptors and threads of the server's
+processes, and device memory, are compared between the second and the last quarter of the run, if the first is long
+enough to warm up.
 
     python benchmarks/soak.py --requests 2000 --output-file soak.json
 
@@ -18,7 +19,6 @@ import http.client
 import io
 import itertools
 import json
-import platform
 import random
 import re
 import sys
@@ -34,9 +34,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import lmdeploy
 import numpy as np
-import torch
+from facts import facts
 from growth import COUNTS, MEMORY, Sampler
 from PIL import Image
 from rich.console import Console
@@ -46,6 +45,7 @@ from lmdeploy_vico.testing import make_tiny_checkpoint
 from lmdeploy_vico.testing.server import ApiServer, ServerError
 
 MAX_TOKENS = 4
+SIDES = (48, 192)  # of a picture, each drawn by itself: hardly two have the same size
 REPEATED, POOL = 0.2, 32  # how many of the requests show a picture of the pool, and how large that is
 CACHE_BYTES = 8 << 20  # of our own server: full, and evicting, long before the first quarter is over
 TIMEOUT = 120  # seconds for an answer
@@ -94,7 +94,7 @@ def body(model: str, prompt: int, seed: int, stream: bool = False) -> bytes:
     """A chat request whose picture and words are those of this prompt alone."""
     rng = np.random.default_rng([seed, prompt])
     detail = int(rng.choice([4, 16, 64]))
-    width, height = ((96, 96), (128, 64), (64, 128))[rng.integers(3)]
+    width, height = map(int, rng.integers(*SIDES, 2, endpoint=True))
     picture = Image.fromarray(rng.integers(0, 256, (detail, detail, 3), dtype=np.uint8)).resize((width, height))
     buffer = io.BytesIO()
     picture.save(buffer, 'PNG')
@@ -334,10 +334,8 @@ def main() -> int:
         return 1
     report(result, console)
     if arguments.output_file:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or 'CPU'
-        facts = {'device': device, 'torch': torch.__version__, 'lmdeploy': lmdeploy.__version__}
         asked = {name: getattr(arguments, name) for name in ('requests', 'cancel', 'clients', 'seed')}
-        arguments.output_file.write_text(json.dumps({**facts, **asked, **result}, indent=1) + '\n')
+        arguments.output_file.write_text(json.dumps({**facts(), **asked, **result}, indent=1) + '\n')
     return 1 if result['problems'] else 0
 
 

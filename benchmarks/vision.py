@@ -4,9 +4,9 @@
     python -m benchmarks.vision --like 6B           # a ViT of a published size with random weights
 
 Parts:
-  preparation  JPEG bytes to tiles, decoding included. Both decode with LMDeploy's own function in the event loop's
-               default pool. Pixels are compared before anything is timed.
-  work         where one core's time goes in that, and what more cores would give.
+  preparation  JPEG bytes to tiles, decoding included, of pictures of one size and of a size each. Both decode with
+               LMDeploy's own function in the event loop's default pool. Pixels are compared before anything is timed.
+  work         where one core's time goes in that, and what more cores would give, by what threads gain here.
   stage        tiles/s from decoded 1344x1344 pictures, which need little cutting, to visual tokens on the host.
                LMDeploy gets its pixels prepared: only its vision path is timed. Embeddings are compared first.
   end to end   images/s from JPEG bytes to visual tokens.
@@ -128,7 +128,7 @@ class Bench:
         await asyncio.get_running_loop().run_in_executor(self.prepare, cut, image)
 
     def measure_preparation(self) -> None:
-        for mix in (*images.KINDS, 'mix'):
+        for mix in images.MIXES:
             files = images.jpegs(mix, self.arguments.images)
             turns: Turns = {'ours': lambda files=files: self.clients(self.tiles, files)}
             if not MISSING:
@@ -137,9 +137,17 @@ class Bench:
             self.measure('preparation', mix, turns, len(files), 'images/s')
 
     def measure_work(self) -> dict[str, Any]:
-        """Milliseconds of one core by kind of picture and step, and images/s by threads."""
-        steps = {mix: steps_of(images.jpeg(mix, 0), self.arguments.seconds) for mix in images.KINDS}
-        files = images.jpegs('mix', self.arguments.images)
+        """Milliseconds of one core by content and step; images/s by threads, of "mix" and under "varied"."""
+        steps = {mix: steps_of(images.jpeg(mix, 0), self.arguments.seconds) for mix in images.CONTENTS}
+        return {'milliseconds': steps, **self.measure_threads('mix'), 'varied': self.measure_threads('varied')}
+
+    def measure_threads(self, mix: str) -> dict[str, Any]:
+        """Images/s with one thread and with one a core, and what follows for more cores.
+
+        Two threads fall short of twice one's rate by what they cannot do at the same time: work that holds the GIL,
+        waiting for it and for memory. More cores do not shrink it, so that all of it counts as serial (Amdahl's law).
+        """
+        files = images.jpegs(mix, self.arguments.images)
         pools = {threads: ThreadPoolExecutor(threads) for threads in sorted({1, self.threads})}
         turns: Turns = {
             str(threads): lambda pool=pool: list(pool.map(lambda data: cut(load(data)), files))
@@ -147,16 +155,14 @@ class Bench:
         }
         timings = undisturbed(turns, self.arguments.seconds)
         rates = {threads: len(files) / timings[str(threads)].median for threads in pools}
-        efficiency = rates[self.threads] / self.threads / rates[1]
-        projected = {cores: rates[1] * cores * efficiency for cores in (4, 8, 16, 32) if cores > self.threads}
-        elsewhere = max(timing.elsewhere or 0.0 for timing in timings.values())
-        return {
-            'milliseconds': steps,
-            'images_per_second': rates,
-            'efficiency': efficiency,
-            'projected': projected,
-            'disturbed': elsewhere > QUIET,
-        }
+        disturbed = max(timing.elsewhere or 0.0 for timing in timings.values()) > QUIET
+        speed_up = rates[self.threads] / rates[1]
+        found = {'images_per_second': rates, 'efficiency': speed_up / self.threads, 'disturbed': disturbed}
+        if disturbed or self.threads == 1:  # then nothing follows
+            return {**found, 'serial': None, 'projected': {}}
+        serial = serial_share(speed_up, self.threads)
+        cores = [count for count in (4, 8, 16, 32) if count > self.threads]
+        return {**found, 'serial': serial, 'projected': {n: rates[1] / (serial + (1 - serial) / n) for n in cores}}
 
     # Encoding
 
@@ -197,7 +203,7 @@ class Bench:
         return {'ours': self.tokens, **{name: through(path) for name, path in self.theirs.items()}}
 
     def measure_end_to_end(self) -> None:
-        for mix in (*images.KINDS, 'mix'):
+        for mix in images.MIXES:
             files = images.jpegs(mix, self.arguments.images)
             turns = {
                 name: lambda path=path, files=files: self.clients(path, files) for name, path in self.paths().items()
@@ -218,6 +224,11 @@ class Bench:
             name: {'median': statistics.median(taken), 'p90': statistics.quantiles(taken, n=10)[-1], 'samples': taken}
             for name, taken in samples.items()
         }
+
+
+def serial_share(speed_up: float, threads: int) -> float:
+    """The share of the work that two or more threads cannot do side by side, by what they gain over one."""
+    return min(1.0, max(0.0, (threads / speed_up - 1) / (threads - 1)))
 
 
 def cut(image: Image.Image) -> np.ndarray:
@@ -243,8 +254,8 @@ def steps_of(data: bytes, seconds: float) -> dict[str, float]:
     turns: Turns = {
         'decode': lambda: Image.open(BytesIO(data)).load(),
         'load': lambda: load(data),
-        'resize': lambda: resize_into_tiles(image, grid, columns),
-        'thumbnail': lambda: resize_into_tiles(image, thumbnail, 1),
+        'resize': lambda: resize_into_tiles(image, (grid, columns)),
+        'thumbnail': lambda: resize_into_tiles(image, (thumbnail, 1)),
         'cut': lambda: cut_tiles(image, *LIMITS),
         'digests': lambda: tile_digests(tiles),
     }
@@ -283,13 +294,17 @@ def show_work(work: dict[str, Any], console: Console) -> None:
         table.add_row(step, *(f'{parts[step]:.1f} ({parts[step] / totals[mix]:.0%})' for mix, parts in steps.items()))
     table.add_row('together', *(f'{total:.1f}' for total in totals.values()))
     console.print(table)
-    measured = ', '.join(f'{rate:.1f} with {n} threads' for n, rate in work['images_per_second'].items())
-    projected = ', '.join(f'{rate:.0f} with {cores}' for cores, rate in work['projected'].items())
-    disturbed = ' (disturbed)' if work['disturbed'] else ''
-    console.print(
-        f'Mixed images/s{disturbed}: {measured} (efficiency {work["efficiency"]:.2f}). '
-        f'More cores at that efficiency would give: {projected}.'
-    )
+    for mix, threads in (('mix', work), ('varied', work['varied'])):
+        show_threads(mix, threads, console)
+
+
+def show_threads(mix: str, found: dict[str, Any], console: Console) -> None:
+    measured = ', '.join(f'{rate:.1f} with {n} threads' for n, rate in found['images_per_second'].items())
+    disturbed = ' (disturbed)' if found['disturbed'] else ''
+    console.print(f'Images/s, {mix}{disturbed}: {measured} (efficiency {found["efficiency"]:.2f}).')
+    if found['projected']:
+        projected = ', '.join(f'{rate:.0f} with {cores}' for cores, rate in found['projected'].items())
+        console.print(f'With {found["serial"]:.0%} of a picture done by one thread at a time: {projected} cores.')
 
 
 def show_latency(latency: dict[str, Any], console: Console) -> None:

@@ -4,6 +4,9 @@ Pillow resizes along rows and along columns, with 22-bit fixed-point weights and
 integers in the same order the result is the same; what is saved comes from the processor's vector instructions, for
 which a pass has to run over consecutive bytes: the one along rows works on transposed strips, the one along columns
 writes straight into tiles. The functions release the GIL.
+
+They are compiled for one set of types, by :func:`pass_order`, and not kept on disk: numba's cache ends the import where
+neither the installation nor the home directory can be written to.
 """
 
 import logging
@@ -22,25 +25,45 @@ Size = tuple[int, int]
 WEIGHT_BITS = 22  # 32 less 8 for a pixel and 2 for sums that overshoot
 HALF = 1 << (WEIGHT_BITS - 1)
 STRIP = 64  # rows that are transposed at a time: with pictures of a few thousand columns they stay in the L2 cache
+# Beyond these Pillow does it: few target pixels are made of a great many, and its memory is the smaller.
+LONGEST_SIDE = 0xFFFF
+MOST_PIXELS = 1 << 26
+SHRINK = 32
 
 
-def resize_into_tiles(image: Image.Image, tiles: np.ndarray, columns: int) -> None:
-    """Resize a picture to a grid of tiles.
+def resize_into_tiles(image: Image.Image, *grids: tuple[np.ndarray, int]) -> None:
+    """Resize a picture to grids of tiles.
 
     Args:
         image: in mode RGB.
-        tiles: uint8 ``[rows * columns, side, side, 3]``, contiguous: where the grid's tiles go, row by row.
-        columns: of the grid.
+        grids: of each, where its tiles go, row by row, as contiguous uint8 ``[rows * columns, side, side, 3]``; and
+            its columns.
     """
-    side = tiles.shape[1]
-    size = columns * side, len(tiles) // columns * side
     order = pass_order()
-    if order is None:
-        cut(np.asarray(image.resize(size)), tiles, columns)
-    elif order(*image.size, *size):
-        cut(_columns_first(np.asarray(image), size), tiles, columns)
-    else:
-        _rows_first(np.asarray(image), size, tiles.reshape(-1, side * 3), columns)
+    pixels = None
+    for tiles, columns in grids:
+        side = tiles.shape[1]
+        size = columns * side, len(tiles) // columns * side
+        if order is None or _extreme(image.size, size):
+            cut(np.asarray(image.resize(size)), tiles, columns)
+            continue
+        if pixels is None:  # once for all grids: Pillow hands its pixels out with the GIL held
+            pixels = _read_only(np.asarray(image))
+        if order(*image.size, *size):
+            cut(_columns_first(pixels, size), tiles, columns)
+        else:
+            _rows_first(pixels, size, tiles.reshape(-1, side * 3), columns)
+
+
+def _extreme(size: Size, target: Size) -> bool:
+    shrinks = any(side > SHRINK * new_side for side, new_side in zip(size, target, strict=True))
+    return shrinks or max(size) > LONGEST_SIDE or size[0] * size[1] > MOST_PIXELS
+
+
+def _read_only(pixels: np.ndarray) -> np.ndarray:
+    # To numba that is another type. Pillow's arrays have it; with all sources so, each pass is compiled once.
+    pixels.setflags(write=False)
+    return pixels
 
 
 def cut(pixels: np.ndarray, tiles: np.ndarray, columns: int) -> None:
@@ -54,7 +77,7 @@ def _rows_first(pixels: np.ndarray, size: Size, out: np.ndarray, columns: int = 
     height, width, _ = pixels.shape
     narrow = np.empty((height, size[0], 3), np.uint8)
     _resize_rows(pixels, *weights(width, size[0]), narrow)
-    _resize_columns(narrow.reshape(height, -1), *weights(height, size[1]), out, columns)
+    _resize_columns(_read_only(narrow.reshape(height, -1)), *weights(height, size[1]), out, columns)
     return out
 
 
@@ -63,7 +86,7 @@ def _columns_first(pixels: np.ndarray, size: Size) -> np.ndarray:
     low = np.empty((size[1], width * 3), np.uint8)
     _resize_columns(pixels.reshape(height, -1), *weights(height, size[1]), low, 1)
     out = np.empty((size[1], size[0], 3), np.uint8)
-    _resize_rows(low.reshape(size[1], width, 3), *weights(width, size[0]), out)
+    _resize_rows(_read_only(low.reshape(size[1], width, 3)), *weights(width, size[0]), out)
     return out
 
 
@@ -80,7 +103,8 @@ def pass_order() -> Callable[[int, int, int, int], bool] | None:
     """When the Pillow that is installed resizes along columns first, by width, height, new width and new height.
 
     The order matters for the last bit, and is not the same in all versions: whichever rule agrees with Pillow on
-    small pictures is taken. None means that neither does, and that Pillow itself has to be used.
+    small pictures is taken. None means that neither does, and that Pillow itself has to be used. Trying compiles all
+    that pictures need.
     """
     rng = np.random.default_rng(0)
     sizes = [((20, 60), (10, height)) for height in (20, 39, 40, 41, 59, 60, 70)]
@@ -89,7 +113,8 @@ def pass_order() -> Callable[[int, int, int, int], bool] | None:
     rules = [_never, _if_it_shrinks_far_more]
     for (width, height), size in sizes:
         pixels = rng.integers(0, 2, (height, width, 3), np.uint8) * np.uint8(255)
-        expected = np.asarray(Image.fromarray(pixels).resize(size))
+        image = Image.fromarray(pixels)
+        expected, pixels = np.asarray(image.resize(size)), _read_only(np.asarray(image))
         rows_first = _rows_first(pixels, size, np.empty((size[1], size[0] * 3), np.uint8)).reshape(expected.shape)
         results = {False: rows_first, True: _columns_first(pixels, size)}
         rules = [rule for rule in rules if np.array_equal(results[rule(width, height, *size)], expected)]
@@ -99,9 +124,9 @@ def pass_order() -> Callable[[int, int, int, int], bool] | None:
     return rules[0]
 
 
-@lru_cache(maxsize=256)
+@njit(nogil=True, error_model='numpy')
 def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fixed-point weights of Pillow's bicubic filter.
+    """Fixed-point weights of Pillow's bicubic filter: its operations in its order, for they are rounded to integers.
 
     Args:
         size: pixels along one side.
@@ -114,23 +139,27 @@ def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     scale = size / target
     stretch = max(scale, 1.0)
     support, step = 2.0 * stretch, 1.0 / stretch
-    spans = np.zeros((target, 2), np.int64)
+    spans = np.empty((target, 2), np.int64)
     fixed = np.zeros((target, math.ceil(support) * 2 + 1), np.int32)
+    raw = np.empty(fixed.shape[1])
     for index in range(target):
         center = (index + 0.5) * scale
         first = max(int(center - support + 0.5), 0)
-        last = min(int(center + support + 0.5), size)
-        raw = [_bicubic((pixel - center + 0.5) * step) for pixel in range(first, last)]
+        count = min(int(center + support + 0.5), size) - first
+        spans[index, 0], spans[index, 1] = first, count
         total = 0.0
-        for weight in raw:  # not sum(), which is more exact than Pillow in newer Pythons
-            total += weight
-        spans[index] = first, last - first
-        for place, weight in enumerate(raw):
-            fixed[index, place] = int(math.copysign(0.5, weight) + weight / total * (1 << WEIGHT_BITS))
+        for k in range(count):
+            raw[k] = _bicubic((k + first - center + 0.5) * step)
+            total += raw[k]
+        for k in range(count):
+            weight = raw[k] / total
+            fixed[index, k] = int((-0.5 if weight < 0 else 0.5) + weight * (1 << WEIGHT_BITS))
     return spans, fixed
 
 
-def _bicubic(x: float, a: float = -0.5) -> float:
+@njit(nogil=True)
+def _bicubic(x: float) -> float:
+    a = -0.5
     x = abs(x)
     if x < 1.0:
         return ((a + 2.0) * x - (a + 3.0)) * x * x + 1
@@ -162,11 +191,12 @@ def _transpose(source, out):  # type: ignore[no-untyped-def]
 def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
     """Every row of pixels ``[height, width, 3]`` to ``[height, target, 3]``."""
     height, width, _ = source.shape
-    wide = np.empty((width, STRIP, 3), np.uint8)
-    narrow = np.empty((len(spans), STRIP, 3), np.uint8)
-    total = np.empty(STRIP * 3, np.int32)
-    for top in range(0, height, STRIP):
-        rows = min(STRIP, height - top)
+    strip = min(STRIP, height)
+    wide = np.empty((width, strip, 3), np.uint8)
+    narrow = np.empty((len(spans), strip, 3), np.uint8)
+    total = np.empty(strip * 3, np.int32)
+    for top in range(0, height, strip):
+        rows = min(strip, height - top)
         _transpose(source[top : top + rows], wide)
         for x in range(len(spans)):
             total[:] = HALF

@@ -66,18 +66,14 @@ def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail:
     blocks = columns * rows
     thumbnail = use_thumbnail and blocks > 1
     tiles = np.empty((blocks + thumbnail, *TILE_SHAPE), dtype=np.uint8)
-    _resize(image, tiles[:blocks], columns)
-    if thumbnail:
-        _resize(image, tiles[blocks:], 1)
-    return tiles
-
-
-def _resize(image: Image.Image, tiles: np.ndarray, columns: int) -> None:
+    grids = [(tiles[:blocks], columns), (tiles[blocks:], 1)][: 1 + thumbnail]
     if image.mode == 'RGB':
-        resize_into_tiles(image, tiles, columns)
-        return
-    size = columns * IMAGE_SIZE, len(tiles) // columns * IMAGE_SIZE
-    cut(np.asarray(image.resize(size).convert('RGB')), tiles, columns)
+        resize_into_tiles(image, *grids)
+        return tiles
+    for part, across in grids:
+        size = across * IMAGE_SIZE, len(part) // across * IMAGE_SIZE
+        cut(np.asarray(image.resize(size).convert('RGB')), part, across)
+    return tiles
 
 
 def tile_digests(tiles: np.ndarray) -> list[bytes]:

@@ -1,5 +1,10 @@
 """Resizing must give Pillow's pixels, to the last bit."""
 
+import json
+import math
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -26,7 +31,7 @@ def pillow_tiles(image, side, columns, rows):
 
 def our_tiles(image, side, columns, rows):
     tiles = np.full((columns * rows, side, side, 3), 77, np.uint8)
-    resize_into_tiles(image, tiles, columns)
+    resize_into_tiles(image, (tiles, columns))
     return tiles
 
 
@@ -48,11 +53,75 @@ def test_same_pixels_as_pillow(width, height, side, columns, rows, kind):
     np.testing.assert_array_equal(our_tiles(image, side, columns, rows), expected)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    length=st.integers(1, 70_000),
+    breadth=st.integers(1, 3),
+    side=st.integers(1, 448),
+    across=st.integers(1, 12),
+    upright=st.booleans(),
+)
+@example(length=65_535, breadth=1, side=448, across=12, upright=False)  # the longest that is not left to Pillow
+@example(length=65_535, breadth=1, side=448, across=12, upright=True)
+@example(length=14_336, breadth=1, side=448, across=1, upright=False)  # nor this, which shrinks the furthest
+@example(length=14_337, breadth=1, side=448, across=1, upright=True)
+@example(length=1, breadth=1, side=448, across=12, upright=False)
+def test_same_pixels_of_lines(length, breadth, side, across, upright):
+    size, grid = ((breadth, length), (1, across)) if upright else ((length, breadth), (across, 1))
+    image = picture(*size, 'extreme')
+    np.testing.assert_array_equal(our_tiles(image, side, *grid), pillow_tiles(image, side, *grid))
+
+
+def plain_weights(size, target):
+    """Pillow's precompute_coeffs and normalize_coeffs_8bpc, as they are written."""
+    scale = size / target
+    stretch = max(scale, 1.0)
+    for index in range(target):
+        center = (index + 0.5) * scale
+        first = max(int(center - 2.0 * stretch + 0.5), 0)
+        last = min(int(center + 2.0 * stretch + 0.5), size)
+        raw, total = [], 0.0
+        for pixel in range(first, last):
+            x = abs((pixel - center + 0.5) * (1.0 / stretch))
+            near, far = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+            raw.append(near if x < 1.0 else far if x < 2.0 else 0.0)
+            total += raw[-1]  # not sum(), which is more exact than Pillow in newer Pythons
+        yield first, [int(math.copysign(0.5, weight) + weight / total * (1 << 22)) for weight in raw]
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 70_000), target=st.integers(1, 18_000))
+@example(size=1500, target=1344)
+@example(size=65_535, target=448 * 12)
+@example(size=14_336, target=448)
+def test_weights_are_pillows_to_the_last_bit(size, target):
+    spans, fixed = resample.weights(size, target)
+    for (first, count), line, (start, expected) in zip(spans, fixed, plain_weights(size, target), strict=True):
+        assert (first, line[:count].tolist()) == (start, expected)
+        assert not line[count:].any()
+
+
 @pytest.mark.parametrize('size', [(1, 1), (3000, 40), (40, 3000), (1500, 1500), (1345, 4000)])
 def test_real_sizes(size):
     image = picture(*size, 'extreme')
     for columns, rows in ((1, 1), (3, 2), (1, 5)):
         np.testing.assert_array_equal(our_tiles(image, 448, columns, rows), pillow_tiles(image, 448, columns, rows))
+
+
+def test_grids_of_one_picture_are_independent():
+    image = picture(300, 200, 'noise')
+    together = [np.full((count, 60, 60, 3), 77, np.uint8) for count in (6, 1)]
+    resize_into_tiles(image, (together[0], 3), (together[1], 1))
+    np.testing.assert_array_equal(together[0], pillow_tiles(image, 60, 3, 2))
+    np.testing.assert_array_equal(together[1], pillow_tiles(image, 60, 1, 1))
+
+
+def test_a_picture_of_many_pixels_is_left_to_pillow(monkeypatch):
+    monkeypatch.setattr(resample, 'MOST_PIXELS', 100 * 100)
+    monkeypatch.setattr(resample, '_rows_first', None)
+    monkeypatch.setattr(resample, '_columns_first', None)
+    image = picture(101, 100, 'noise')
+    np.testing.assert_array_equal(our_tiles(image, 60, 2, 1), pillow_tiles(image, 60, 2, 1))
 
 
 def test_of_a_part_of_a_larger_picture():
@@ -92,3 +161,74 @@ def test_either_order_of_a_pillow_is_recognised(monkeypatch, rule):
         assert pass_order() is rule
     finally:
         pass_order.cache_clear()
+
+
+# In processes of their own: what has been compiled, and the most memory so far, are a process's.
+
+
+def in_a_new_process(code):
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+COMPILED = """
+import json
+from PIL import Image
+from lmdeploy_vico.vision import resample
+from lmdeploy_vico.vision.tiling import cut_tiles
+
+functions = {name: value for name, value in vars(resample).items() if hasattr(value, 'signatures')}
+count = lambda: {name: len(function.signatures) for name, function in functions.items()}
+resample.pass_order()
+counts = [count()]
+for size in [(1500, 1500), (400, 3000), (3000, 400), (30, 20), (5000, 1), (1, 5000), (65535, 2), (1, 1)]:
+    cut_tiles(Image.new('RGB', size), 1, 12)
+    counts.append(count())
+cut_tiles(Image.new('RGB', (900, 900)).crop((5, 5, 800, 900)), 1, 12)
+counts.append(count())
+print(json.dumps([counts, [name for name, function in functions.items() if function.targetoptions.get('nogil')]]))
+"""
+
+
+def test_trying_the_order_compiles_all_that_pictures_need():
+    counts, without_gil = in_a_new_process(COMPILED)
+    assert [counts[0][name] for name in ('weights', '_resize_rows', '_resize_columns')] == [1, 1, 1]
+    assert set(without_gil) == set(counts[0])
+    assert all(count == counts[0] for count in counts)
+
+
+COST = """
+import json, resource, sys, time
+from PIL import Image
+from lmdeploy_vico.vision import resample
+from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles
+
+def pillow(image):
+    columns, rows = choose_grid(*image.size, 1, 12)
+    image.resize((columns * 448, rows * 448))
+    image.resize((448, 448))
+
+def seconds(work, image):
+    begun = time.process_time()
+    work(image)
+    return time.process_time() - begun
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+resample.pass_order()
+found = []
+for size in [(14_336, 1), (65_535, 1), (1_000_000, 1), (1, 1_000_000)]:
+    image, before = Image.new('RGB', size), peak()
+    ours = seconds(lambda it: cut_tiles(it, 1, 12), image)  # the first time, with nothing kept from before
+    grown = peak() - before
+    theirs = min(seconds(pillow, image) for _ in range(3))
+    found.append({'size': size, 'mebibytes': grown, 'ratio': ours / theirs})
+print(json.dumps(found))
+"""
+
+
+def test_lines_cost_what_they_cost_pillow():
+    found = in_a_new_process(COST)
+    assert all(cost['ratio'] < 4 and cost['mebibytes'] < 100 for cost in found), found

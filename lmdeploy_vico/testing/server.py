@@ -29,7 +29,8 @@ class ApiServer:
         environment: variables to set for the server; a value of None removes one.
         log: file for the server's output.
         timeout: seconds to wait until it is ready.
-        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says.
+        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says; its
+            module where there is no command beside that Python, as after ``pip install --target``.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class ApiServer:
         self.command = ['lmdeploy', 'serve', 'api_server', str(checkpoint), *address, *arguments]
         self._environment = environment or {}
         self._timeout = timeout
-        self._program = program or [str(Path(sys.executable).with_name('lmdeploy'))]
+        beside = Path(sys.executable).with_name('lmdeploy')
+        self._program = program or ([str(beside)] if beside.is_file() else [sys.executable, '-m', 'lmdeploy'])
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> 'ApiServer':

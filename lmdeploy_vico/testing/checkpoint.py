@@ -80,7 +80,10 @@ def write_configuration(
     dtype: str = 'bfloat16',
     absolute_threshold: float = configuration.ABSOLUTE_THRESHOLD,
 ) -> None:
-    """Write every file of a checkpoint that is neither weights nor tokenizer; arguments as for a tiny checkpoint."""
+    """Write every file of a checkpoint that is neither weights nor tokenizer; arguments as for a tiny checkpoint.
+
+    ``absolute_threshold`` is the score that a tile needs, whatever the others' are, to be compressed.
+    """
     llm_config = configuration.llm_config(size, llm, vocab_size, token_ids)
     config = configuration.model_config(configuration.vision_config(size, vit), llm_config, flash)
     if flash:

@@ -41,13 +41,14 @@ def plan(shapes: Shapes, limit: int = SHARD) -> dict[str, dict[str, Shape]]:
     it, can share all files but the first.
     """
     shards: list[dict[str, Shape]] = []
-    before = None
+    before, filled = None, 0
     for name, shape in shapes.items():
-        side = name.startswith(LANGUAGE_MODEL)
-        if side != before or nbytes({**shards[-1], name: shape}) > limit:
+        side, size = name.startswith(LANGUAGE_MODEL), nbytes({name: shape})
+        if side != before or filled + size > limit:
             shards.append({})
+            filled = 0
         shards[-1][name] = shape
-        before = side
+        before, filled = side, filled + size
     return {f'model-{i:05d}-of-{len(shards):05d}.safetensors': shard for i, shard in enumerate(shards, 1)}
 
 

@@ -17,7 +17,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from lmdeploy_vico import cli
 from lmdeploy_vico.adapter.hf_config import load_vico_config
 from lmdeploy_vico.adapter.language_model import language_model_shapes
-from lmdeploy_vico.testing import make_checkpoint_with_weights, make_tiny_checkpoint, published, shards
+from lmdeploy_vico.bench.servers import without_router
+from lmdeploy_vico.testing import make_checkpoint_with_weights, published, shards
 from lmdeploy_vico.testing.configuration import SIZES
 from lmdeploy_vico.testing.published import Model, NoSpaceError, WeightsExistError, tensor_shapes
 from lmdeploy_vico.vision.encoder import VisionEncoder
@@ -127,6 +128,14 @@ def test_shards_have_a_limit_and_the_language_model_its_own(tmp_path):
     assert Checkpoint(tmp_path).shapes == shapes
 
 
+def test_a_baseline_without_the_router_copies_the_vision_side_only(checkpoint, tmp_path):
+    copy = without_router(checkpoint, tmp_path / 'copy')
+    first, second = sorted(copy.glob('*.safetensors'))
+    assert not first.is_symlink() and second.is_symlink()
+    left = Checkpoint(copy).shapes
+    assert left.keys() == {n for n in tensor_shapes(small()) if not n.startswith(('mlp2', 'gating', 'pooling'))}
+
+
 def test_pieces_of_a_large_tensor_come_from_other_places(monkeypatch):
     monkeypatch.setattr(shards, 'PIECE', 1000)
     [*pieces] = shards.Values(0).pieces('mlp1.1.weight', (50, 55))
@@ -177,13 +186,12 @@ def test_a_run_that_breaks_off_is_seen_and_can_be_repeated(tmp_path, checkpoint,
     assert files_of(make_checkpoint_with_weights(path, small())) == files_of(checkpoint)
 
 
-def test_weights_that_are_there_stay(tmp_path, checkpoint, capsys):
+def test_weights_that_are_there_stay(checkpoint, capsys):
     before = files_of(checkpoint)
     with pytest.raises(WeightsExistError, match='holds weights already'):
         make_checkpoint_with_weights(checkpoint, small(), force=True)
+    assert cli.main(['tiny', str(checkpoint), '--like', '1B', '--weights', '--force']) == 1
     assert files_of(checkpoint) == before
-    tiny = make_tiny_checkpoint(tmp_path / 'tiny')
-    assert cli.main(['tiny', str(tiny), '--like', '1B', '--weights']) == 1
     assert capsys.readouterr().err.endswith('holds weights already: choose another directory\n')
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.bench import arguments as bench_arguments
@@ -28,9 +29,13 @@ LMDeploy's own classes, which serve a checkpoint made with --plain, need --trust
 
 With --like, write config and tokenizer of a published model instead, to size a deployment of it before downloading it:
 its weights are made up on the device when it is served with LMDEPLOY_VICO_DUMMY_WEIGHTS=1.
+
+With --like and --weights, write random bfloat16 weights of that model as well, as large as the published ones (8B:
+18 GB) and as fast as the disk takes them, for what can only read them from files, such as LMDeploy's own classes. If
+that is interrupted, the directory cannot be served, and the same command starts again.
 """
 PUBLISHED = ('1B', '2B', '4B', '8B', '14B', '30B-A3B', '38B', '241B')
-TINY_ONLY = ('llm', 'vit', 'seed', 'size', 'dtype', 'plain')  # what --like excludes
+TINY_ONLY = ('llm', 'vit', 'seed', 'size', 'dtype', 'plain')  # what --like excludes, but for the seed of --weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar='MODEL',
         help=f'the shape of InternVL3.5-MODEL-Flash without weights: {", ".join(PUBLISHED)}',
     )
+    tiny.add_argument('--weights', action='store_true', help='with --like: also write random weights of that shape')
     tiny.add_argument(
         '--force', action='store_true', help='write into a DIR that holds other files: those of the same names are lost'
     )
@@ -123,19 +129,18 @@ def _add_tiny_options(tiny: argparse.ArgumentParser) -> None:
 
 
 def _tiny(arguments: argparse.Namespace) -> int:
-    from lmdeploy_vico.testing import make_checkpoint_without_weights, make_tiny_checkpoint
-    from lmdeploy_vico.testing.published import WeightsExistError
+    from lmdeploy_vico.testing.published import NoSpaceError, WeightsExistError
 
     given = {name: getattr(arguments, name) for name in TINY_ONLY if hasattr(arguments, name)}
-    if arguments.like and given:
-        return _fail(f'--like says the whole shape and writes no weights: leave out --{", --".join(given)}.')
-    plain = given.pop('plain', False)
+    excluded = [name for name in given if arguments.like and not (arguments.weights and name == 'seed')]
+    if excluded:
+        writes = '' if arguments.weights else ' and writes no weights'
+        return _fail(f'--like says the whole shape{writes}: leave out --{", --".join(excluded)}.')
+    if arguments.weights and not arguments.like:
+        return _fail('--weights goes with --like MODEL: a tiny checkpoint always has weights.')
     try:
-        if arguments.like:
-            path = make_checkpoint_without_weights(arguments.directory, arguments.like, arguments.force)
-        else:
-            path = make_tiny_checkpoint(arguments.directory, flash=not plain, force=arguments.force, **given)
-    except WeightsExistError as error:
+        path = _make(arguments, given)
+    except (WeightsExistError, NoSpaceError) as error:
         return _fail(str(error))
     except FileExistsError as error:
         hint = '' if arguments.directory.is_file() else ': choose another directory, or add --force to write into it'
@@ -143,15 +148,46 @@ def _tiny(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f'{arguments.directory} cannot be written: {error.strerror or error}')
     print(path)
-    if arguments.like:
+    if arguments.like and not arguments.weights:
         print(
             f'Config and tokenizer of InternVL3.5-{arguments.like}-Flash, no weights. To measure with made-up weights:'
         )
         print(f'  LMDEPLOY_VICO_DUMMY_WEIGHTS=1 lmdeploy serve api_server {path}')
         return 0
-    flags = ' --trust-remote-code' if plain else ''
+    flags = ' --trust-remote-code' if given.get('plain') else ''
     print(f'Serve it: lmdeploy serve api_server {path}{flags}', file=sys.stderr)  # so that a script reads the path only
     return 0
+
+
+def _make(arguments: argparse.Namespace, given: dict[str, Any]) -> Path:
+    """Write the checkpoint that ``tiny`` was asked for; ``given`` are the options of one with weights."""
+    from lmdeploy_vico import testing
+
+    if not arguments.like:
+        options = {name: value for name, value in given.items() if name != 'plain'}
+        flash = not given.get('plain', False)
+        return testing.make_tiny_checkpoint(arguments.directory, flash=flash, force=arguments.force, **options)
+    if not arguments.weights:
+        return testing.make_checkpoint_without_weights(arguments.directory, arguments.like, arguments.force)
+    return _make_with_weights(arguments.directory, arguments.like, given.get('seed', 0), arguments.force)
+
+
+def _make_with_weights(directory: Path, like: str, seed: int, force: bool) -> Path:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from lmdeploy_vico.testing.published import make_checkpoint_with_weights, weight_bytes
+
+    columns = (
+        TextColumn('Writing weights'),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task('', total=weight_bytes(like))
+        return make_checkpoint_with_weights(directory, like, seed, force, lambda size: progress.advance(task, size))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -235,3 +271,7 @@ def _device() -> str:
 def _fail(message: str) -> int:
     print(f'lmdeploy-vico: {message}', file=sys.stderr)
     return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -174,7 +174,8 @@ class Measurement:
         server = self._servers[name]
         server.start()
         stack.callback(server.stop)
-        self._say('$ ' + ' '.join(server.command))
+        self._about['servers'][name] = command = ' '.join(server.command)
+        self._say(f'$ {command}')
         if name in self._prefills:
             self._prefills[name] = PrefillLog(server.log)
         try:

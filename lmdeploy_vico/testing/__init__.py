@@ -2,16 +2,21 @@
 
 The small ones have real token counts (448x448 tiles, 1024 patch tokens, 64 or 256 visual tokens), a router that sends
 smooth tiles to 64 tokens and detailed ones to 256, and answers that depend on every picture and every word; they know
-nothing. Those of the published sizes come without weights, for measuring.
+nothing. Those of the published sizes come without weights or with random ones, for measuring.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmdeploy_vico.testing.checkpoint import is_tiny_checkpoint, make_tiny_checkpoint
-    from lmdeploy_vico.testing.published import make_checkpoint_without_weights
+    from lmdeploy_vico.testing.published import make_checkpoint_with_weights, make_checkpoint_without_weights
 
-__all__ = ['is_tiny_checkpoint', 'make_checkpoint_without_weights', 'make_tiny_checkpoint']
+__all__ = [
+    'is_tiny_checkpoint',
+    'make_checkpoint_with_weights',
+    'make_checkpoint_without_weights',
+    'make_tiny_checkpoint',
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -78,10 +78,16 @@ def write_configuration(
     token_ids: dict[str, int],
     flash: bool = True,
     dtype: str = 'bfloat16',
+    absolute_threshold: float = configuration.ABSOLUTE_THRESHOLD,
 ) -> None:
-    """Write every file of a checkpoint that is neither weights nor tokenizer; arguments as for a tiny checkpoint."""
+    """Write every file of a checkpoint that is neither weights nor tokenizer; arguments as for a tiny checkpoint.
+
+    ``absolute_threshold`` is the score that a tile needs, whatever the others' are, to be compressed.
+    """
     llm_config = configuration.llm_config(size, llm, vocab_size, token_ids)
     config = configuration.model_config(configuration.vision_config(size, vit), llm_config, flash)
+    if flash:
+        config['flash_absolute_threshold'] = absolute_threshold
     for part in (config, config['llm_config'], config['vision_config']):
         part['dtype'] = dtype
     write_json(path / 'config.json', config)

@@ -1,18 +1,37 @@
-"""The published models' shapes, and checkpoints of them that have everything but weights, for sizing a deployment."""
+"""The published models' shapes, and checkpoints of them for measuring: without weights, or with random ones."""
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
+
+from lmdeploy_vico.adapter.language_model import language_model_shapes
+from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.testing import configuration, shards
 from lmdeploy_vico.testing.checkpoint import MARKER, prepare_directory, write_configuration, write_json
 from lmdeploy_vico.testing.configuration import Size
-from lmdeploy_vico.testing.tokenizer import write_tokenizer
+from lmdeploy_vico.testing.tokenizer import SPECIAL_TOKENS, write_tokenizer
+from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.weights import INDEX_FILE, Shape
 
 VOCABULARY = 151936  # embedding rows of the published language models
 WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
+POOLING = 'pooling_before_gating.'
+# The router's third and fourth step take the second one's weights; checkpoints have some of their own, never used.
+UNUSED = {f'{POOLING}{part}2.': [f'{POOLING}{part}{step}.' for step in (3, 4)] for part in ('attn', 'norm')}
 
 
 class WeightsExistError(FileExistsError):
-    """A directory holds weights, beside which a config without weights would describe what is not there."""
+    """A directory holds weights that would not belong to the config that is to be written."""
+
+
+class NoSpaceError(OSError):
+    """The disk has not enough room for the weights."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +78,108 @@ MODELS = {
 def make_checkpoint_without_weights(path: str | Path, model: str | Model, force: bool = False) -> Path:
     """Write config and tokenizer of a model, to be served with ``LMDEPLOY_VICO_DUMMY_WEIGHTS=1``; return the directory.
 
-    The configuration has the shapes of ``model``, which is one of :data:`MODELS` if it is a name; tokenizer and routing
-    thresholds are those of the tiny checkpoints, so that most token ids such a model generates have no text. Raises
-    ValueError for an unknown name, WeightsExistError when ``path`` holds weights, and FileExistsError when it holds
-    anything but a tiny checkpoint, unless ``force`` is set.
+    The configuration has the shapes of ``model``, which is one of :data:`MODELS` if it is a name. The tokenizer is that
+    of the tiny checkpoints, so that most token ids such a model generates have no text, and the routing thresholds have
+    half of the tiles of any prompt compressed. Raises ValueError for an unknown name, WeightsExistError when ``path``
+    holds weights, and FileExistsError when it holds anything but a tiny checkpoint, unless ``force`` is set.
     """
-    if isinstance(model, str) and model not in MODELS:
-        raise ValueError(f'a model is one of {", ".join(MODELS)}; got {model!r}')
-    shape = MODELS[model] if isinstance(model, str) else model
-    path = Path(path)
-    if any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+    path, shape = Path(path), _shape(model)
+    if _holds_weights(path):
         raise WeightsExistError(f'{path} holds weights, which would not fit this config: choose another directory')
     prepare_directory(path, force)
-    write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny --like', 'like': model if isinstance(model, str) else ''})
-    token_ids = write_tokenizer(path)
-    write_configuration(path, shape.size, shape.llm, shape.vit, shape.vocab_size, token_ids)
+    _write_all_but_weights(path, shape, _marker(model))
     return path
+
+
+def make_checkpoint_with_weights(
+    path: str | Path,
+    model: str | Model,
+    seed: int = 0,
+    force: bool = False,
+    done: Callable[[int], object] = lambda size: None,
+) -> Path:
+    """Write a whole checkpoint of a model, with random bfloat16 weights that any server loads; return the directory.
+
+    As :func:`make_checkpoint_without_weights`, and with every tensor of a published checkpoint, in shards of 4 GB. The
+    same ``seed`` gives the same bytes. ``done`` is told the bytes as they are written, of :func:`weight_bytes`. A run
+    that breaks off leaves shards without an index, which no server loads and the same call writes again.
+
+    Raises:
+        ValueError: the name is unknown.
+        NoSpaceError: the disk has too little room for the weights; nothing has been written.
+        WeightsExistError: ``path`` holds other weights, or whole ones.
+        FileExistsError: as above.
+    """
+    path, shape = Path(path), _shape(model)
+    marker = _marker(model) | {'seed': seed, 'weights': str(shape)}
+    if _holds_weights(path) and not _broken_off(path, marker):
+        raise WeightsExistError(f'{path} holds weights already: choose another directory')
+    files = shards.plan(tensor_shapes(shape))
+    _check_space(path, files)
+    prepare_directory(path, force)
+    _write_all_but_weights(path, shape, marker)
+    shards.write(path, files, seed, done)
+    return path
+
+
+def weight_bytes(model: str | Model) -> int:
+    """How many bytes the weights of a model are in bfloat16."""
+    return shards.nbytes(tensor_shapes(_shape(model)))
+
+
+def tensor_shapes(model: Model) -> dict[str, Shape]:
+    """Name and shape of every tensor in a checkpoint: what the two loading sides expect, and what they leave unused."""
+    no_ids = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on the tokens
+    language = configuration.llm_config(model.size, model.llm, model.vocab_size, no_ids)
+    vision = configuration.vision_config(model.size, model.vit)
+    config = configuration.model_config(vision, language, flash=True)
+    with torch.device('meta'):
+        tower = VisionTower(VicoConfig.from_dict(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tower.named_parameters()}
+    for used, copies in UNUSED.items():
+        of_step = {name.removeprefix(used): shape for name, shape in shapes.items() if name.startswith(used)}
+        shapes |= {copy + name: shape for copy in copies for name, shape in of_step.items()}
+    return shapes | language_model_shapes(SimpleNamespace(**language), SimpleNamespace(**config))
+
+
+def _shape(model: str | Model) -> Model:
+    if isinstance(model, Model):
+        return model
+    if model not in MODELS:
+        raise ValueError(f'a model is one of {", ".join(MODELS)}; got {model!r}')
+    return MODELS[model]
+
+
+def _marker(model: str | Model) -> dict[str, Any]:
+    return {'made_by': 'lmdeploy-vico tiny --like', 'like': model if isinstance(model, str) else ''}
+
+
+def _write_all_but_weights(path: Path, shape: Model, marker: dict[str, Any]) -> None:
+    write_json(path / MARKER, marker)
+    token_ids = write_tokenizer(path)
+    # Random weights score all tiles about alike, on either side of a fixed threshold. With none, half of the tiles of
+    # any prompt are compressed.
+    write_configuration(path, shape.size, shape.llm, shape.vit, shape.vocab_size, token_ids, absolute_threshold=0.0)
+
+
+def _holds_weights(path: Path) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in WEIGHTS)
+
+
+def _broken_off(path: Path, marker: dict[str, Any]) -> bool:
+    """Whether the weights in a directory are those of a run with the same arguments that did not get to its end."""
+    try:
+        same: bool = json.loads((path / MARKER).read_text()) == marker
+    except (OSError, ValueError):
+        return False
+    return same and not (path / INDEX_FILE).exists()
+
+
+def _check_space(path: Path, files: dict[str, dict[str, Shape]]) -> None:
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    broken_off = sum((path / file).stat().st_size for file in files if (path / file).is_file())
+    needed, free = shards.space_needed(files), shutil.disk_usage(there).free + broken_off
+    if needed > free:
+        raise NoSpaceError(
+            f'the weights need {needed / 1e9:.1f} GB, and the disk of {path} has {free / 1e9:.1f} GB free'
+        )

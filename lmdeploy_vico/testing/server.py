@@ -33,7 +33,8 @@ class ApiServer:
         environment: variables to set for the server; a value of None removes one.
         log: file for the server's output.
         timeout: seconds to wait until it is ready.
-        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says.
+        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says; its
+            module where there is no command beside that Python, as after ``pip install --target``.
     """
 
     def __init__(
@@ -45,14 +46,13 @@ class ApiServer:
         timeout: float = 300,
         program: Sequence[str] | None = None,
     ) -> None:
-        self.port = free_port()
-        self.url = f'http://127.0.0.1:{self.port}'
         self.log = log
-        address = ('--server-name', '127.0.0.1', '--server-port', str(self.port))
-        self.command = ['lmdeploy', 'serve', 'api_server', str(checkpoint), *address, *arguments]
+        self._checkpoint, self._arguments = str(checkpoint), arguments
+        self._choose_port()
         self._environment = environment or {}
         self._timeout = timeout
-        self._program = program or [str(Path(sys.executable).with_name('lmdeploy'))]
+        beside = Path(sys.executable).with_name('lmdeploy')
+        self._program = program or ([str(beside)] if beside.is_file() else [sys.executable, '-m', 'lmdeploy'])
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> 'ApiServer':
@@ -69,8 +69,15 @@ class ApiServer:
     ) -> None:
         self.stop()
 
+    def _choose_port(self) -> None:
+        self.port = free_port()
+        self.url = f'http://127.0.0.1:{self.port}'
+        address = ('--server-name', '127.0.0.1', '--server-port', str(self.port))
+        self.command = ['lmdeploy', 'serve', 'api_server', self._checkpoint, *address, *self._arguments]
+
     def start(self) -> None:
         """Start the process; returns at once."""
+        self._choose_port()  # again: what was free when this object was made may be taken by now
         environment = {**os.environ, **self._environment}
         with self.log.open('wb') as output:
             self._process = subprocess.Popen(

@@ -1,14 +1,19 @@
-"""What becomes of a server that does not start as it should, or is stopped at a bad moment."""
+"""Where a server's command comes from; what becomes of one that does not start, or is stopped at a bad moment."""
 
 import http.server
+import os
 import sys
+import sysconfig
 import threading
+import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
 
 from lmdeploy_vico.testing.server import ApiServer, ServerError
 
+ROOT = Path(__file__).parents[2]
 SLEEPS = (sys.executable, '-c', 'import time; time.sleep(60)')
 
 
@@ -32,9 +37,9 @@ def stranger():
         thread.join()
 
 
-def test_a_port_that_somebody_else_has_taken(stranger, tmp_path):
+def test_a_port_that_somebody_else_has_taken(stranger, tmp_path, monkeypatch):
+    monkeypatch.setattr('lmdeploy_vico.testing.server.free_port', lambda: stranger)
     server = ApiServer('m', log=tmp_path / 'log', program=SLEEPS)
-    server.port, server.url = stranger, f'http://127.0.0.1:{stranger}'
     with pytest.raises(ServerError, match=f'Another program listens on port {stranger}'), server:
         pass
     assert not server.alive()
@@ -62,3 +67,22 @@ def test_the_end_of_a_log(tmp_path):
     server = ApiServer('m', log=tmp_path / 'log')
     server.log.write_text('one\ntwo\n')
     assert (server.log_text(), server.log_text(4), server.log_text(100)) == ('one\ntwo\n', 'two\n', 'one\ntwo\n')
+
+
+def test_lmdeploy_has_no_command_beside_the_interpreter(tmp_path, monkeypatch, make_checkpoint):
+    bare = tmp_path / 'python'
+    bare.symlink_to(os.path.realpath(sys.executable))
+    monkeypatch.setattr(sys, 'executable', str(bare))
+    # What is installed is found by its path alone, and so are entry points.
+    environment = {'PYTHONPATH': os.pathsep.join([str(ROOT), sysconfig.get_path('purelib')])}
+    with ApiServer(make_checkpoint(), log=tmp_path / 'log', environment=environment) as server:
+        assert server.command[0] == 'lmdeploy', 'what a user would type'
+        assert 'vision side on' in server.log_text()
+        with urllib.request.urlopen(f'{server.url}/v1/models') as answer:
+            assert answer.status == 200
+    (tmp_path / 'lmdeploy').write_text('#!/bin/sh\necho beside\n')
+    (tmp_path / 'lmdeploy').chmod(0o755)
+    server = ApiServer('x', log=tmp_path / 'log', timeout=20)
+    server.start()
+    assert server.wait_until_ended() == 0
+    assert server.log_text() == 'beside\n'

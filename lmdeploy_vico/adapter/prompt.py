@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lmdeploy_vico.adapter.handover import PackedEmbeddings, PackedRows
+from lmdeploy_vico.adapter.handover import PackedRows
 from lmdeploy_vico.stage.stage import EncodedImage
 
 IMAGE_START, IMAGE_END = '<img>', '</img>'
@@ -135,10 +135,9 @@ def _spans(image: EncodedImage, start: int, block_size: int) -> list[dict[str, A
     """
     end = start + len(image.tokens.embeddings)
     cuts = [start, *range(start - start % block_size + block_size, end, block_size), end]
-    packed = PackedEmbeddings.of(image.tokens.embeddings)
     return [
         {
-            'embeddings': PackedRows(packed, low - start, high - start),
+            'embeddings': PackedRows.of(image.tokens.embeddings[low - start : high - start]),
             'start': low,
             'end': high,
             'content_hash': _content_hash(image, low - start, high - start),

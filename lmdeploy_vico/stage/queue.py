@@ -15,7 +15,7 @@ ATTEMPTS = 2  # how often a tile is given to a device before its prompts fail
 
 
 class StageBusyError(RuntimeError):
-    """More tiles are waiting than the stage accepts; the request can be sent again later."""
+    """The stage accepts no tiles now: too many are waiting, or it has been closed. Another server may accept them."""
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ class TileQueue:
         self._prompts: list[PendingPrompt] = []
         self._admissions: list[Admission] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._refusal: str | None = None  # why nothing is accepted any more
         self._metrics = stage_metrics()
 
     def admit(self, size: int) -> Admission:
@@ -95,15 +95,15 @@ class TileQueue:
     def put(self, prompt: PendingPrompt, admission: Admission | None = None) -> None:
         """Queue a prompt whose images are still being cut; raises StageBusyError unless it was admitted."""
         with self._changed:
-            if admission is None or self._closed:
+            if admission is None or self._refusal is not None:
                 self._require_room(prompt.size)
             else:
                 admission.size = 0  # from now on it is the prompt that counts
             self._prompts.append(prompt)
 
     def _require_room(self, size: int) -> None:
-        if self._closed:
-            raise StageBusyError('The server is shutting down.')
+        if self._refusal is not None:
+            raise StageBusyError(self._refusal)
         self._drop_finished()
         waiting = sum(prompt.size for prompt in self._prompts) + sum(place.size for place in self._admissions)
         if self.capacity is not None and waiting and waiting + size > self.capacity:
@@ -146,17 +146,22 @@ class TileQueue:
             return []
         self._drop_finished()
         taken: list[Tile] = []
+        seen = []
         for prompt in self._prompts:
             if len(taken) == limit:
                 break
             if prompt.exhausted:
                 continue
-            left = [tile for tile in prompt.tiles if not tile.taken]
-            for tile in [tile for tile in left if self._may_take(tile, device)][: limit - len(taken)]:
-                tile.taken = True
-                taken.append(tile)
+            seen.append(prompt)
+            left = [tile for tile in dict.fromkeys(prompt.tiles) if not tile.taken and tile not in taken]
+            if its := [tile for tile in left if self._may_take(tile, device)][: limit - len(taken)]:
+                taken += its
                 self._begin(prompt)
-            prompt.exhausted = None not in prompt.images and all(tile.taken for tile in left)
+        # Only now, so that none is lost should anything have failed.
+        for tile in taken:
+            tile.taken = True
+        for prompt in seen:
+            prompt.exhausted = None not in prompt.images and all(tile.taken for tile in prompt.tiles)
         return taken
 
     def _may_take(self, tile: Tile, device: int) -> bool:
@@ -181,9 +186,9 @@ class TileQueue:
         with self._changed:
             self._drop_finished()
             encoded = [prompt for prompt in self._prompts if prompt.encoded]
-            self._prompts = [prompt for prompt in self._prompts if prompt not in encoded]
             for prompt in encoded:
                 self._begin(prompt)
+            self._prompts = [prompt for prompt in self._prompts if prompt not in encoded]
             return encoded
 
     def give_back(self, tiles: Sequence[Tile], error: Exception, device: int = 0) -> list[PendingPrompt]:
@@ -211,11 +216,17 @@ class TileQueue:
 
     def serves(self, device: int) -> bool:
         """Whether a device is to take tiles: not after :meth:`close`, or when it has been retired."""
-        return not self._closed and device in self._devices
+        return self._refusal is None and device in self._devices
 
-    def close(self) -> list[PendingPrompt]:
-        """Take and accept no more; returns the prompts that are waiting."""
+    def give_up(self) -> list[PendingPrompt]:
+        """The prompts that are waiting, which they do no longer."""
         with self._changed:
-            self._closed = True
+            given_up, self._prompts = self._prompts, []
+            return given_up
+
+    def close(self, reason: str = 'The server is shutting down.') -> list[PendingPrompt]:
+        """Take and accept no more, for a reason that clients are told; returns the prompts that are waiting."""
+        with self._changed:
+            self._refusal = reason
             self._changed.notify_all()
             return list(self._prompts)

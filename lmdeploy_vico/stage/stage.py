@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 READ_LOCKS = 16
 ALIGNMENT = 16  # of objects in memory: what ids have in common says nothing
 FAILURES = 3  # batches in a row, after which a device is given up if there are others
+BROKEN = 'The device that encodes images has failed; the server has to be restarted.'
 
 
 class EncodingError(RuntimeError):
@@ -63,6 +64,8 @@ class VisionStage:
     is there. A tile that is kept from earlier, or on its way for another prompt, is not encoded again. A prompt is
     routed and projected when its last tile is there, by the scores of its own tiles only. An exception belongs to the
     prompt that caused it and is raised from its future; a future that is cancelled takes its prompt out of the queue.
+    A device thread outlives whatever happens in it, and the tiles that it had are encoded once more. When the last
+    device fails for good, which is how errors inside a CUDA device end, the stage accepts nothing any more.
 
     Args:
         encoders: the vision side of the checkpoint, once for each device.
@@ -167,52 +170,107 @@ class VisionStage:
         except Exception as error:
             ready.set_exception(error)
             return
-        running: _Running | None = None
-        failures = 0  # batches in a row
-        while running is not None or self._queue.serves(device):
-            # Encoding the next batch is begun before the host waits for the last one.
-            tiles = self._queue.take(encoder.tile_batch, running is None, device)
-            started = self._start(device, encoder, tiles) if tiles else None
-            failures += bool(tiles) and started is None
-            if running is not None:
-                failures = 0 if self._end(device, running) else failures + 1
-            self._finish_encoded(encoder)
-            if failures >= FAILURES and self._queue.retire(device):
-                logger.error('%s has failed on %d batches in a row and is not used any more', encoder.device, failures)
-            running = started
+        worker = _Worker(device, encoder)
+        while worker.running is not None or self._queue.serves(device):
+            try:
+                self._turn(worker)
+            except Exception as error:
+                self._recover(worker, error)
 
-    def _start(self, device: int, encoder: VisionEncoder, tiles: list[Tile]) -> '_Running | None':
-        self._metrics.tiles_per_batch.observe(len(tiles))
+    def _turn(self, worker: '_Worker') -> None:
+        # Encoding the next batch is begun before the host waits for the last one.
+        tiles = self._queue.take(worker.encoder.tile_batch, worker.running is None, worker.device)
+        if tiles:
+            worker.batches.append(tiles)
+        started = self._start(worker, tiles) if tiles else None
+        failed = bool(tiles) and started is None
+        worker.failures += failed
+        if worker.running is not None:
+            ended = self._end(worker, worker.running)
+            worker.failures = 0 if ended else worker.failures + 1
+            failed = failed or not ended
+        worker.running = started
+        if not self._finish_encoded(worker.encoder) or failed:
+            self._consider(worker)
+
+    def _recover(self, worker: '_Worker', error: Exception) -> None:
+        """Go on after an error that nothing else has caught, as a thread that is started anew would."""
+        logger.error('the thread of %s goes on after an error', worker.encoder.device, exc_info=error)
+        worker.running = None
+        worker.failures += 1
+        for tiles in list(worker.batches):
+            self._failed(worker, tiles, error)
+        if worker.failures >= FAILURES:
+            # It may be a waiting prompt that causes it, again and again.
+            for prompt in self._queue.give_up():
+                _fail(prompt, _encoding_error(error))
+        self._consider(worker)
+
+    def _consider(self, worker: '_Worker') -> None:
+        """Decide whether a device is used after it has failed."""
+        if not self._queue.serves(worker.device):
+            return
+        device, failures = worker.encoder.device, worker.failures
+        usable = worker.encoder.usable()
+        if usable and failures < FAILURES:
+            return
+        if self._queue.retire(worker.device):
+            logger.error('%s has failed on %d batches in a row and is not used any more', device, failures)
+        elif not usable:
+            logger.critical('%s has failed for good and images cannot be encoded: restart the server', device)
+            for prompt in self._queue.close(BROKEN):
+                _fail(prompt, EncodingError(BROKEN))
+        elif failures == FAILURES:
+            logger.error(
+                '%s has failed on %d batches in a row, and there is no other device: '
+                'if requests with images go on failing, restart the server',
+                *(device, failures),
+            )
+
+    def _start(self, worker: '_Worker', tiles: list[Tile]) -> '_Running | None':
         try:
-            return _Running(tiles, encoder.start([tile.pixels for tile in tiles if tile.pixels is not None]))
+            self._metrics.tiles_per_batch.observe(len(tiles))
+            pixels = [tile.pixels for tile in tiles if tile.pixels is not None]
+            return _Running(tiles, worker.encoder.start(pixels))
         except Exception as error:
-            self._failed(device, tiles, error)
+            self._failed(worker, tiles, error)
             return None
 
-    def _end(self, device: int, running: '_Running') -> bool:
+    def _end(self, worker: '_Worker', running: '_Running') -> bool:
         """Whether the batch succeeded."""
         try:
             features = running.batch.wait()
-            self._metrics.model_forward.observe(running.batch.seconds)
             for tile, patches, score in zip(running.tiles, features.patches, features.scores.tolist(), strict=True):
                 tile.score = score
                 tile.patches = patches  # from here on it counts as encoded
                 tile.pixels = None
                 self._cache.keep(tile)
+            self._metrics.model_forward.observe(running.batch.seconds)
         except Exception as error:
-            self._failed(device, running.tiles, error)
+            self._failed(worker, running.tiles, error)
             return False
+        worker.batches.remove(running.tiles)
         return True
 
-    def _failed(self, device: int, tiles: Sequence[Tile], error: Exception) -> None:
+    def _failed(self, worker: '_Worker', tiles: list[Tile], error: Exception) -> None:
         logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
-        for prompt in self._queue.give_back(tiles, error, device):
+        failed = self._queue.give_back(tiles, error, worker.device)
+        worker.batches.remove(tiles)
+        for prompt in failed:
             _fail(prompt, _encoding_error(error))
 
-    def _finish_encoded(self, encoder: VisionEncoder) -> None:
+    def _finish_encoded(self, encoder: VisionEncoder) -> bool:
+        """Whether all went well."""
         # In a function of its own, whose last prompt does not outlive it: an idle device thread holds no tiles.
+        well = True
         for prompt in self._queue.pop_encoded():
-            self._finish(encoder, prompt)
+            try:
+                self._finish(encoder, prompt)
+            except Exception as error:
+                well = False
+                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), error)
+                _fail(prompt, _encoding_error(error))
+        return well
 
     def _finish(self, encoder: VisionEncoder, prompt: PendingPrompt) -> None:
         images = [image for image in prompt.images if image is not None]
@@ -220,18 +278,32 @@ class VisionStage:
         features = TileFeatures(
             [tile.patches for tile in tiles if tile.patches is not None], torch.tensor([tile.score for tile in tiles])
         )
-        try:
-            tokens = encoder.visual_tokens(features, [len(image) for image in images], prompt.groups, self.output_dtype)
-        except Exception as error:
-            logger.error('projecting the %d tiles of a prompt failed: %s', len(tiles), error)
-            _fail(prompt, _encoding_error(error))
-            return
-        for one in tokens:
-            self._metrics.count_tiles(one.tile_tokens)
-        with suppress(InvalidStateError):  # cancelled in the meantime
-            prompt.future.set_result(
-                [EncodedImage(one, [tile.digest for tile in image]) for one, image in zip(tokens, images, strict=True)]
-            )
+        tokens = encoder.visual_tokens(features, [len(image) for image in images], prompt.groups, self.output_dtype)
+        encoded = [
+            EncodedImage(one, [tile.digest for tile in image]) for one, image in zip(tokens, images, strict=True)
+        ]
+        # From here on it cannot be cancelled: what is counted is handed on, and before anybody can ask for the counts.
+        if prompt.future.set_running_or_notify_cancel():
+            for one in tokens:
+                self._metrics.count_tiles(one.tile_tokens)
+            prompt.future.set_result(encoded)
+
+
+@dataclass
+class _Worker:
+    """What the thread of a device knows.
+
+    Attributes:
+        batches: tiles that it has taken and neither encoded nor given back.
+        running: the batch that the device encodes.
+        failures: batches in a row.
+    """
+
+    device: int
+    encoder: VisionEncoder
+    batches: list[list[Tile]] = field(default_factory=list)
+    running: '_Running | None' = None
+    failures: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """VisionEncoder: images of a prompt in, routed visual tokens out."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -129,11 +129,26 @@ class VisionEncoder:
             torch.set_num_threads(self._threads)
 
     def warm_up(self) -> None:
-        """Project the largest groups there are, so that no prompt waits for kernels or device memory."""
+        """Project the largest groups there are, so that no prompt waits for kernels or device memory.
+
+        Rows are made for whole projector batches of either kind, at most one more than the tiles would fill. Each
+        division into batches is tried: PyTorch's memory for one may not have room for another.
+        """
         tiles = PROJECTED_BATCHES * self.tile_batch
         features = self.features(np.zeros((1, *TILE_SHAPE), np.uint8))
-        for full in (tiles, 0, tiles // 2):
-            self.project(features.patches * tiles, torch.arange(tiles) >= full)
+        for full in range(tiles, -1, -1):
+            if full % self.tile_batch in (0, 1):
+                self.project(features.patches * tiles, torch.arange(tiles) >= full)
+
+    def usable(self) -> bool:
+        """Whether the device still answers: after some errors a CUDA device never does again in the same process."""
+        if self.device.type != 'cuda':
+            return True
+        for _ in range(2):  # the first answer may be what has failed before
+            with suppress(Exception):
+                torch.cuda.synchronize(self.device)
+                return True
+        return False
 
     def memory(self) -> str:
         """What the vision side takes of its device now, in words."""

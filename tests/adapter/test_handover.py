@@ -1,12 +1,17 @@
 """Visual tokens reach the engine's process unchanged, at the cost of their bytes."""
 
+import gc
+import os
 import pickle
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from lmdeploy_vico.adapter.chat_model import MODALITY, SpanProcessor
-from lmdeploy_vico.adapter.handover import PackedEmbeddings, PackedRows
+from lmdeploy_vico.adapter.handover import PackedRows
 
 pytestmark = pytest.mark.filterwarnings('error')
 
@@ -19,9 +24,8 @@ def embeddings(dtype=torch.bfloat16):
 
 
 def spans(image):
-    packed = PackedEmbeddings.of(image)
     return [
-        {'embeddings': PackedRows(packed, low, high), 'start': low, 'end': high, 'content_hash': str(low)}
+        {'embeddings': PackedRows.of(image[low:high]), 'start': low, 'end': high, 'content_hash': str(low)}
         for low, high in CUTS
     ]
 
@@ -51,11 +55,11 @@ def test_any_strides(image):
 
 def test_bit_patterns_survive():
     image = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(256, 256)  # NaNs among them
-    rows = sent([PackedRows(PackedEmbeddings.of(image), 0, 256)])[0].tensor()
+    rows = sent([PackedRows.of(image)])[0].tensor()
     assert torch.equal(rows.view(torch.int16), image.view(torch.int16))
 
 
-def test_an_image_is_pickled_once():
+def test_a_pickle_has_the_size_of_the_image():
     image = embeddings()
     assert image.nbytes < len(pickle.dumps(spans(image))) < image.nbytes + 1000
 
@@ -65,8 +69,50 @@ def test_tensors_have_memory_of_their_own():
     first, second = (span['embeddings'].tensor() for span in received[:2])
     before = second.clone()
     first.zero_()
-    assert torch.equal(second, before) and torch.equal(received[0]['embeddings'].tensor(), embeddings()[:5])
-    assert second.untyped_storage().nbytes() == second.nbytes
+    assert torch.equal(second, before)
+    assert first.untyped_storage().nbytes() == first.nbytes and second.untyped_storage().nbytes() == second.nbytes
+
+
+def test_a_tensor_outlives_what_it_was_made_of_and_can_be_sent_on():
+    received = sent(spans(embeddings()))
+    tensors = [span['embeddings'].tensor() for span in received]
+    del received
+    gc.collect()
+    again = [pickle.loads(pickle.dumps(tensor)) for tensor in tensors]
+    shared = [tensor.clone().share_memory_() for tensor in tensors]
+    for made in (tensors, again, shared):
+        assert torch.equal(torch.cat(made), embeddings())
+
+
+def test_arriving_rows_are_not_copied():
+    rows = PackedRows.of(embeddings())
+    assert rows.tensor().data_ptr() == rows.tensor().data_ptr()
+
+
+PICKLING = """
+import pickle, resource, sys
+from lmdeploy_vico.adapter.handover import keep_freed_memory
+
+if sys.argv[1] == 'kept':
+    keep_freed_memory()
+spans = [bytes([number]) * 2**19 for number in range(40)]
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    first, second = pickle.dumps(spans), pickle.dumps(spans)
+    del first, second
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='about the GNU C library')
+def test_the_memory_of_a_large_pickle_is_kept_for_the_next():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_'))}
+    faults = {}
+    for way in ('kept', 'left alone'):
+        command = [sys.executable, '-c', PICKLING, way]
+        faults[way] = int(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
+    assert faults['left alone'] > 2500 and faults['kept'] < 100
 
 
 def test_the_engine_makes_tensors_of_them():

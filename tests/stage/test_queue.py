@@ -147,3 +147,44 @@ def test_nothing_is_taken_accepted_or_waited_for_after_close():
     for refused in (lambda: queue.put(prompt(1), admission), lambda: queue.admit(1)):
         with pytest.raises(StageBusyError, match='shutting down'):
             refused()
+
+
+def test_a_closed_queue_says_why():
+    queue = TileQueue(10)
+    queue.close('Out of order.')
+    with pytest.raises(StageBusyError, match='Out of order'):
+        queue.admit(1)
+
+
+def test_what_is_given_up_does_not_wait():
+    queue, one = TileQueue(1), prompt(1)
+    queue.put(one)
+    queue.cut(one, 0, tiles('a'))
+    assert queue.give_up() == [one]
+    assert queue.take(9, wait=False) == []
+    queue.put(prompt(1))
+
+
+def test_a_tile_that_a_prompt_shows_twice_is_taken_once():
+    queue, one = TileQueue(10), prompt(2)
+    [tile] = tiles('a')
+    queue.put(one)
+    queue.cut(one, 0, [tile, tile])
+    assert queue.take(9, wait=False) == [tile]
+
+
+def test_no_tile_is_lost_when_taking_fails(monkeypatch):
+    queue, one, other = TileQueue(10), prompt(1), prompt(1)
+    for each, its in ((one, tiles('a')), (other, tiles('b'))):
+        queue.put(each)
+        queue.cut(each, 0, its)
+    with monkeypatch.context() as patch:
+
+        def fail(prompt):
+            if prompt is other:
+                raise MemoryError
+
+        patch.setattr(queue, '_begin', fail)
+        with pytest.raises(MemoryError):
+            queue.take(9, wait=False)
+    assert names(queue.take(9, wait=False)) == 'ab'

@@ -5,21 +5,9 @@ import torch
 from PIL import Image
 
 from lmdeploy_vico.stage.queue import StageBusyError
-from lmdeploy_vico.stage.stage import EncodingError, ImageJob, VisionStage
+from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tiling import tile_digests
-
-
-@pytest.fixture(scope='module')
-def encoder(make_checkpoint):
-    return VisionEncoder.from_pretrained(make_checkpoint())
-
-
-@pytest.fixture
-def stage(encoder):
-    stage = VisionStage([encoder], torch.bfloat16, threads=2, capacity=200)
-    yield stage
-    stage.close()
 
 
 def test_hands_on_the_encoders_tokens_in_the_language_models_dtype(stage, encoder, pictures):
@@ -75,22 +63,6 @@ def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp
             assert torch.equal(image.tokens.embeddings[:1], expected.embeddings[:1])
             assert image.digests == tile_digests(encoder.cut(Image.open(tmp_path / 'picture')))
     stage.close()
-
-
-@pytest.fixture
-def held(encoder, monkeypatch):
-    """``(entered, release)``: the device is held in its first batch until released."""
-    entered, release = threading.Event(), threading.Event()
-
-    def start(tiles):
-        entered.set()
-        release.wait()
-        return encode(tiles)
-
-    encode = encoder.start
-    monkeypatch.setattr(encoder, 'start', start)
-    yield entered, release
-    release.set()
 
 
 def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held, pictures, monkeypatch):
@@ -278,21 +250,6 @@ def test_as_many_threads_as_where_the_encoder_was_made(encoder, pictures, monkey
     assert set(numbers) == {before}
 
 
-def test_a_broken_device_is_given_up_and_harms_nobody(make_checkpoint, pictures, monkeypatch, caplog):
-    good, broken = (VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2))
-
-    def fail(tiles):
-        raise RuntimeError('device trouble')
-
-    monkeypatch.setattr(broken, 'start', fail)
-    stage = VisionStage([good, broken], torch.float32, threads=2)
-    names = ('coffee', 'page', 'rocket', 'chelsea', 'text')
-    for future in [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]:
-        assert len(future.result()) == 1
-    assert 'is not used any more' in caplog.text
-    stage.close()
-
-
 def test_a_submission_after_close_is_refused(encoder, pictures):
     stage = VisionStage([encoder], torch.float32, threads=1)
     stage.close()
@@ -300,46 +257,18 @@ def test_a_submission_after_close_is_refused(encoder, pictures):
         stage.submit([ImageJob(pictures['page'])], 'auto')
 
 
-def failing(encoder, monkeypatch, error, times):
-    start, left = encoder.start, [times]
+def test_a_prompt_that_is_cancelled_when_it_is_finished_is_not_counted(stage, encoder, held, pictures, monkeypatch):
+    entered, release = held
+    cancelled = stage.submit([ImageJob(pictures['coffee'], max_tiles=1)], 'none')
+    entered.wait()
+    visual_tokens, counted = encoder.visual_tokens, []
 
-    def fail(tiles):
-        if left[0]:
-            left[0] -= 1
-            raise error
-        return start(tiles)
+    def cancel(*arguments):
+        cancelled.cancel()
+        return visual_tokens(*arguments)
 
-    monkeypatch.setattr(encoder, 'start', fail)
-
-
-def test_a_batch_that_fails_is_tried_again(stage, encoder, pictures, monkeypatch):
-    [expected] = encoder.encode([pictures['coffee']])
-    failing(encoder, monkeypatch, RuntimeError('device trouble'), times=1)
-    [image] = stage.submit([ImageJob(pictures['coffee'])], 'auto').result()
-    assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
-
-
-@pytest.mark.parametrize(
-    'error, raised', [(RuntimeError('device trouble'), EncodingError), (torch.OutOfMemoryError('full'),) * 2]
-)
-def test_what_fails_twice_fails_its_prompts_and_no_others(stage, encoder, pictures, monkeypatch, error, raised):
-    failing(encoder, monkeypatch, error, times=2)
-    kind = raised if isinstance(raised, type) else type(raised)
-    with pytest.raises(kind, match=str(error)):
-        stage.submit([ImageJob(pictures['coffee'], max_tiles=1)], 'auto').result()
-    for name in ('coffee', 'chelsea'):  # the same tile as well: it may have been the device
-        assert len(stage.submit([ImageJob(pictures[name], max_tiles=1)], 'auto').result()) == 1
-
-
-def test_a_failure_to_project_belongs_to_its_prompt(stage, encoder, pictures, monkeypatch):
-    project = encoder.tower.project
-
-    def fail(rows, compressed):
-        if compressed:
-            raise RuntimeError('device trouble')
-        return project(rows, compressed)
-
-    monkeypatch.setattr(encoder.tower, 'project', fail)
-    with pytest.raises(EncodingError, match='could not be encoded: device trouble'):
-        stage.submit([ImageJob(pictures['coffee'])], 'all').result()
-    assert len(stage.submit([ImageJob(pictures['coffee'])], 'none').result()) == 1
+    monkeypatch.setattr(encoder, 'visual_tokens', cancel)
+    monkeypatch.setattr(stage._metrics, 'count_tiles', counted.append)
+    release.set()
+    stage.submit([ImageJob(pictures['page'], max_tiles=1)], 'all').result(60)
+    assert cancelled.cancelled() and counted == [[64]]

@@ -132,6 +132,39 @@ def test_only_the_routed_branch_is_computed(encoder, pictures, monkeypatch):
     assert calls.count(False) == result.tile_tokens.count(256)
 
 
+@pytest.mark.parametrize('tile_batch, rooms', [(1, 9), (4, 17)])
+def test_warming_up_projects_every_division_into_batches(make_checkpoint, monkeypatch, tile_batch, rooms):
+    encoder = VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=tile_batch)
+    seen, shuffle = set(), encoder.tower.shuffle
+
+    def record(patches, compressed, room):
+        seen.add(room)
+        return shuffle(patches, compressed, room)
+
+    monkeypatch.setattr(encoder.tower, 'shuffle', record)
+    encoder.warm_up()
+    warmed = seen.copy()
+    [patches] = encoder.features(np.zeros((1, 448, 448, 3), np.uint8)).patches
+    tiles = 8 * tile_batch
+    for full in range(tiles + 1):
+        encoder.project([patches] * tiles, torch.arange(tiles) >= full)
+    assert seen == warmed and len(seen) == rooms
+
+
+@pytest.mark.parametrize('failures, usable', [(0, True), (1, True), (9, False)])
+def test_whether_a_device_answers(encoder, monkeypatch, failures, usable):
+    assert encoder.usable()
+    left = iter(range(failures))
+
+    def synchronize(device):
+        if next(left, None) is not None:
+            raise RuntimeError('an illegal memory access')
+
+    monkeypatch.setattr(encoder, 'device', torch.device('cuda'))
+    monkeypatch.setattr(torch.cuda, 'synchronize', synchronize)
+    assert encoder.usable() is usable
+
+
 def test_tile_batch_by_width_and_device(make_checkpoint):
     config = VicoConfig.from_pretrained(make_checkpoint())
     assert default_tile_batch(config, torch.device('cpu')) == 1

@@ -122,11 +122,13 @@ class VicoVisionModel(VisionModel):
         config = encoder.config
         get_logger().info(
             'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, loaded in %.1f s), %d preparation '
-            'threads, %s tiles queued at most, cache of %.1f GiB, compression %s (thresholds: quantile %g, score %g), '
-            'at most %d tiles per image',
+            'threads, %s tiles queued at most, %s decoded images, cache of %.1f GiB, compression %s (thresholds: '
+            'quantile %g, score %g), at most %d tiles per image',
             *(__version__, self.model_path, ', '.join(f'{one.device} ({one.memory()})' for one in encoders)),
             *(str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds, options.preprocess_threads),
-            *('any number of' if capacity is None else capacity, options.cache_bytes / 2**30, options.compression),
+            'any number of' if capacity is None else capacity,
+            'any number of' if capacity is None else f'{options.max_decoded_bytes / 2**30:.1f} GiB of',
+            *(options.cache_bytes / 2**30, options.compression),
             *(config.relative_threshold, config.absolute_threshold, options.max_tiles),
         )
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 SWITCH = 'LMDEPLOY_VICO'
 MODES = ('1', 'cpu', '0')
+OFF = ('no', 'off', 'false')  # count as 0
 
 logger = logging.getLogger('lmdeploy_vico')
 
@@ -22,7 +23,7 @@ def register() -> None:
     The environment variable ``LMDEPLOY_VICO`` chooses what is set up: ``1`` (the default) everything, ``cpu`` only the
     backend that runs LMDeploy's engine without a GPU, ``0`` nothing.
     """
-    mode = os.environ.get(SWITCH, '1').strip() or '1'
+    mode = switch()
     if mode not in MODES:
         logger.warning('%s=%r is not one of %s: treated as 1', SWITCH, mode, ', '.join(MODES))
         mode = '1'
@@ -36,6 +37,12 @@ def register() -> None:
         wrapt.register_post_import_hook(lambda module: _on_lmdeploy_import(module, mode), 'lmdeploy')
     except Exception:
         logger.exception('lmdeploy-vico could not be set up; LMDeploy runs without it')
+
+
+def switch() -> str:
+    """What the environment says: one of ``MODES``, or whatever else stands there."""
+    mode = os.environ.get(SWITCH, '1').strip().lower() or '1'
+    return '0' if mode in OFF else mode
 
 
 def _on_lmdeploy_import(module: ModuleType, mode: str) -> None:

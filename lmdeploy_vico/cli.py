@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog='lmdeploy-vico', description=DESCRIPTION, formatter_class=raw)
     parser.add_argument('--version', action='version', version=f'lmdeploy-vico {__version__}')
-    commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
+    parser.set_defaults(run=lambda arguments: _help(parser))
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND')
 
     tiny = commands.add_parser('tiny', help='write a small random checkpoint', description=TINY, formatter_class=raw)
     tiny.add_argument('directory', metavar='DIR', type=Path, help='where to; a tiny checkpoint there is overwritten')
@@ -109,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 0
+
+
 def _add_tiny_options(tiny: argparse.ArgumentParser) -> None:
     """Options that are attributes of the arguments only if they are given, so that --like can refuse them."""
     group = tiny.add_argument_group('of a checkpoint with weights', argument_default=argparse.SUPPRESS)
@@ -134,8 +140,8 @@ def _tiny(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in TINY_ONLY if hasattr(arguments, name)}
     excluded = [name for name in given if arguments.like and not (arguments.weights and name == 'seed')]
     if excluded:
-        writes = '' if arguments.weights else ' and writes no weights'
-        return _fail(f'--like says the whole shape{writes}: leave out --{", --".join(excluded)}.')
+        hint = ' (or add --weights)' if 'seed' in excluded and not arguments.weights else ''
+        return _fail(f'--like says the whole shape: leave out --{", --".join(excluded)}{hint}.')
     if arguments.weights and not arguments.like:
         return _fail('--weights goes with --like MODEL: a tiny checkpoint always has weights.')
     try:
@@ -212,7 +218,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     try:
         from lmdeploy_vico.bench import BenchError, first_token
     except ImportError as error:
-        return _fail(f'The benchmark needs {error.name}: pip install "lmdeploy-vico[bench]"')
+        return _fail(f'The benchmark needs {error.name}; in a checkout of the plugin: pip install ".[bench]"')
     try:
         return first_token.run(arguments)
     except (BenchError, ServerError) as error:
@@ -239,9 +245,9 @@ def _version(distribution: str) -> str:
 def _plugin_state() -> str:
     """Say whether a program that imports LMDeploy now would run with the plugin, and what to change if not."""
     from lmdeploy_vico.adapter.registration import lmdeploy_version_supported
-    from lmdeploy_vico.autoload import MODES, SWITCH
+    from lmdeploy_vico.autoload import MODES, SWITCH, switch
 
-    mode, lmdeploy = os.environ.get(SWITCH, '1').strip() or '1', _version('lmdeploy')
+    mode, lmdeploy = switch(), _version('lmdeploy')
     if not metadata.entry_points(group='torch.backends', name='lmdeploy_vico'):
         return 'inactive: the package is not installed (pip install lmdeploy-vico), only on the path'
     if os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD', '1') == '0':

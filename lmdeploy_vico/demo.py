@@ -69,7 +69,9 @@ def load_pictures() -> dict[str, Image.Image]:
     try:
         from skimage import data
     except ImportError as error:
-        raise DemoError('The demo needs its pictures and client: pip install "lmdeploy-vico[demo]"') from error
+        raise DemoError(
+            'The demo needs its pictures and client; in a checkout of the plugin: pip install ".[demo]"'
+        ) from error
     return {name: Image.fromarray(getattr(data, name)()) for name in PICTURES}
 
 

@@ -114,7 +114,8 @@ def _explain_video(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs
         raise  # load_base64 calls load_bytes
     except Exception as error:
         # The backends raise whatever their arithmetic makes of a damaged header.
-        raise VideoError(f'The data is not a video that can be read, or it is damaged: {error}') from None
+        detail = f': {error}' if isinstance(error, OSError | ValueError) and str(error) else '.'
+        raise VideoError(f'The data is not a video that can be read, or it is damaged{detail}') from None
     _refuse_missing_frames(instance, len(frames), metadata)
     if metadata['video_backend'] not in ('opencv', 'jpeg_sequence'):
         charge(frames.nbytes // 3 * _FRAME)  # of the other loaders, which do not say earlier how large frames are

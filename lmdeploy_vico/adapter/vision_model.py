@@ -239,7 +239,7 @@ class VicoVisionModel(VisionModel):
         if limit is not None and least >= limit:
             raise ValueError(
                 f'The images and video frames have at least {least} visual tokens, more than the model context length '
-                f'({limit}) allows.'
+                f'({limit}) allows. Send fewer or smaller ones, or serve with a larger --session-len.'
             )
 
     def _assemble(self, prompt: Prompt, images: Sequence[EncodedImage]) -> dict[str, Any]:

@@ -22,7 +22,10 @@ said in its row and does not change it.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options; what follows ``--`` on the command line is for the server and handled by the caller."""
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument('--base-url', metavar='URL', help='a server that runs, such as http://localhost:23333')
+    target.add_argument('--base-url', metavar='URL',
+        help='a server that runs, such as http://localhost:23333, best started with LMDEPLOY_VICO_CACHE_BYTES=0 and '
+        'without --enable-prefix-caching, as cells share pictures',
+    )  # fmt: skip
     target.add_argument('--model', metavar='PATH', help='a checkpoint to serve for the time of the measurement')
     parser.add_argument('--mode', nargs='+', choices=(LLM, IMAGE), default=[IMAGE],
         help='image: from the bytes of real pictures to the first token; llm: the language model alone, with visual '

@@ -77,7 +77,9 @@ class Client:
             answer = json.loads(await self._look('/v1/models'))
             name: str = answer['data'][0]['id']
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, OSError) as error:
-            raise BenchError(f'No server answers at {self.url} ({_name(error)}): check --base-url.') from error
+            raise BenchError(
+                f'No server answers at {self.url} ({_name(error)}): check --base-url, which begins with http://.'
+            ) from error
         except (KeyError, IndexError, TypeError) as error:
             raise BenchError(f'{self.url} is not an OpenAI server: /v1/models names no model.') from error
         return name

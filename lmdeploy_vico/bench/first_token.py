@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmdeploy_vico.bench import BenchError, report, servers
 from lmdeploy_vico.bench.breakdown import difference, parse_metrics
+from lmdeploy_vico.bench.checks import check_answer
 from lmdeploy_vico.bench.client import Client, Outcome, Round
 from lmdeploy_vico.bench.paper import paper_model, paper_speedup
 from lmdeploy_vico.bench.pictures import make_pictures
@@ -92,9 +93,13 @@ class Measurement:
     def prepare(self, stack: contextlib.ExitStack) -> None:
         """Make pictures and servers, which takes a while and does not belong into an event loop; starts nothing."""
         options = self.options
+        if options.base_url:
+            asyncio.run(self._find_server())  # before pictures are made for it
         if IMAGE in options.mode:
             picture = Picture.of_tiles(options.tiles)
             count = (options.images or options.num_prompts) * picture.count
+            if not self.console.is_terminal:
+                self._say(f'Making {count} pictures ...')
             with self._progress('Making pictures', count) as done:
                 self._pictures = make_pictures(count, picture.size, options.seed, done)
         if options.base_url:
@@ -123,6 +128,10 @@ class Measurement:
             'environment_variables': {name: servers.recorded(one.environment) for name, one in self._servers.items()},
             'environment': servers.environment(gpu or 'cpu'),
         }
+
+    async def _find_server(self) -> None:
+        async with Client(self.options.base_url, self.options.request_timeout) as client:
+            await client.model()
 
     async def run(self) -> bool:
         """Measure everything and print it; returns whether all requests of the plugin's own cells were answered."""
@@ -270,10 +279,10 @@ class Measurement:
         many = [requests.body(cell, i % options.num_prompts) for i in range(2 * options.max_concurrency)]
         try:
             for compressed, outcome in zip((requests.compressed(cell, 0), *shapes), (bare, *outcomes), strict=True):
-                _check(cell, outcome, options.tiles, compressed)
+                check_answer(cell, outcome, options.tiles, compressed)
             outcomes += (await client.round(many, options.max_concurrency)).outcomes
             for outcome in outcomes:
-                _check(cell, outcome, options.tiles, None)
+                check_answer(cell, outcome, options.tiles, None)
             self._check_alike(cell, bare)
         except BenchError as error:
             ended = await client.ended(outcomes)
@@ -333,29 +342,6 @@ class Measurement:
         with Progress(*columns, console=self.console, transient=True, refresh_per_second=1) as progress:
             task = progress.add_task(title, total=total)
             yield lambda: progress.advance(task)
-
-
-def _check(cell: Cell, outcome: Outcome, tiles: int, compressed: int | None) -> None:
-    """Raises :class:`BenchError` if a request of the warm-up was not answered as the measurement needs it."""
-    if outcome.status == 400 and cell.mode == LLM:
-        raise BenchError(
-            'The server refuses synthetic images: start it with LMDEPLOY_VICO_SYNTHETIC_IMAGES=1 in its environment. '
-            f'It said: {outcome.error}'
-        )
-    if outcome.error:
-        raise BenchError(f'The server does not answer requests ({cell}): {outcome.error}')
-    if cell.server != OURS:
-        return
-    if outcome.image_tokens is None:
-        raise BenchError(
-            'The model is not served as a ViCO model, as its usage counts no image_tokens: serve an InternVL3.5-Flash '
-            'checkpoint where lmdeploy-vico is installed and LMDEPLOY_VICO is not 0.'
-        )
-    if compressed is not None and outcome.image_tokens != visual_tokens(tiles, compressed):
-        raise BenchError(
-            f'{tiles} tiles with {compressed} compressed are {visual_tokens(tiles, compressed)} visual tokens, but the '
-            f'server counts {outcome.image_tokens}: compression does not do what it is asked ({cell}).'
-        )
 
 
 async def _added(client: Client, before: dict[str, float], measured: Round) -> dict[str, float]:

@@ -49,14 +49,18 @@ def speedup_table(results: Results, model: str | None, tiles: int) -> Table:
         shown = {_column(cell): _speedup(results, cell, model, tiles) for cell in results if _row(cell) == row}
         inputs = f'{tiles} tiles + {row[2]} text tokens'
         table.add_row(row[0], LABELS[row[1]], inputs, *(shown.get(column, '') for column in columns))
+    captions = []
     if any(paper_speedup(model, tiles, cell) for cell in results):
-        table.caption = f"In brackets: the paper's {model}, Table 4."
+        captions.append(f"In brackets: the paper's {model}, Table 4.")
+    if any(result.cached for result in results.values()):
+        captions.append('*: with the help of a cache, see below.')
+    table.caption = ' '.join(captions)
     return table
 
 
 def _speedup(results: Results, cell: Cell, model: str | None, tiles: int) -> str:
     value, paper = speedup(results, cell), paper_speedup(model, tiles, cell)
-    shown = 'failed' if math.isnan(value) else f'{value:.2f}x'
+    shown = 'failed' if math.isnan(value) else f'{value:.2f}x' + '*' * results[cell].cached
     return f'{shown} ({paper:.2f})' if paper else shown
 
 
@@ -138,22 +142,24 @@ def sentences(results: Results, tiles: int) -> list[str]:
         elif result.failed:
             message, count = result.failures.most_common(1)[0]
             said.append(f'{cell}: {result.failed} requests failed, {count} of them with: {message}')
-        if result.cached_tokens:
-            said.append(
-                f'{cell}: {result.cached_tokens} tokens came from the prefix cache: start the server without it.'
-            )
-        hits = result.added.get('vico:embedding_cache_hits_total', 0)
-        if hits > 0.01 * tiles * max(result.completed, 1):
-            said.append(
-                f'{cell}: {hits:.0f} tiles came from the cache, so the ViT did less than new pictures ask for: '
-                'start the server with LMDEPLOY_VICO_CACHE_BYTES=0.'
-            )
         half = isinstance(cell.compression, float) and cell.compression >= SLOW_SHARE
         gain = speedup(results, cell)
         if half and gain < WORTH:
             breakdown = result.breakdown
             why = breakdown.bottleneck() if breakdown else 'the server has no /metrics that would say why'
             said.append(f'{cell}: compression gives no speed-up ({gain:.2f}x): {why}.')
+    return said + _caches(results)
+
+
+def _caches(results: Results) -> list[str]:
+    said = []
+    if tokens := sum(result.cached_tokens for result in results.values()):
+        said.append(f'{tokens} prompt tokens came from the prefix cache: start the server without it.')
+    if hits := sum(result.tiles_cached for result in results.values() if result.cached):
+        said.append(
+            f'{hits:.0f} tiles came from the cache of encoded tiles, and the ViT did less than new pictures ask for: '
+            'start the server with LMDEPLOY_VICO_CACHE_BYTES=0.'
+        )
     return said
 
 
@@ -174,7 +180,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise BenchError('--plot needs matplotlib: pip install "lmdeploy-vico[bench]".') from error
+        raise BenchError('--plot needs matplotlib; in a checkout of the plugin: pip install ".[bench]"') from error
     if path.suffix.lower() != '.png':
         raise BenchError(f'--plot: {path} must end in .png.')
     try:

@@ -100,6 +100,16 @@ class CellResult:
         return 1 - self._vision_tokens / (self.completed * visual_tokens(self._tiles)) if self.completed else math.nan
 
     @property
+    def tiles_cached(self) -> float:
+        """Tiles that the plugin's cache had already."""
+        return self.added.get('vico:embedding_cache_hits_total', 0.0)
+
+    @property
+    def cached(self) -> bool:
+        """Whether caches took more than a hundredth of the work off the server."""
+        return bool(self.cached_tokens) or self.tiles_cached > 0.01 * self._tiles * max(self.completed, 1)
+
+    @property
     def kv_blocks_per_request(self) -> float:
         """KV blocks that a prompt takes, on average."""
         return self._kv_blocks / max(self.completed, 1)

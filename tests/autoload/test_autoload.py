@@ -73,7 +73,8 @@ def test_plain_internvl_keeps_lmdeploys_classes(make_checkpoint):
 
 def test_switched_off_leaves_the_cpu_backend_out_too():
     code = f'import sys, lmdeploy, lmdeploy.pytorch.engine.engine; print({OUR_MODULES})'
-    assert run(code, LMDEPLOY_VICO='0')[0] == "['lmdeploy_vico', 'lmdeploy_vico.autoload']"
+    for off in ('0', 'off', 'False'):
+        assert run(code, LMDEPLOY_VICO=off)[0] == "['lmdeploy_vico', 'lmdeploy_vico.autoload']"
 
 
 def test_unknown_mode_is_named_once():

@@ -162,7 +162,8 @@ def test_caches_and_failures_are_said():
     result.add(Round(1.0, [Outcome(0.1, 100, 90, 64), Outcome(error='HTTP 500: no')], False), {})
     said = '\n'.join(report.sentences({NONE: result}, 10))
     assert '5 tiles came from the cache' in said
-    assert '64 tokens came from the prefix cache' in said
+    assert '64 prompt tokens came from the prefix cache' in said
+    assert '1.00x*' in report.speedup_table({NONE: result}, None, 10).columns[3]._cells
     assert '1 requests failed, 1 of them with: HTTP 500: no' in said
     result.error = 'the engine ended'
     assert 'failed: the engine ended' in report.sentences({NONE: result}, 10)[0]

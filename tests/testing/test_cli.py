@@ -50,11 +50,13 @@ def test_demo_names_a_missing_checkpoint(tmp_path, capsys):
 
 
 def test_help_and_unknown_commands(capsys):
-    for argv, status in ((['-h'], 0), (['tiny', '-h'], 0), ([], 2), (['serve'], 2)):
+    for argv, status in ((['-h'], 0), (['tiny', '-h'], 0), (['serve'], 2)):
         with pytest.raises(SystemExit) as stop:
             cli.main(argv)
         assert stop.value.code == status
     assert 'lmdeploy serve api_server' in capsys.readouterr().out
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith('usage: lmdeploy-vico')
 
 
 def test_like_says_that_there_are_no_weights_and_how_to_serve(tmp_path, capsys):
@@ -67,7 +69,7 @@ def test_like_says_that_there_are_no_weights_and_how_to_serve(tmp_path, capsys):
 
 def test_like_excludes_what_shapes_a_tiny_checkpoint(tmp_path, capsys):
     assert cli.main(['tiny', str(tmp_path / 'new'), '--like', '8B', '--llm', 'moe', '--seed', '0']) == 1
-    assert 'leave out --llm, --seed.' in capsys.readouterr().err
+    assert 'leave out --llm, --seed (or add --weights).' in capsys.readouterr().err
     assert not (tmp_path / 'new').exists()
 
 

@@ -217,7 +217,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     [
         (['--weights'], '--weights goes with --like MODEL'),
         (['--weights', '--like', '8B', '--vit', 'rms_norm', '--seed', '1'], 'the whole shape: leave out --vit.'),
-        (['--like', '8B', '--seed', '1'], 'writes no weights: leave out --seed.'),
+        (['--like', '8B', '--seed', '1'], 'whole shape: leave out --seed (or add --weights).'),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, capsys, options, said):

@@ -114,16 +114,13 @@ class Measurement:
             name: servers.make_server(name, options.model, options.mode, bool(gpu), arguments, scratch)
             for name in names
         }
-        if options.count_prefills:
-            logs = {name: server.log for name, server in self._servers.items() if name != TURBOMIND}
-            self._prefills = {name: PrefillLog(log) for name, log in logs.items()}
         # One after the other and back again, so that what changes slowly changes them alike.
         self._groups = [names] if together else [[name] for name in (*names, *names[-2::-1])]
         if len(names) > 1:
             how = 'all run, one is measured at a time' if together else 'one after the other, then in reverse'
             self._say(f'{len(names)} servers: {how}.')
         self._about = {
-            'servers': {name: ' '.join(server.command) for name, server in self._servers.items()},
+            'servers': {},  # their commands, as they are started
             'servers_together': together,
             'environment_variables': {name: servers.recorded(one.environment) for name, one in self._servers.items()},
             'environment': servers.environment(gpu or 'cpu'),
@@ -185,8 +182,8 @@ class Measurement:
         stack.callback(server.stop)
         self._about['servers'][name] = command = ' '.join(server.command)
         self._say(f'$ {command}')
-        if name in self._prefills:
-            self._prefills[name] = PrefillLog(server.log)
+        if self.options.count_prefills and name != TURBOMIND:
+            self._prefills[name] = PrefillLog(server.log)  # a new one with each start, as the log is
         try:
             await asyncio.to_thread(server.wait_until_ready)
         except ServerError:
@@ -299,11 +296,11 @@ class Measurement:
 
     def _check_alike(self, cell: Cell, bare: Outcome) -> None:
         """Raises :class:`BenchError` for a baseline whose prompts are not those of the plugin without compression."""
-        overheads = [
-            other.overhead for one, other in self.results.items() if one.server == OURS and one.mode == cell.mode
-        ]
-        expected = visual_tokens(self.options.tiles) + overheads[0]
-        if cell.server != OURS and bare.prompt_tokens != expected:
+        if cell.server == OURS:
+            return
+        ours = next(other for one, other in self.results.items() if one.server == OURS and one.mode == cell.mode)
+        expected = visual_tokens(self.options.tiles) + ours.overhead
+        if bare.prompt_tokens != expected:
             raise BenchError(
                 f'Its prompts have {bare.prompt_tokens} tokens instead of {expected}: it does not do the same work.'
             )

@@ -1,7 +1,9 @@
 """Attention over LMDeploy's paged KV cache and over packed sequences, in float32, one sequence at a time.
 
-Each sequence is attended by itself, so its output does not depend on what it is batched with. Plain matrix products
-and an explicit softmax: this is the reference that a faster implementation is compared with.
+Each sequence is attended by itself, and its queries in blocks that lie at fixed positions of the sequence: the shape
+of every product follows from a token's position alone. A token's output has the same bits whatever else is in the
+batch, and whether the tokens before it came in the same step, in an earlier chunk or from the prefix cache. Plain
+matrix products and an explicit softmax: this is the reference that a faster implementation is compared with.
 """
 
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ from lmdeploy.messages import QuantPolicy
 from lmdeploy.pytorch.backends.attention import AttentionImpl, AttentionMetadata, PagedAttentionBuildSpec
 from lmdeploy.pytorch.backends.flash_attention import FlashAttentionBuildSpec, FlashAttentionImpl
 
-# Rows of the score matrix computed at once: bounds the memory of a long prompt, [heads, 256, kv] float32.
-QUERY_BLOCK = 256
+# Queries attended at once, from a position that is a multiple of it. Many make a step of decoding, which has one query
+# and computes a whole block, slow; few make a prompt slow.
+QUERY_BLOCK = 16
 
 
 @dataclass
@@ -111,27 +114,37 @@ def attend(
     q_len, heads, _ = query.shape
     kv_len, kv_heads, _ = key.shape
     groups = heads // kv_heads
-    keys = key.float().permute(1, 2, 0)[:, None]  # [kv_heads, 1, dim, kv]
-    values = value.float().transpose(0, 1)[:, None]  # [kv_heads, 1, kv, v_dim]
-    key_positions = torch.arange(kv_len)
-    output = query.new_empty(q_len, heads, value.shape[-1])
-    for start in range(0, q_len, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q_len)
-        rows = query[start:stop].float().unflatten(1, (kv_heads, groups)).permute(1, 2, 0, 3)
-        seen = stop + kv_len - q_len if rule.causal else kv_len  # no row of the block may attend to later keys
-        scores = (rows @ keys[..., :seen]) * rule.scale  # [kv_heads, groups, rows, seen]
+    first = kv_len - q_len
+    before, after = first % QUERY_BLOCK, -kv_len % QUERY_BLOCK  # rows that fill the first and the last block
+    queries = _pad_rows(query.float() * rule.scale, before, after).unflatten(1, (kv_heads, groups))
+    # Without causality a block's queries see all keys, and none may see a key that fills a block.
+    missing = after if rule.causal else 0
+    keys = _pad_rows(key.float(), 0, missing).permute(1, 2, 0)  # [kv_heads, dim, kv]
+    values = _pad_rows(value.float(), 0, missing).transpose(0, 1)  # [kv_heads, kv, v_dim]
+    key_positions = torch.arange(keys.shape[-1])
+    outputs = []
+    for start, rows in zip(range(first - before, kv_len, QUERY_BLOCK), queries.split(QUERY_BLOCK), strict=True):
+        positions = torch.arange(start, start + QUERY_BLOCK)
+        seen = start + QUERY_BLOCK if rule.causal else kv_len  # no row of the block may attend to later keys
+        scores = rows.permute(1, 2, 0, 3).flatten(1, 2) @ keys[..., :seen]
+        scores = scores.unflatten(1, (groups, QUERY_BLOCK))  # [kv_heads, groups, rows, seen]
         if rule.soft_cap:
             scores = torch.tanh(scores / rule.soft_cap) * rule.soft_cap
-        positions = torch.arange(start, stop) + (kv_len - q_len)
         if alibi is not None:
             distance = (positions[:, None] - key_positions[None, :seen]).abs()
             scores = scores - alibi.view(kv_heads, groups, 1, 1) * distance
-        forbidden = rule.mask(positions, key_positions[:seen])
+        edge = 0 if rule.window else start  # all rows may attend to the keys before it
+        forbidden = rule.mask(positions, key_positions[edge:seen])
         if forbidden is not None:
-            scores.masked_fill_(forbidden, float('-inf'))
-        attended = _softmax(scores, sinks) @ values[..., :seen, :]
-        output[start:stop] = attended.permute(2, 0, 1, 3).flatten(1, 2)
-    return output
+            scores[..., edge:].masked_fill_(forbidden, float('-inf'))
+        attended = _softmax(scores, sinks).flatten(1, 2) @ values[:, :seen]
+        outputs.append(attended.unflatten(1, (groups, QUERY_BLOCK)).permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(outputs)[before : before + q_len].to(query.dtype)
+
+
+def _pad_rows(rows: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    """``[rows, heads, dim]`` with zeros before the first row and after the last."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, 0, before, after)) if before or after else rows
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lmdeploy.pytorch.backends.activation import SiluAndMulBuildSpec
 from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
 from lmdeploy.pytorch.backends.base import BuildSpec, ImplT
 from lmdeploy.pytorch.backends.default import DefaultOpsBackend
@@ -21,6 +22,7 @@ _BUILDERS: dict[type, Callable[[Any], Any]] = {
     PagedAttentionBuildSpec: attention.CpuPagedAttention,
     FlashAttentionBuildSpec: attention.CpuFlashAttention,
     LinearBuildSpec: lambda spec: operators.CpuLinear(),
+    SiluAndMulBuildSpec: lambda spec: operators.CpuSiluAndMul(),
     FusedMoEBuildSpec: operators.CpuFusedMoE,
     LoRABuildSpec: lambda spec: operators.CpuLoRA(),
     MultinomialSamplingBuildSpec: lambda spec: operators.CpuMultinomialSampling(),

@@ -1,26 +1,73 @@
-"""The language model's operators that LMDeploy has only for accelerators: linear, MoE, LoRA, seeded sampling."""
+"""The language model's operators that LMDeploy has only for accelerators, or sums otherwise.
 
+A token's result has the same bits whatever other tokens are in the batch: linear layers and experts multiply a fixed
+number of rows at once, element-wise functions are not split within a row, and what is summed over experts is summed in
+a fixed order. A sum over tensor-parallel ranks is in a fixed order too while there are no more than two.
+"""
+
+import logging
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lmdeploy.pytorch.backends.activation import SiluAndMulImpl
 from lmdeploy.pytorch.backends.default.linear import DefaultLinearImpl
 from lmdeploy.pytorch.backends.lora import AdapterInfo, LoRAImpl
 from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingImpl
 
-# A CPU's libraries choose how to sum by the shape, so a row's last bits may depend on how many there are. Products of
-# one number of rows give the same bits for a row wherever it stands (seen on processors with AVX-512, and with AMX).
-ROWS = 32
+logger = logging.getLogger('lmdeploy_vico')
+
+# A CPU's libraries choose how to sum by a product's shape, so a row's last bits may depend on how many rows there are.
+# Every product has one number of rows: the first of these for which a row's bits do not depend on where it stands.
+ROWS = (32, 8, 1)
+# Elements below which torch runs an element-wise operation on one thread. Where it splits one over threads, the ends of
+# the parts are computed by other instructions than the rest, and may differ in their last bits.
+ONE_THREAD = 1 << 15
+
+_rows: dict[tuple, int] = {}
 
 
 def row_invariant_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x weight^T + bias`` for ``x [..., in]``, each row's bits independent of the other rows and of their number."""
     rows = x.reshape(-1, x.shape[-1])
-    padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-    out = torch.cat([F.linear(part, weight, bias) for part in padded.split(ROWS)])
+    count = _rows_at_once(weight, bias)
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % count))
+    out = torch.cat([F.linear(part, weight, bias) for part in padded.split(count)])
     return out[: len(rows)].reshape(*x.shape[:-1], -1)
+
+
+def _rows_at_once(weight: torch.Tensor, bias: torch.Tensor | None) -> int:
+    """The number of rows for products with weights like this one; tried out at the first of them.
+
+    The order in which a row is summed depends on shapes, strides, and the place in the product, not on what is summed:
+    a row that gives the same bits at every place shows that the place does not matter.
+    """
+    key = (weight.shape, weight.stride(), weight.dtype, bias is None, torch.get_num_threads())
+    if key in _rows:
+        return _rows[key]
+    sample = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    for count in ROWS:
+        out = F.linear(sample.expand(count, -1).contiguous(), weight, bias)
+        if torch.equal(out, out[:1].expand_as(out)):
+            break
+    if weight.any():  # zeros show nothing
+        _rows[key] = count
+        if count < ROWS[0]:
+            logger.info('products with weights %s are computed %d rows at a time', tuple(weight.shape), count)
+    return count
+
+
+class CpuSiluAndMul(SiluAndMulImpl):
+    """LMDeploy's gated activation with row-invariant results."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``silu(gate) * up`` for ``x [..., 2 * ffn]``, whose first half is the gate."""
+        gates, ups = x.reshape(-1, x.shape[-1]).chunk(2, -1)
+        few = max(1, (ONE_THREAD - 1) // max(1, gates.shape[-1]))
+        out = torch.cat([F.silu(gate) * up for gate, up in zip(gates.split(few), ups.split(few), strict=True)])
+        return out.reshape(*x.shape[:-1], -1)
 
 
 class CpuLinear(DefaultLinearImpl):
@@ -52,6 +99,7 @@ class CpuFusedMoE(FusedMoEImpl):
         if spec.ep_size > 1:
             raise NotImplementedError('The CPU reference backend has no expert parallelism.')
         self.renormalize = spec.renormalize
+        self.activation = CpuSiluAndMul().forward
 
     def forward(
         self,
@@ -90,14 +138,12 @@ class CpuFusedMoE(FusedMoEImpl):
             tokens, slots = torch.where(topk_ids == expert)
             bias = None if gate_up_bias is None else gate_up_bias[expert]
             gate_up = row_invariant_linear(hidden_states[tokens], gate_up_weights[expert], bias)
-            if act_func is not None:
-                inner = act_func(gate_up)
-            else:
-                gate, up = gate_up.chunk(2, -1)
-                inner = F.silu(gate) * up
+            inner = (act_func or self.activation)(gate_up)
             bias = None if down_bias is None else down_bias[expert]
             choices[tokens, slots] = row_invariant_linear(inner, down_weights[expert], bias).float()
-        output = (choices * topk_weights.float()[..., None]).sum(1)
+        output = torch.zeros_like(choices[:, 0])
+        for slot, weights in enumerate(topk_weights.float().split(1, -1)):
+            output += choices[:, slot] * weights
         return output.to(hidden_states.dtype)
 
 

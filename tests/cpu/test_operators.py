@@ -1,5 +1,7 @@
 """The CPU operators by themselves, against direct formulas."""
 
+import itertools
+
 import pytest
 import torch
 from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
@@ -12,6 +14,14 @@ from lmdeploy_vico.cpu.attention import CpuAttentionMetadata, CpuFlashAttention,
 from lmdeploy_vico.cpu.backend import CpuOpsBackend
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
+
+
+@pytest.fixture
+def with_threads():
+    """``with_threads(n)``: compute on n threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def paged(**changes):
@@ -56,8 +66,7 @@ def naive(query, key, value, window=None, sinks=None, soft_cap=None, causal=True
 @pytest.mark.parametrize(
     'changes', [{}, {'sliding_window': 20}, {'logit_softcapping': 2.0}, {'learnable_sink': True}], ids=str
 )
-def test_paged_attention(page_size, changes, monkeypatch):
-    monkeypatch.setattr(attention, 'QUERY_BLOCK', 16)
+def test_paged_attention(page_size, changes):
     generator = torch.Generator().manual_seed(0)
     # Cached tokens, new tokens: a chunk, a decoding step, a fresh prompt longer than a block of queries.
     history, new = (100, 130, 0), (30, 1, 40)
@@ -97,6 +106,25 @@ def test_paged_attention(page_size, changes, monkeypatch):
     torch.testing.assert_close(output, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'options', [{}, {'window': 20}, {'soft_cap': 2.0}, {'sinks': True}, {'alibi': True}, {'bfloat16': True}], ids=str
+)
+def test_attention_of_a_token_does_not_depend_on_what_is_computed_with_it(options):
+    """The whole prompt at once, in chunks, after a cached prefix, token by token."""
+    generator = torch.Generator().manual_seed(9)
+    dtype = torch.bfloat16 if options.get('bfloat16') else torch.float32
+    length = 150
+    query = torch.randn(length, HEADS, DIM, generator=generator).to(dtype)
+    key, value = (torch.randn(length, KV_HEADS, DIM, generator=generator).to(dtype) for _ in range(2))
+    rule = attention.Rule(DIM**-0.5, True, options.get('window', 0), options.get('soft_cap', 0.0))
+    extra = [torch.rand(HEADS, generator=generator) if options.get(name) else None for name in ('sinks', 'alibi')]
+    whole = attention.attend(query, key, value, rule, *extra)
+    for cuts in ([64], [10, 11, 64, 128], [1], [149], [33, 77], list(range(1, length))):
+        for start, stop in itertools.pairwise([0, *cuts, length]):
+            part = attention.attend(query[start:stop], key[:stop], value[:stop], rule, *extra)
+            assert torch.equal(part, whole[start:stop]), (start, stop)
+
+
 def test_flash_attention_stays_within_its_sequences():
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([5, 9])
@@ -109,9 +137,11 @@ def test_flash_attention_stays_within_its_sequences():
     torch.testing.assert_close(output, torch.cat(parts), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(('inputs', 'outputs'), [(64, 8), (64, 320), (256, 96), (1024, 3072), (2048, 2048)])
-def test_linear_rows_do_not_depend_on_their_number(dtype, inputs, outputs):
+def test_linear_rows_do_not_depend_on_their_number(threads, dtype, inputs, outputs, with_threads):
+    with_threads(threads)
     generator = torch.Generator().manual_seed(2)
     weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(dtype)
     x = torch.randn(200, inputs, generator=generator).to(dtype)
@@ -120,6 +150,58 @@ def test_linear_rows_do_not_depend_on_their_number(dtype, inputs, outputs):
     for count in (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 100, 129):
         assert torch.equal(operators.row_invariant_linear(x[:count], weight), all_rows[:count]), count
         assert torch.equal(operators.row_invariant_linear(x[-count:], weight), all_rows[-count:]), count
+
+
+def test_fewer_rows_where_a_place_in_the_product_matters(monkeypatch):
+    """A library whose last rows are summed in another order, unless there is only one."""
+
+    def linear(x, weight, bias=None):
+        assert bias is None
+        products = x[:, None] * weight
+        out = products.sum(-1)
+        if len(x) > 8:
+            out[-1] = products[-1].flip(-1).cumsum(-1)[..., -1]
+        return out
+
+    generator = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(40, 96, generator=generator), torch.randn(48, 96, generator=generator)
+    monkeypatch.setattr(operators.F, 'linear', linear)
+    monkeypatch.setattr(operators, '_rows', {})
+    all_rows = operators.row_invariant_linear(x, weight)
+    assert list(operators._rows.values()) == [8]
+    assert all(torch.equal(operators.row_invariant_linear(x[i : i + 1], weight)[0], all_rows[i]) for i in range(40))
+    monkeypatch.setattr(operators, '_rows', {})
+    operators.row_invariant_linear(x, torch.zeros_like(weight))
+    assert not operators._rows  # zeros show nothing
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('ffn', [64, 100, 1000])
+def test_activation_of_a_row_does_not_depend_on_their_number(threads, dtype, ffn, with_threads):
+    with_threads(threads)
+    x = torch.randn(200, 2 * ffn, generator=torch.Generator().manual_seed(7)).to(dtype)
+    forward = operators.CpuSiluAndMul().forward
+    all_rows = forward(x)
+    torch.testing.assert_close(all_rows, torch.nn.functional.silu(x[:, :ffn]) * x[:, ffn:])
+    for count in (1, 2, 3, 5, 17, 33, 63, 100, 129):
+        assert torch.equal(forward(x[:count]), all_rows[:count]), count
+        assert torch.equal(forward(x[-count:]), all_rows[-count:]), count
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_experts_of_a_token_do_not_depend_on_the_others(dtype):
+    generator = torch.Generator().manual_seed(8)
+    tokens, experts, hidden, ffn, top_k = 70, 6, 32, 48, 3
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    gate_up = (torch.randn(experts, 2 * ffn, hidden, generator=generator) / 6).to(dtype)
+    down = (torch.randn(experts, hidden, ffn, generator=generator) / 6).to(dtype)
+    weights, ids = torch.rand(tokens, experts, generator=generator).topk(top_k)
+    forward = operators.CpuFusedMoE(FusedMoEBuildSpec(top_k, experts, True, hidden, 1, None, 0, dtype, 1)).forward
+    together = forward(x, weights, ids, gate_up, down)
+    for size in (1, 2, 7, 33):
+        some = torch.randperm(tokens, generator=generator)[:size]
+        assert torch.equal(forward(x[some], weights[some], ids[some], gate_up, down), together[some])
 
 
 def test_mixture_of_experts():

@@ -59,3 +59,11 @@ def moe(moe_checkpoint):
     config = PytorchEngineConfig(session_len=2048, block_size=128, kernel_block_size=128, logprobs_mode='raw_logprobs')
     with pipeline(str(moe_checkpoint), backend_config=config) as pipe:
         yield pipe
+
+
+@pytest.fixture(scope='session')
+def moe_bfloat16(moe_checkpoint):
+    """The mixture of experts in bfloat16."""
+    config = PytorchEngineConfig(session_len=2048, dtype='bfloat16', logprobs_mode='raw_logprobs')
+    with pipeline(str(moe_checkpoint), backend_config=config) as pipe:
+        yield pipe

@@ -11,9 +11,9 @@ What LMDeploy 0.18's executors do with them, in the engine's loop, and what is c
   of shared memory; a worker puts them together, and unpickles bytearrays, one copy, which become the tensors' memory.
 """
 
-import dataclasses
 from typing import Any, SupportsIndex
 
+import torch
 from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 
 from lmdeploy_vico.adapter.handover import PackedRows
@@ -27,10 +27,10 @@ class VisualSpan(MultiModalData):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """Pickle, or copy: the copy has memory of its own."""
-        pack = PackedRows.lent if int(protocol) >= 5 else PackedRows.of
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != 'data'}
-        return _load, (pack(self.data), fields)
+        rows = (PackedRows.lent if int(protocol) >= 5 else PackedRows.of)(self.data)
+        fields = {name: value for name, value in vars(self).items() if name != 'data'}
+        return _load, (rows.data, rows.dtype, rows.width, fields)
 
 
-def _load(rows: PackedRows, fields: dict[str, Any]) -> VisualSpan:
-    return VisualSpan(data=rows.tensor(), **fields)
+def _load(data: Any, dtype: torch.dtype, width: int, fields: dict[str, Any]) -> VisualSpan:
+    return VisualSpan(data=PackedRows(data, dtype, width).tensor(), **fields)

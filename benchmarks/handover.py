@@ -1,14 +1,13 @@
 """What it costs to hand a prompt's visual tokens to the engine's process, by the ways in which that can be done.
 
-A prompt of ten tiles at the 8B model's width (H = 4096, bfloat16), cut into spans of 64 tokens, is sent between two
-processes as LMDeploy 0.18 sends a request: pickled in the API process's event loop, over a ZMQ socket on localhost
-(TCP, DEALER to ROUTER), unpickled in the engine's loop. Ways:
+A prompt's visual tokens (bfloat16), cut into spans of 64 tokens, are sent between two processes as LMDeploy 0.18 sends
+a request: pickled in the API process's event loop, over a ZMQ socket on localhost (TCP, DEALER to ROUTER), unpickled in
+the engine's loop. Ways:
 
   tensors        a tensor for each span, as pickle takes it
-  one buffer     bytes of the whole image, once, and each span's place in it
-  pieces         the same in pieces of 1 MiB, of two spans
   spans          a bytes object for each span, which becomes its tensor's memory
-  ..., kept      the same where the C library keeps what is freed (spans, kept: lmdeploy_vico/adapter/handover.py)
+  ..., 32 MiB    the same where the C library has been led to keep freed blocks of up to 32 MiB
+  ..., heap      the same where it keeps blocks of any size (lmdeploy_vico/adapter/handover.py)
   shared memory  a segment of /dev/shm for the image, copied and unlinked by the receiver
   CUDA IPC       tensors on the GPU whose handles are sent (needs CUDA)
 
@@ -20,6 +19,8 @@ Each way has two processes of its own, since what one leaves of memory makes the
 Beside the time by the clock, which other programs on the machine lengthen, stands what the two loops' threads were
 computing, and how often they had to wait for a page of memory.
 
+Where several processes serve the model, the engine's loop then sends the tensors on to each: benchmarks/executors.py.
+
     python -m benchmarks.handover --output results.json
 """
 
@@ -27,12 +28,10 @@ import argparse
 import json
 import multiprocessing
 import pickle
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -43,26 +42,25 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import executors
 from benchmarks.facts import facts
+from benchmarks.prompt_tokens import DTYPE, TOKENS, Meter, cuts, embeddings
 from lmdeploy_vico.adapter import handover
 from lmdeploy_vico.adapter.handover import PackedRows
 
-WIDTH, DTYPE = 4096, torch.bfloat16
-BLOCK = 64  # tokens of a KV block
-PIECE = 2  # spans, of half a MiB each
-TOKENS = {'uncompressed': 2560, '75 % compressed': 1120}  # of ten tiles; round half up of 7.5 are 8: 8 * 64 + 2 * 256
+WIDTHS = (2048, 4096, 5120)  # of the published language models of 2B, 8B and 38B
 PHASES = ('prepare', 'send', 'transport', 'receive')
 LOOPS = ('send', 'receive')  # the phases in which an event loop does nothing else
 TIMEOUT = 60_000  # ms without an answer
 
 
-def embeddings(tokens: int) -> torch.Tensor:
-    """The same on both sides."""
-    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens)).to(DTYPE)
+def leave_memory() -> None:
+    """Let the C library do as it does."""
 
 
-def cuts(tokens: int) -> list[tuple[int, int]]:
-    return list(pairwise([0, *range(BLOCK, tokens, BLOCK), tokens]))
+def keep_32_mib() -> None:
+    """Free a block of the greatest size by which glibc raises the threshold from which it maps blocks by themselves."""
+    bytes(32 * 2**20 - 2**16)
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,12 @@ class Way:
     prepare: Callable[[torch.Tensor], Any]
     tensors: Callable[[Any], list[torch.Tensor]]
     dumps: Callable[[Any], bytes] = pickle.dumps
-    kept: bool = False
+    keep: Callable[[], None] = leave_memory
 
     def enter_process(self) -> None:
         """Have this process keep what is freed, or not."""
-        if self.kept:
-            handover.keep_freed_memory()
-        else:
-            handover.keep_freed_memory = lambda: None  # type: ignore[assignment]
+        self.keep()
+        handover.keep_freed_memory = leave_memory  # type: ignore[assignment]
 
 
 def spans(image: torch.Tensor) -> list[torch.Tensor]:
@@ -94,50 +90,17 @@ def unpacked(rows: Sequence[PackedRows]) -> list[torch.Tensor]:
     return [part.tensor() for part in rows]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A span's bytes ``[first, last)`` in a buffer that it shares with others, which pickle writes once."""
-
-    buffer: bytes
-    first: int
-    last: int
-
-    def tensor(self) -> torch.Tensor:
-        copy = bytearray(memoryview(self.buffer)[self.first : self.last])
-        return torch.frombuffer(copy, dtype=DTYPE).view(-1, WIDTH)
-
-
-def parts(image: torch.Tensor, number: int | None = None) -> list[Part]:
-    """Buffers of so many spans each; of all of them by default."""
-    places, row = cuts(len(image)), WIDTH * DTYPE.itemsize
-    made = []
-    for start in range(0, len(places), number or len(places)):
-        several = places[start : start + (number or len(places))]
-        begin, end = several[0][0], several[-1][1]
-        buffer = PackedRows.of(image[begin:end]).data
-        made += [Part(buffer, (low - begin) * row, (high - begin) * row) for low, high in several]
-    return made
-
-
-def pieces(image: torch.Tensor) -> list[Part]:
-    return parts(image, PIECE)
-
-
-def copied(made: Sequence[Part]) -> list[torch.Tensor]:
-    return [part.tensor() for part in made]
-
-
-def share(image: torch.Tensor) -> tuple[str, int]:
+def share(image: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     segment = SharedMemory(create=True, size=image.nbytes)
     torch.frombuffer(segment.buf, dtype=DTYPE, count=image.numel()).copy_(image.flatten())
     segment.close()
-    return segment.name, len(image)
+    return segment.name, tuple(image.shape)
 
 
-def take(shared: tuple[str, int]) -> list[torch.Tensor]:
-    name, tokens = shared
+def take(shared: tuple[str, tuple[int, int]]) -> list[torch.Tensor]:
+    name, (tokens, width) = shared
     segment = SharedMemory(name)
-    whole = torch.frombuffer(segment.buf, dtype=DTYPE, count=tokens * WIDTH).view(tokens, WIDTH)
+    whole = torch.frombuffer(segment.buf, dtype=DTYPE, count=tokens * width).view(tokens, width)
     copies = spans(whole)
     del whole  # or the segment could not be closed
     segment.close()
@@ -154,34 +117,14 @@ def dump_handles(value: Any) -> bytes:
 def ways() -> dict[str, Way]:
     made = {
         'tensors': Way(spans, list),
-        'one buffer': Way(parts, copied),
-        'pieces': Way(pieces, copied),
         'spans': Way(packed, unpacked),
-        'one buffer, kept': Way(parts, copied, kept=True),
-        'pieces, kept': Way(pieces, copied, kept=True),
-        'spans, kept': Way(packed, unpacked, kept=True),
+        'spans, 32 MiB': Way(packed, unpacked, keep=keep_32_mib),
+        'spans, heap': Way(packed, unpacked, keep=handover.keep_freed_memory),
         'shared memory': Way(share, take),
     }
     if torch.cuda.is_available():
         made['CUDA IPC'] = Way(lambda image: image.cuda(), lambda whole: spans(whole), dump_handles)
     return made
-
-
-class Meter:
-    """What the calling thread has used since the last reading."""
-
-    def __init__(self) -> None:
-        self._last = self._read()
-
-    def __call__(self) -> dict[str, float]:
-        """Seconds by the clock, seconds of a processor, page faults."""
-        last, self._last = self._last, self._read()
-        return {key: value - last[key] for key, value in self._last.items()}
-
-    @staticmethod
-    def _read() -> dict[str, float]:
-        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        return {'clock': time.perf_counter(), 'processor': time.thread_time(), 'faults': faults}
 
 
 def engine(name: str, ports: Connection) -> None:
@@ -203,13 +146,13 @@ def engine(name: str, ports: Connection) -> None:
             torch.cuda.synchronize()
         used, right = meter(), None
         if check:
-            expected = embeddings(sum(map(len, tensors)))
+            expected = embeddings(sum(map(len, tensors)), tensors[0].shape[1])
             right = torch.equal(torch.cat(tensors).cpu(), expected)
         socket.send_multipart([client, pickle.dumps((arrived, used, right))])
 
 
 def api(name: str, port: int, orders: Connection) -> None:
-    """The sending process: sends so many requests of so many tokens as it is told, and says what that took."""
+    """The sending process: sends as many requests of a shape as it is told, and says what that took."""
     way = ways()[name]
     way.enter_process()
     socket = zmq.Context().socket(zmq.DEALER)
@@ -217,8 +160,8 @@ def api(name: str, port: int, orders: Connection) -> None:
     socket.setsockopt(zmq.RCVTIMEO, TIMEOUT)
     socket.connect(f'tcp://localhost:{port}')
     while (order := orders.recv()) is not None:
-        tokens, number, check = order
-        orders.send(send(socket, way, embeddings(tokens), number, check))
+        shape, number, check = order
+        orders.send(send(socket, way, embeddings(*shape), number, check))
     socket.setsockopt(zmq.LINGER, TIMEOUT)
     socket.send(pickle.dumps(None))
 
@@ -255,8 +198,8 @@ class Pair:
         self._api.start()
         taken.close()  # so that a process that ends is noticed
 
-    def send(self, tokens: int, number: int, check: bool = False) -> list[dict[str, Any]]:
-        self._orders.send((tokens, number, check))
+    def send(self, shape: tuple[int, int], number: int, check: bool = False) -> list[dict[str, Any]]:
+        self._orders.send((shape, number, check))
         answer: list[dict[str, Any]] = self._orders.recv()
         return answer
 
@@ -268,19 +211,19 @@ class Pair:
             process.join()
 
 
-def measure(case: str, rounds: int, in_flight: Sequence[int]) -> list[dict[str, Any]]:
+def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> list[dict[str, Any]]:
     context = multiprocessing.get_context('spawn')
     pairs = {name: Pair(name, context) for name in ways()}
-    tokens, rows = TOKENS[case], []
+    shape, rows = (TOKENS[case], width), []
     for pair in pairs.values():
-        pair.send(tokens, 1, check=True)
+        pair.send(shape, 1, check=True)
     for number in in_flight:
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
         for turn in range(1 + max(3, rounds // number)):
             for name, pair in pairs.items():
-                times = pair.send(tokens, number)
+                times = pair.send(shape, number)
                 taken[name] += times if turn else []  # a first one, for memory that is taken once
-        rows += [{'case': case, 'tokens': tokens, 'in_flight': number, **row(name, taken[name])} for name in pairs]
+        rows += [{'case': case, 'width': width, 'in_flight': number, **row(name, taken[name])} for name in pairs]
     for pair in pairs.values():
         pair.stop()
     return rows
@@ -292,37 +235,56 @@ def row(name: str, times: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         'way': name,
-        'milliseconds': {phase: round(median(phase, 'clock') * 1e3, 3) for phase in PHASES},
-        'processor_milliseconds': {phase: round(median(phase, 'processor') * 1e3, 3) for phase in LOOPS},
-        'page_faults': {phase: median(phase, 'faults') for phase in LOOPS},
+        'milliseconds': {phase: round(median(phase, 'clock') * 1e3, 2) for phase in PHASES},
+        'processor_milliseconds': {phase: round(median(phase, 'processor') * 1e3, 2) for phase in LOOPS},
+        'least_processor_milliseconds': {
+            phase: round(min(one[phase]['processor'] for one in times) * 1e3, 2) for phase in LOOPS
+        },
+        'page_faults': {phase: round(median(phase, 'faults')) for phase in LOOPS},
         'requests': len(times),
         'message_bytes': times[0]['message_bytes'],
     }
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table('tokens', 'in flight', 'way', *PHASES, 'loops', 'computing', 'page faults')
-    table.title = 'Medians in milliseconds for one request; loops: send and receive; computing: their processor time'
+    table = Table('case', 'H', 'in flight', 'way', *PHASES, 'computing', 'page faults')
+    table.title = 'Medians in milliseconds for one request; computing: processor time of send and receive'
     for one in rows:
-        times = one['milliseconds']
-        cells = [str(one['tokens']), str(one['in_flight']), one['way'], *(f'{times[phase]:.2f}' for phase in PHASES)]
-        computing = f'{sum(one["processor_milliseconds"].values()):.2f}'
-        faults = f'{sum(one["page_faults"].values()):.0f}'
-        table.add_row(*cells, f'{sum(times[phase] for phase in LOOPS):.2f}', computing, faults)
-    Console(width=120).print(table)
+        place = [one['case'], str(one['width']), str(one['in_flight']), one['way']]
+        times = [f'{one["milliseconds"][phase]:.2f}' for phase in PHASES]
+        computing = ' + '.join(f'{one["processor_milliseconds"][phase]:.2f}' for phase in LOOPS)
+        faults = ' + '.join(str(one['page_faults'][phase]) for phase in LOOPS)
+        table.add_row(*place, *times, computing, faults)
+    Console(width=140).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=100, help='requests for each way and number in flight')
     parser.add_argument('--in-flight', type=int, nargs='+', default=[1, 32], help='requests sent at a time')
+    parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='values of a visual token')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()
-    rows = [row for case in TOKENS for row in measure(case, arguments.rounds, arguments.in_flight)]
+    rows = [
+        row
+        for width in arguments.widths
+        for case in TOKENS
+        for row in measure(case, width, arguments.rounds, arguments.in_flight)
+    ]
     show(rows)
+    workers = executors.measure(arguments.widths, arguments.rounds)
+    executors.show(workers)
     if arguments.output:
-        content = {'facts': facts(), 'width': WIDTH, 'dtype': str(DTYPE), 'rows': rows}
-        arguments.output.write_text(json.dumps(content, indent=1) + '\n')
+        write(arguments.output, {'facts': facts(), 'dtype': str(DTYPE)}, {'engine': rows, 'workers': workers})
+
+
+def write(path: Path, about: dict[str, Any], tables: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Write JSON with a line for each row, which diffs can show."""
+    parts = [f'{json.dumps(key)}: {json.dumps(value)}' for key, value in about.items()]
+    for key, rows in tables.items():
+        lines = ',\n  '.join(json.dumps(one) for one in rows)
+        parts.append(f'{json.dumps(key)}: [\n  {lines}\n ]')
+    path.write_text('{\n ' + ',\n '.join(parts) + '\n}\n')
 
 
 if __name__ == '__main__':

@@ -13,9 +13,9 @@ import torch
 from lmdeploy.pytorch.engine.input_process import BaseModelInputProcessor, PreprocessInputResult
 from lmdeploy.pytorch.model_inputs import StepContext
 from lmdeploy.pytorch.models import patch
-from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 
 from lmdeploy_vico.adapter.architectures import PREFIX, vico_architecture
+from lmdeploy_vico.adapter.spans import VisualSpan
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
 from lmdeploy_vico.log import get_logger
@@ -136,7 +136,7 @@ class SpanProcessor(BaseModelInputProcessor):
         """Make LMDeploy's spans of ours; the ids already have their true length."""
         del kwargs
         spans = [
-            MultiModalData(
+            VisualSpan(
                 data=span['embeddings'].tensor(),
                 start=span['start'],
                 end=span['end'],

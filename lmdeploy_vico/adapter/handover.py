@@ -1,25 +1,36 @@
 """How visual tokens travel from the API process to the engine's: as bytes, an object for each span.
 
-LMDeploy pickles requests in its event loop and unpickles them in the engine's. A tensor takes a small file of its own
-there, built and parsed each time; bytes are copied, and those of a span become its tensor's memory where they arrive.
-Nothing is shared between the processes that could stay behind when one of them dies. ``benchmarks/handover.py``
-compares this with the alternatives.
+What is copied where, and who owns the memory:
+
+1. API process, a thread beside the loop: ``PackedRows.of`` copies each span once, from the image's embeddings to bytes.
+2. API process, event loop: LMDeploy pickles the request, which copies the bytes into one message; ZMQ takes it over.
+3. Engine's process, event loop: LMDeploy takes the message off the socket and unpickles it, one copy each. The
+   unpickled bytes are nobody else's, so they become the memory of the spans' tensors as they are.
+4. To the workers: spans.py.
+
+A tensor would take a small file of its own in the pickle, built and parsed each time. Nothing is shared between the
+processes that could stay behind when one of them dies. ``benchmarks/handover.py`` compares this with the alternatives.
 """
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
+from pickle import PickleBuffer
+from typing import Any
 
 import numpy as np
 import torch
 
-LARGEST_KEPT = 32 * 2**20 - 2**16  # bytes; glibc never raises its threshold beyond 32 MiB
+# Parameters of glibc's mallopt, as <malloc.h> numbers them.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+KEPT = 128 * 2**20  # bytes that stay with an arena; the message of twenty tiles at H = 5120 takes 75 MiB while it grows
 
 
 @dataclass(frozen=True)
 class PackedRows:
     """Visual tokens, row after row, with their dtype and the number of values in a row."""
 
-    data: bytes
+    data: Any  # bytes, or what has a buffer: PickleBuffer where pickled, and what the unpickler makes of it
     dtype: torch.dtype
     width: int
 
@@ -27,18 +38,37 @@ class PackedRows:
     def of(cls, embeddings: torch.Tensor) -> 'PackedRows':
         """Pack ``[n, H]`` of any dtype, from any device, whatever its strides."""
         keep_freed_memory()
-        rows = embeddings.detach().cpu().contiguous()
-        return cls(rows.view(torch.uint8).numpy().tobytes(), rows.dtype, rows.shape[1])
+        return cls(_bytes_of(embeddings).tobytes(), embeddings.dtype, embeddings.shape[1])
+
+    @classmethod
+    def lent(cls, embeddings: torch.Tensor) -> 'PackedRows':
+        """The same for pickle's protocol 5, without a copy where the rows lie one after the other on the CPU.
+
+        The pickler copies the rows, or hands them to whoever writes the message; they must not change before that.
+        """
+        return cls(PickleBuffer(_bytes_of(embeddings)), embeddings.dtype, embeddings.shape[1])
 
     def tensor(self) -> torch.Tensor:
-        """``[n, H]`` on the CPU, in the memory of these bytes and no other rows': LMDeploy may send it on.
+        """``[n, H]`` on the CPU, in memory that no other rows have: LMDeploy may write to it and send it on.
 
-        That it can be written to, as bytes cannot, is what NumPy does with the bytes of an array that it unpickles.
+        Bytes and bytearrays, which an unpickler has just made, become the tensor's memory. Of all else, such as a part
+        of Ray's object store, which is read-only and another process's, a copy is made.
         """
         keep_freed_memory()
-        array = np.empty(0, np.uint8)
-        array.__setstate__((1, (len(self.data),), array.dtype, False, self.data))
+        data = self.data if isinstance(self.data, bytes | bytearray) else bytearray(self.data)
+        if isinstance(data, bytearray):
+            array = np.frombuffer(data, np.uint8)
+        else:
+            array = np.empty(0, np.uint8)
+            # That it can be written to, as bytes cannot, is what NumPy does with the bytes of an array it unpickles.
+            array.__setstate__((1, (len(data),), array.dtype, False, data))
         return torch.from_numpy(array).view(self.dtype).view(-1, self.width)
+
+
+def _bytes_of(embeddings: torch.Tensor) -> np.ndarray:
+    """The bytes of all rows, in the tensor's own memory if they lie one after the other on the CPU."""
+    array: np.ndarray = embeddings.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return array
 
 
 @cache
@@ -47,8 +77,14 @@ def keep_freed_memory() -> None:
 
     glibc maps a block above a threshold by itself, and the kernel then clears it page by page when it is written: for
     the megabytes of a request, once when it is pickled, again when it is given to the socket, and so on, that takes
-    several times as long as copying. The threshold becomes the size of the largest block that has ever been freed, but
-    a pickle grows to one and a half times its size before it is cut to it, and so remains above the threshold for ever.
-    Freeing a block of the greatest size that counts settles it. Other C libraries take no notice.
+    several times as long as copying. The threshold rises to 32 MiB at most, and a pickle grows to one and a half times
+    its size before it is cut to it. So no block is mapped by itself any more; what is freed at the end of an arena goes
+    back to the kernel above ``KEPT``. In arenas of threads, of 64 MiB at most, glibc still maps what does not fit.
+
+    It concerns the whole process: up to ``KEPT`` bytes an arena stay resident after a peak, and a small block that
+    outlives larger ones before it keeps them from going back. Other C libraries have no ``mallopt`` and are left alone.
     """
-    bytes(LARGEST_KEPT)  # zeros, of pages that are never touched
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, KEPT)

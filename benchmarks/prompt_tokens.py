@@ -1,0 +1,42 @@
+"""A prompt's visual tokens for the hand-over's benchmarks, and what a thread uses while it hands them over."""
+
+import resource
+import time
+from itertools import pairwise
+
+import torch
+
+DTYPE = torch.bfloat16
+BLOCK = 64  # tokens of a KV block
+TOKENS = {
+    'ten tiles': 2560,
+    'ten tiles, 75 % compressed': 1120,  # round half up of 7.5 are 8: 8 * 64 + 2 * 256
+    'twenty tiles': 5120,
+}
+
+
+def embeddings(tokens: int, width: int) -> torch.Tensor:
+    """``[tokens, width]``, the same in every process."""
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)).to(DTYPE)
+
+
+def cuts(tokens: int) -> list[tuple[int, int]]:
+    """Where the spans begin and end."""
+    return list(pairwise([0, *range(BLOCK, tokens, BLOCK), tokens]))
+
+
+class Meter:
+    """What the calling thread has used since the last reading."""
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def __call__(self) -> dict[str, float]:
+        """Seconds by the clock, seconds of a processor, page faults."""
+        last, self._last = self._last, self._read()
+        return {key: value - last[key] for key, value in self._last.items()}
+
+    @staticmethod
+    def _read() -> dict[str, float]:
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        return {'clock': time.perf_counter(), 'processor': time.thread_time(), 'faults': faults}

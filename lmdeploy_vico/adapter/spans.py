@@ -1,0 +1,36 @@
+"""Spans of visual tokens in the engine's process, and from there to the processes that compute.
+
+What LMDeploy 0.18's executors do with them, in the engine's loop, and what is copied:
+
+- one device (``uni_executor``): nothing; ``to_device`` copies each span to the device.
+- Ray (``ray_executor``): ``ray.put`` pickles them with protocol 5. Our buffers go from the tensors straight into the
+  object store, one copy. A worker's unpickler gets them as read-only parts of the store, which Ray takes back with the
+  object; loading copies them once. Torch tensors would be written to a file in memory each, that into the pickle, and
+  that into the store, and be read in reverse.
+- multiprocessing (``mp_executor``): pickles with protocol 5 into one piece of bytes, one copy, and sends them in blocks
+  of shared memory; a worker puts them together, and unpickles bytearrays, one copy, which become the tensors' memory.
+"""
+
+from typing import Any, SupportsIndex
+
+import torch
+from lmdeploy.pytorch.multimodal.data_type import MultiModalData
+
+from lmdeploy_vico.adapter.handover import PackedRows
+
+
+class VisualSpan(MultiModalData):
+    """LMDeploy's multimodal data with ``data`` of ``[n, H]`` on the CPU, which is pickled at the cost of its bytes.
+
+    ``data`` is a plain tensor. On a device it is LMDeploy's own class that holds it, by ``to_device``.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Pickle, or copy: the copy has memory of its own."""
+        rows = (PackedRows.lent if int(protocol) >= 5 else PackedRows.of)(self.data)
+        fields = {name: value for name, value in vars(self).items() if name != 'data'}
+        return _load, (rows.data, rows.dtype, rows.width, fields)
+
+
+def _load(data: Any, dtype: torch.dtype, width: int, fields: dict[str, Any]) -> VisualSpan:
+    return VisualSpan(data=PackedRows(data, dtype, width).tensor(), **fields)

@@ -44,8 +44,8 @@ class Options:
         max_tiles: the most tiles an image may be cut into, without its thumbnail, whatever a client or the checkpoint
             asks for (``max_dynamic_patch``).
         preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
-        vision_device: where the vision side runs: "auto" (the first CUDA device, or the CPU), "cpu", "cuda:1", or
-            several devices that share the work, "cuda:0,cuda:1".
+        vision_device: where the vision side runs: "auto" (each device that the engine of this server uses, or the CPU),
+            "cpu", "cuda:1", or several devices that share the work, "cuda:0,cuda:1".
         tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
         max_queued_tiles: tiles that may wait to be encoded; beyond, requests with images are answered with a 503.
         max_decoded_bytes: host memory for decoded images and video frames; a request that alone needs more is answered

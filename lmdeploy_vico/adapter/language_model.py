@@ -6,7 +6,7 @@ LMDeploy loads whatever the shards hold and leaves the rest uninitialised.
 from typing import Any
 
 Shape = tuple[int, ...]
-_PREFIX = 'language_model.'
+PREFIX = 'language_model.'
 
 
 def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shape]:
@@ -33,7 +33,7 @@ def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shap
     for index in range(config.num_hidden_layers):
         layer = _attention_shapes(config) | (_moe_shapes(config) if _is_moe(config, index) else _mlp_shapes(config))
         shapes |= {f'model.layers.{index}.{name}.weight': shape for name, shape in layer.items()}
-    return {_PREFIX + name: shape for name, shape in shapes.items()}
+    return {PREFIX + name: shape for name, shape in shapes.items()}
 
 
 def is_quantised(config: Any, checkpoint_config: Any) -> bool:

@@ -20,20 +20,23 @@ from lmdeploy.vl.model.base import VisionModel
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.devices import vision_devices
 from lmdeploy_vico.adapter.disconnect import watch_clients
 from lmdeploy_vico.adapter.dummy_weights import open_weights
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
+from lmdeploy_vico.adapter.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.pixels import PixelBudget
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
+from lmdeploy_vico.adapter.replicas import Replicas
 from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
 from lmdeploy_vico.adapter.synthetic import SyntheticEncoder, are_synthetic
 from lmdeploy_vico.adapter.usage import count_image_tokens, show_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
-from lmdeploy_vico.options import OptionError, Options
+from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
@@ -87,29 +90,30 @@ class VicoVisionModel(VisionModel):
         show_image_tokens()
         weights = open_weights(self.model_path, self.hf_config, backend_config, options)
         config = read_config(self.model_path, backend_config.hf_overrides)
-        encoders = [
-            VisionEncoder.load(
-                weights,
-                replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
-                device=device,
-                dtype=self.mm_feature_dtype,
-                tile_batch=options.tile_batch or None,
-                graph=not backend_config.eager_mode,
-            )
-            for device in vision_devices(options.vision_device)
-        ]
+        replicas = Replicas(
+            weights,
+            replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
+            vision_devices(options.vision_device, backend_config),
+            self.mm_feature_dtype,
+            options,
+            graph=not backend_config.eager_mode,
+        )
         torch.cuda.empty_cache()  # of loading; what the stage takes is kept, and the KV cache is sized by what is free
         # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         self._pixels = PixelBudget(None if capacity is None else options.max_decoded_bytes)
         dtype = self.mm_feature_dtype or torch.bfloat16
-        self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
+        with replicas.fitting():
+            self.stage = VisionStage(
+                replicas.encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes
+            )
         self._synthetic = (
             SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None
         )
         # Of its own, since in the loop's default pool finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
-        self._log_start(encoders, capacity, time.perf_counter() - began)
+        self._log_start(replicas.encoders, capacity, time.perf_counter() - began)
+        report_kv_cache(self.model_path, self.hf_config, backend_config, replicas.before)
 
     def close(self) -> None:
         """Stop the threads and let go of the vision side's memory."""
@@ -118,18 +122,23 @@ class VicoVisionModel(VisionModel):
         del self.stage
 
     def _log_start(self, encoders: Sequence[VisionEncoder], capacity: int | None, seconds: float) -> None:
-        encoder, options = encoders[0], self.options
+        encoder, options, logger = encoders[0], self.options, get_logger()
         config = encoder.config
-        get_logger().info(
-            'lmdeploy-vico %s serves %s: vision side on %s in %s (tile batch %d, loaded in %.1f s), %d preparation '
-            'threads, %s tiles queued at most, %s decoded images, cache of %.1f GiB, compression %s (thresholds: '
-            'quantile %g, score %g), at most %d tiles per image',
-            *(__version__, self.model_path, ', '.join(f'{one.device} ({one.memory()})' for one in encoders)),
-            *(str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds, options.preprocess_threads),
+        logger.info('lmdeploy-vico %s serves %s', __version__, self.model_path)
+        logger.info(
+            'vision side on %s in %s (tile batch %d, loaded in %.1f s)',
+            *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
+        )
+        logger.info(
+            'preparation by %d threads, %s tiles queued at most, %s decoded images, cache of %.1f GiB',
+            options.preprocess_threads,
             'any number of' if capacity is None else capacity,
             'any number of' if capacity is None else f'{options.max_decoded_bytes / 2**30:.1f} GiB of',
-            *(options.cache_bytes / 2**30, options.compression),
-            *(config.relative_threshold, config.absolute_threshold, options.max_tiles),
+            options.cache_bytes / 2**30,
+        )
+        logger.info(
+            'compression %s (thresholds: quantile %g, score %g), at most %d tiles per image',
+            *(options.compression, config.relative_threshold, config.absolute_threshold, options.max_tiles),
         )
 
     def get_input_prompt(
@@ -266,30 +275,14 @@ def _generate_ids(messages: Sequence[Mapping[str, Any]], chat_template: Any) -> 
     return ids if isinstance(ids, list) else None
 
 
-def vision_devices(option: str) -> list[torch.device | None]:
-    """The devices that the option ``vision_device`` names, None for "auto"; raises OptionError."""
-    if option == 'auto':
-        return [None]
-    devices = [_vision_device(name.strip()) for name in option.split(',')]
-    kinds = {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu' for device in devices}
-    if len(kinds) > 1:
-        # They would not compute the same bits, and a tile's tokens would depend on who took it.
-        raise OptionError(f'vision_device {option!r}: several devices must be of one kind, not {", ".join(kinds)}.')
-    if len({device.index or 0 for device in devices}) < len(devices):
-        raise OptionError(f'vision_device {option!r} names a device twice.')
-    return list(devices)
-
-
-def _vision_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device('meta')
-    if device.type not in ('cpu', 'cuda') or (
-        device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise OptionError(f'vision_device {name!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".')
-    return device
+def _where(encoders: Sequence[VisionEncoder]) -> str:
+    """The devices, each with what the vision side takes of it, or together those of which it takes the same."""
+    devices: dict[str, list[str]] = {}
+    for encoder in encoders:
+        devices.setdefault(encoder.memory(), []).append(str(encoder.device))
+    return ', '.join(
+        f'{", ".join(names)} ({memory}{" each" if len(names) > 1 else ""})' for memory, names in devices.items()
+    )
 
 
 def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:

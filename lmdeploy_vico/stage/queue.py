@@ -73,6 +73,7 @@ class TileQueue:
     def __init__(self, capacity: int | None, devices: int = 1) -> None:
         self.capacity = capacity
         self._devices = set(range(devices))
+        self._idle: set[int] = set()  # devices that wait for tiles
         self._prompts: list[PendingPrompt] = []
         self._admissions: list[Admission] = []
         self._changed = threading.Condition()
@@ -132,13 +133,20 @@ class TileQueue:
             limit: of the batch.
             device: which of the devices asks. Tiles on which it has failed are left to the others.
             wait: for tiles, if there are none, or for prompts that :meth:`pop_encoded` returns. After :meth:`close`
-                nothing is waited for or returned.
+                nothing is waited for or returned. A device that does not wait has a batch running; while others have
+                none it gets no second one.
         """
         with self._changed:
+            if not wait and self._idle & self._devices:
+                return []
             while not (tiles := self._take(limit, device)) and wait and self.serves(device):
                 if any(prompt.encoded for prompt in self._prompts):
                     break
-                self._changed.wait()
+                self._idle.add(device)
+                try:
+                    self._changed.wait()
+                finally:
+                    self._idle.remove(device)
             return tiles
 
     def _take(self, limit: int, device: int) -> list[Tile]:

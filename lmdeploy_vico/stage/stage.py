@@ -31,6 +31,15 @@ class EncodingError(RuntimeError):
     """A device failed on a prompt's tiles, twice; the request is not at fault."""
 
 
+class DeviceStartError(RuntimeError):
+    """The thread of ``device`` could not get ready; what happened is its cause."""
+
+    def __init__(self, device: torch.device, error: Exception) -> None:
+        super().__init__(f'The vision side cannot start on {device}: {error}')
+        self.device = device
+        self.__cause__ = error
+
+
 @dataclass(frozen=True)
 class ImageJob:
     """One image of a prompt: the decoded picture, and what its request asked for.
@@ -73,6 +82,9 @@ class VisionStage:
         threads: preparation threads.
         capacity: tiles that may wait; beyond, :meth:`submit` and :meth:`admit` raise StageBusyError. None: any number.
         cache_bytes: host memory for the ViT-level results of tiles that may come again.
+
+    Raises:
+        DeviceStartError: a device could not be made ready; the threads of the others have ended.
     """
 
     def __init__(
@@ -100,8 +112,12 @@ class VisionStage:
         for thread in self._threads:
             thread.daemon = True
             thread.start()
-        for future in ready:
-            future.result()
+        try:
+            for future in ready:
+                future.result()
+        except DeviceStartError:
+            self.close()
+            raise
 
     def admit(self, size: int) -> Admission:
         """Hold a place for about ``size`` tiles of a request whose images are still to be decoded.
@@ -168,7 +184,7 @@ class VisionStage:
             encoder.enter_thread()
             ready.set_result(None)
         except Exception as error:
-            ready.set_exception(error)
+            ready.set_exception(DeviceStartError(encoder.device, error))
             return
         worker = _Worker(device, encoder)
         while worker.running is not None or self._queue.serves(device):

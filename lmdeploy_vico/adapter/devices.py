@@ -1,0 +1,118 @@
+"""Which devices LMDeploy's engine is going to use, and with them the vision side."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import torch
+from lmdeploy.messages import PytorchEngineConfig
+from lmdeploy.pytorch.config import DistConfig
+from lmdeploy.pytorch.engine.executor import get_distributed_executor_backend
+
+from lmdeploy_vico.options import PREFIX, OptionError
+
+AUTO = 'auto'
+SETTING = f'{PREFIX}VISION_DEVICE=cuda:0,cuda:1'
+
+
+class UnknownDevicesError(OptionError):
+    """The engine's devices cannot be known before it starts, or are not of this machine; the message says why."""
+
+
+def vision_devices(option: str, engine: PytorchEngineConfig) -> list[torch.device]:
+    """The devices of the vision side: those that ``vision_device`` names, or for "auto" those of the engine.
+
+    Raises:
+        OptionError: a device is not of this machine, devices are of different kinds, or the engine's are not known.
+    """
+    if option != AUTO:
+        devices = [_named(name.strip()) for name in option.split(',')]
+    else:
+        try:
+            devices = engine_devices(engine)
+        except UnknownDevicesError as error:
+            raise OptionError(
+                f'vision_device "auto" means the devices of the engine, and {error}: set vision_device to devices of '
+                f'this machine, all of one kind, for example {SETTING}.'
+            ) from error
+    _require_one_kind(option, devices)
+    if len(set(devices)) < len(devices):
+        raise OptionError(f'vision_device {option!r} names a device twice.')
+    return devices
+
+
+def engine_devices(engine: PytorchEngineConfig) -> list[torch.device]:
+    """The devices that the engine of this server uses, rank by rank; the CPU on a machine without CUDA devices.
+
+    With ``--dp`` LMDeploy starts a server for each rank and shows it its own devices only (``launch_server.py``). The
+    executors then count from the first: "mp" by the worker's number, "ray" by placing one worker after the other, as
+    long as the Ray cluster is LMDeploy's own.
+
+    Raises:
+        UnknownDevicesError: the ranks are on other devices, or Ray alone decides where they are.
+    """
+    if not torch.cuda.is_available():
+        return [torch.device('cpu')]
+    dist = parallelism(engine)
+    ray = _uses_ray(engine, dist)
+    if ray and (cluster := _running_ray_cluster(engine)) is not None:
+        raise UnknownDevicesError(f'the engine is going to run where the Ray cluster at {cluster} has room for it')
+    ranks, here = dist.attn_tp, torch.cuda.device_count()
+    if ranks > here:
+        raise UnknownDevicesError(f'the engine needs {ranks} devices, of which this machine has {here}')
+    if ranks == 1:
+        # In a process of its own the engine is on the first device, in this one on what the program has chosen.
+        return [torch.device('cuda', 0 if ray or engine.enable_mp_engine else torch.cuda.current_device())]
+    return [torch.device('cuda', index) for index in range(ranks)]
+
+
+def parallelism(engine: PytorchEngineConfig) -> DistConfig:
+    """How LMDeploy splits the language model; ``attn_tp`` is the number of devices of one server."""
+    if engine.tp == engine.ep == 1:  # LMDeploy drops dp then
+        engine = dataclasses.replace(engine, dp=1, dp_rank=0)
+    return DistConfig.from_engine_config(engine)
+
+
+def _uses_ray(engine: PytorchEngineConfig, dist: DistConfig) -> bool:
+    executor = engine.distributed_executor_backend or get_distributed_executor_backend(
+        dist.world_size, dist.dp, engine.device_type
+    )
+    in_ray_actor = engine.enable_mp_engine and engine.mp_engine_backend == 'ray'
+    return executor == 'ray' or in_ray_actor
+
+
+def _running_ray_cluster(engine: PytorchEngineConfig) -> str | None:
+    """The address of the Ray cluster that the engine will join, None if LMDeploy is going to start its own.
+
+    LMDeploy calls ``ray.init`` without an address, for which Ray takes RAY_ADDRESS, or what ``ray start`` left behind.
+    """
+    from ray._private import services
+
+    ray = sys.modules.get('ray')
+    same_process = not engine.enable_mp_engine or engine.mp_engine_backend == 'ray'
+    if same_process and ray is not None and ray.is_initialized():
+        return str(ray.get_runtime_context().gcs_address)
+    address: str | None = services.get_ray_address_from_environment(None, None)
+    return None if address == 'local' else address
+
+
+def _named(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device('meta')
+    if device.type not in ('cpu', 'cuda') or (
+        device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise OptionError(f'vision_device {name!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".')
+    return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
+
+
+def _require_one_kind(option: str, devices: Sequence[torch.device]) -> None:
+    kinds = {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu' for device in devices}
+    if len(kinds) > 1:
+        # They would not compute the same bits, and a tile's tokens would depend on who took it.
+        raise OptionError(
+            f'vision_device {option!r}: several devices must be of one kind, not {", ".join(sorted(kinds))}; set it to '
+            f'some of one kind, for example {SETTING}.'
+        )

@@ -1,0 +1,157 @@
+"""A stage with many devices: tiles are shared by load, evenly, and none is lost with a device."""
+
+import threading
+
+import pytest
+import torch
+
+from lmdeploy_vico.stage.queue import PendingPrompt, TileQueue
+from lmdeploy_vico.stage.stage import DeviceStartError, ImageJob, VisionStage
+from lmdeploy_vico.stage.tiles import Tile
+from lmdeploy_vico.vision.batches import RunningBatch
+
+DEVICES = 8
+TIMEOUT = 120
+ROUNDS = 3
+
+
+class Batch(RunningBatch):
+    """Of a stand-in: its features are there when all devices have a batch to end, as if they were equally fast."""
+
+    def __init__(self, features, ended):
+        super().__init__(features, 0.0)
+        self._ended = ended
+
+    def wait(self):
+        self._ended()
+        return super().wait()
+
+
+class StandIn:
+    """A device: a real encoder that is told when to start and to end a batch, and remembers its batches."""
+
+    def __init__(self, encoder, started=lambda: None, ended=lambda: None):
+        self._encoder, self._started, self._ended = encoder, started, ended
+        self.batches = 0
+
+    def start(self, tiles):
+        self._started()
+        self.batches += 1
+        return Batch(self._encoder.start(tiles).wait(), self._ended)
+
+    def __getattr__(self, name):
+        return getattr(self._encoder, name)
+
+
+def prompts_of(pictures, number):
+    """As many prompts of one tile each, all different."""
+    image = pictures['coffee']
+    return [ImageJob(image.crop((index, index, index + 200, index + 200)), max_tiles=1) for index in range(number)]
+
+
+def submit_all(stage, jobs):
+    """Submit a prompt for each job and wait until all are cut."""
+    futures = [stage.submit([job], 'auto') for job in jobs]
+    queue = stage._queue
+    with queue._changed:
+        assert queue._changed.wait_for(lambda: all(None not in prompt.images for prompt in queue._prompts), TIMEOUT)
+    return futures
+
+
+def check(futures, jobs, encoder):
+    for future, job in zip(futures, jobs, strict=True):
+        [image] = future.result(TIMEOUT)
+        [expected] = encoder.encode([job.image])
+        assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
+
+
+def test_equal_devices_get_equal_shares(encoder, pictures):
+    cut, in_step = threading.Event(), threading.Barrier(DEVICES, timeout=TIMEOUT)
+    devices = [StandIn(encoder, lambda: cut.wait(TIMEOUT), in_step.wait) for _ in range(DEVICES)]
+    stage = VisionStage(devices, torch.bfloat16, threads=2)
+    jobs = prompts_of(pictures, DEVICES * ROUNDS)
+    futures = submit_all(stage, jobs)
+    cut.set()
+    check(futures, jobs, encoder)
+    stage.close()
+    assert [device.batches for device in devices] == [ROUNDS] * DEVICES
+
+
+def test_a_slow_device_gets_less(encoder, pictures):
+    cut, others_are_done = threading.Event(), threading.Event()
+    slow = StandIn(encoder, lambda: cut.wait(TIMEOUT), lambda: others_are_done.wait(TIMEOUT))
+    devices = [slow, *(StandIn(encoder, lambda: cut.wait(TIMEOUT)) for _ in range(DEVICES - 1))]
+    stage = VisionStage(devices, torch.bfloat16, threads=2)
+    jobs = prompts_of(pictures, DEVICES * ROUNDS)
+    futures = submit_all(stage, jobs)
+    done = threading.Semaphore(0)
+    for future in futures:
+        future.add_done_callback(lambda _: done.release())
+    cut.set()
+    for _ in range(len(jobs) - 2):  # the slow one has a batch running and at most another
+        assert done.acquire(timeout=TIMEOUT)
+    others_are_done.set()
+    check(futures, jobs, encoder)
+    stage.close()
+    assert slow.batches <= 2 and sum(device.batches for device in devices) == len(jobs)
+
+
+@pytest.mark.parametrize('when', ['start', 'wait'])
+def test_no_tile_is_lost_with_a_device(encoder, pictures, caplog, when):
+    cut, retired = threading.Event(), threading.Event()
+
+    def die():
+        cut.wait(TIMEOUT)
+        raise RuntimeError('an illegal memory access')
+
+    def others():
+        retired.wait(TIMEOUT)  # so that the one that dies has taken a tile
+
+    dead = StandIn(encoder, die) if when == 'start' else StandIn(encoder, lambda: cut.wait(TIMEOUT), die)
+    dead.usable = lambda: False
+    devices = [dead, *(StandIn(encoder, others) for _ in range(DEVICES - 1))]
+    stage = VisionStage(devices, torch.bfloat16, threads=2)
+    retire = stage._queue.retire
+    stage._queue.retire = lambda device: retire(device) and not retired.set()
+    jobs = prompts_of(pictures, DEVICES * ROUNDS)
+    futures = submit_all(stage, jobs)
+    cut.set()
+    check(futures, jobs, encoder)
+    stage.close()
+    assert retired.is_set() and 'is not used any more' in caplog.text
+    assert sum(device.batches for device in devices[1:]) == len(jobs)
+
+
+def test_a_busy_device_takes_no_second_batch_while_another_has_none(rng):
+    queue, waiting, taken = TileQueue(None, devices=2), threading.Event(), []
+    wait = queue._changed.wait
+
+    def wait_for_tiles(timeout=None):
+        waiting.set()
+        return wait(timeout)
+
+    queue._changed.wait = wait_for_tiles
+    idle = threading.Thread(target=lambda: taken.append(queue.take(1, wait=True, device=1)), daemon=True)
+    idle.start()
+    assert waiting.wait(TIMEOUT)
+    tile = Tile(b'digest', rng.integers(0, 256, (448, 448, 3), 'uint8'))
+    prompt = PendingPrompt(images=[None], groups=[], size=1)
+    queue.put(prompt)
+    with queue._changed:  # the idle one cannot wake up before the busy one has asked
+        queue.cut(prompt, 0, [tile])
+        assert queue.take(1, wait=False, device=0) == []
+    idle.join(TIMEOUT)
+    assert taken == [[tile]] and queue.take(1, wait=False, device=0) == []
+
+
+def test_a_device_that_cannot_start_is_named_and_the_others_end(encoder):
+    class Broken(StandIn):
+        device = torch.device('cuda', 3)
+
+        def enter_thread(self):
+            raise torch.OutOfMemoryError('CUDA out of memory.')
+
+    with pytest.raises(DeviceStartError, match='cannot start on cuda:3: CUDA out of memory') as error:
+        VisionStage([StandIn(encoder), Broken(encoder), StandIn(encoder)], torch.bfloat16, threads=2)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith('vico-device-')] == []

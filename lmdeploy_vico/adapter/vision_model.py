@@ -25,6 +25,7 @@ from lmdeploy_vico.adapter.dummy_weights import open_weights
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.pixels import PixelBudget
+from lmdeploy_vico.adapter.precision import engine_dtype
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.requests import check_texts, media_jobs, prompt_compression
@@ -92,7 +93,6 @@ class VicoVisionModel(VisionModel):
                 weights,
                 replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
                 device=device,
-                dtype=self.mm_feature_dtype,
                 tile_batch=options.tile_batch or None,
                 graph=not backend_config.eager_mode,
             )
@@ -102,7 +102,7 @@ class VicoVisionModel(VisionModel):
         # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         self._pixels = PixelBudget(None if capacity is None else options.max_decoded_bytes)
-        dtype = self.mm_feature_dtype or torch.bfloat16
+        dtype = engine_dtype(self.hf_config, backend_config)
         self.stage = VisionStage(encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes)
         self._synthetic = (
             SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None

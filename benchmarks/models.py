@@ -44,7 +44,7 @@ class RandomCheckpoint:
     def __post_init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def require(self, expected: object) -> None:
+    def require(self, expected: object, part: str = '') -> None:
         """Everything that is expected is there."""
 
     @torch.no_grad()

@@ -10,11 +10,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from lmdeploy.pytorch.config import QuantizationConfig
 from lmdeploy.pytorch.engine.input_process import BaseModelInputProcessor, PreprocessInputResult
 from lmdeploy.pytorch.model_inputs import StepContext
 from lmdeploy.pytorch.models import patch
 
 from lmdeploy_vico.adapter.architectures import PREFIX, vico_architecture
+from lmdeploy_vico.adapter.quantisation import CheckpointQuantization
+from lmdeploy_vico.adapter.skipped_modules import LANGUAGE_MODEL
 from lmdeploy_vico.adapter.spans import VisualSpan
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
@@ -23,7 +26,6 @@ from lmdeploy_vico.options import OVERRIDES_KEY, Options
 from lmdeploy_vico.vision.weights import fill_with_noise
 
 MODALITY = 'image'
-_LANGUAGE_MODEL = 'language_model.'
 
 
 def __getattr__(name: str) -> type:
@@ -97,9 +99,14 @@ class VisualTokensMixin:
         return inputs_embeds
 
     @classmethod
+    def update_quant_config(cls, quant_config: QuantizationConfig) -> QuantizationConfig:
+        """What LMDeploy's layers ask, before they are built, whether and how they are quantised."""
+        return CheckpointQuantization.of(quant_config, cls.packed_modules_mapping)
+
+    @classmethod
     def rename_weight(cls, name: str) -> str:
         """Checkpoint name to parameter name: what lies below ``language_model.`` is ours."""
-        return super().rename_weight(name.removeprefix(_LANGUAGE_MODEL))
+        return super().rename_weight(name.removeprefix(LANGUAGE_MODEL))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load one shard's language model tensors; the vision side is loaded where it runs."""
@@ -111,7 +118,7 @@ class VisualTokensMixin:
 
     def load_lora_weights(self, weights: Iterable[tuple[str, torch.Tensor]], adapter_id: int) -> None:
         """Load a PEFT adapter trained on the whole model or on the language model alone."""
-        renamed = ((name.replace(f'.{_LANGUAGE_MODEL}', '.', 1), weight) for name, weight in weights)
+        renamed = ((name.replace(f'.{LANGUAGE_MODEL}', '.', 1), weight) for name, weight in weights)
         if hasattr(super(), 'load_lora_weights'):
             super().load_lora_weights(renamed, adapter_id)
             return

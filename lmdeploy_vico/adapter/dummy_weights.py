@@ -1,8 +1,13 @@
 """Serving without weights, to size a deployment: which weights a start uses, and what cannot be made up."""
 
+from copy import deepcopy
 from typing import Any
 
+from lmdeploy.pytorch.config import override_hf_config
+
+from lmdeploy_vico.adapter.chat_model import vico_class
 from lmdeploy_vico.adapter.language_model import is_quantised, language_model_shapes
+from lmdeploy_vico.adapter.quantisation import check_quantisation
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import PREFIX, Options
@@ -15,10 +20,10 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
     """The checkpoint's weights, complete for both sides; or made-up ones, if the option says so.
 
     Raises:
-        UnsupportedCheckpointError: tensors are missing or misshapen, or are quantised and cannot be made up.
+        UnsupportedCheckpointError: tensors are missing or misshapen, or are quantised and cannot be made up or served.
     """
     if not options.dummy_weights:
-        return _open_checkpoint(model_path, hf_config)
+        return _open_checkpoint(model_path, _as_served(hf_config, backend_config))
     if backend_config.model_format or is_quantised(hf_config.llm_config, hf_config):
         raise UnsupportedCheckpointError('dummy_weights cannot make up quantised weights: serve without quantisation.')
     get_logger().warning(
@@ -28,10 +33,20 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
     return DummyWeights()
 
 
+def _as_served(hf_config: Any, backend_config: Any) -> Any:
+    """The config as the engine sees it: with ``--hf-overrides`` applied."""
+    config = deepcopy(hf_config)
+    override_hf_config(config, backend_config.hf_overrides or {})
+    return config
+
+
 def _open_checkpoint(model_path: str, hf_config: Any) -> Checkpoint:
     try:
         checkpoint = Checkpoint(model_path)
     except NoWeightsError as error:
         raise UnsupportedCheckpointError(f'{error} To size a deployment without weights, set {SWITCH}.') from error
-    checkpoint.require(language_model_shapes(hf_config.llm_config, hf_config))
+    language_model = hf_config.llm_config
+    if is_quantised(language_model, hf_config):
+        check_quantisation(hf_config, vico_class(language_model.architectures[0]).packed_modules_mapping)
+    checkpoint.require(language_model_shapes(language_model, hf_config), 'language model')
     return checkpoint

@@ -5,7 +5,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from lmdeploy_vico.config import is_vico
+from lmdeploy_vico.config import UnsupportedCheckpointError, is_vico
+
+_QUANTISATION = 'quantization_config'
 
 
 class VicoChatConfig(PretrainedConfig):
@@ -21,11 +23,27 @@ class VicoChatConfig(PretrainedConfig):
     ) -> None:
         # Before super().__init__, which validates what get_text_config() returns.
         self.vision_config = PretrainedConfig(**(vision_config or {}))
+        quantisation = _quantisation(kwargs, llm_config or {})
         self.llm_config = _language_model_config(llm_config or {})
+        if quantisation:
+            kwargs['quantization_config'] = quantisation
         # LMDeploy would look its model class up in the checkpoint's auto_map before it reads the architectures.
         kwargs.pop('auto_map', None)
         kwargs.setdefault('tie_word_embeddings', getattr(self.llm_config, 'tie_word_embeddings', False))
         super().__init__(**kwargs)
+
+    @property
+    def quantization_config(self) -> Any:
+        """The language model's, wherever ``config.json`` has it; absent if nothing is quantised.
+
+        LMDeploy looks here for the method, the data type and what is skipped, but its layers look in the language
+        model's own config.
+        """
+        return self.llm_config.quantization_config
+
+    @quantization_config.setter
+    def quantization_config(self, value: Any) -> None:
+        self.llm_config.quantization_config = value
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
         """The language model's config, whatever part of the model is asked for."""
@@ -40,8 +58,18 @@ class VicoChatConfig(PretrainedConfig):
         return output
 
 
+def _quantisation(config: dict[str, Any], llm_config: dict[str, Any]) -> Any:
+    """Take the quantisation out of a checkpoint's config, or the language model's; null means none."""
+    found = [one for one in (config.pop(_QUANTISATION, None), llm_config.get(_QUANTISATION)) if one]
+    if len(found) == 2 and found[0] != found[1]:
+        raise UnsupportedCheckpointError(
+            'config.json has one quantization_config and another one in llm_config: remove the wrong one.'
+        )
+    return found[0] if found else None
+
+
 def _language_model_config(config: dict[str, Any]) -> PretrainedConfig:
-    config = {key: value for key, value in config.items() if key != 'auto_map'}
+    config = {key: value for key, value in config.items() if key not in ('auto_map', _QUANTISATION)}
     model_type = config.pop('model_type', None)
     if model_type is None:
         return PretrainedConfig(**config)

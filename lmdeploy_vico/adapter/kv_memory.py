@@ -18,8 +18,9 @@ from lmdeploy.pytorch.config import DistConfig
 from lmdeploy.utils import get_max_batch_size
 
 from lmdeploy_vico.adapter.devices import UnknownDevicesError, engine_devices, parallelism
-from lmdeploy_vico.adapter.language_model import PREFIX, language_model_shapes
+from lmdeploy_vico.adapter.language_model import is_quantised, language_model_shapes
 from lmdeploy_vico.adapter.replicas import GIB, FreeMemory, free_memory
+from lmdeploy_vico.adapter.skipped_modules import LANGUAGE_MODEL
 from lmdeploy_vico.log import get_logger
 
 CUDA_CONTEXT = GIB // 2  # what a process takes of a device by using it; an estimate
@@ -151,7 +152,7 @@ def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -
     if engine.model_format:
         raise ValueError(f'what the weights take as {engine.model_format} is not known')
     llm, dist = hf_config.llm_config, parallelism(engine)
-    shapes = language_model_shapes(llm, hf_config)
+    shapes = {} if is_quantised(llm, hf_config) else language_model_shapes(llm, hf_config)
     # Of a checkpoint in float32 LMDeploy serves 16 bits too; other and quantised ones are taken as they are stored.
     sizes = {name: 2 * prod(shape) for name, shape in shapes.items()} or stored_sizes(model_path)
     head_dim = getattr(llm, 'head_dim', None) or llm.hidden_size // llm.num_attention_heads
@@ -199,7 +200,7 @@ def stored_sizes(model_path: str) -> dict[str, int]:
         with shard.open('rb') as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
         for name, tensor in header.items():
-            if name.startswith(PREFIX):
+            if name.startswith(LANGUAGE_MODEL):
                 start, end = tensor['data_offsets']
                 sizes[name] = end - start
     if not sizes:

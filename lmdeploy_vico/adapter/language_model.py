@@ -3,42 +3,72 @@
 LMDeploy loads whatever the shards hold and leaves the rest uninitialised.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+from lmdeploy_vico.adapter.skipped_modules import LANGUAGE_MODEL, SkippedModules
+
 Shape = tuple[int, ...]
-PREFIX = 'language_model.'
+_ARCHITECTURES = ('Qwen3ForCausalLM', 'Qwen3MoeForCausalLM')
+_QUANTISABLE = '_proj'  # of a layer's modules: neither its norms nor, as LMDeploy builds it, the gate of its experts
 
 
 def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shape]:
-    """Name and shape of every tensor of a Qwen3 or Qwen3-MoE language model.
+    """Name and shape of every tensor of a Qwen3 or Qwen3-MoE language model that is not stored quantised.
 
     Args:
         config: the language model's Hugging Face config.
         checkpoint_config: the whole checkpoint's, which may carry the quantisation.
 
     Returns:
-        Empty for other architectures and for quantised checkpoints, whose tensors LMDeploy's loaders know.
+        Empty for other architectures. What is quantised, LMDeploy's loaders know.
     """
-    if is_quantised(config, checkpoint_config) or config.architectures[0] not in (
-        'Qwen3ForCausalLM',
-        'Qwen3MoeForCausalLM',
-    ):
+    if config.architectures[0] not in _ARCHITECTURES:
         return {}
-    shapes = {
-        'model.embed_tokens.weight': (config.vocab_size, config.hidden_size),
-        'model.norm.weight': (config.hidden_size,),
+    modules: dict[str, Shape] = {
+        'model.embed_tokens': (config.vocab_size, config.hidden_size),
+        'model.norm': (config.hidden_size,),
     }
     if not config.tie_word_embeddings:
-        shapes['lm_head.weight'] = (config.vocab_size, config.hidden_size)
+        modules['lm_head'] = (config.vocab_size, config.hidden_size)
     for index in range(config.num_hidden_layers):
         layer = _attention_shapes(config) | (_moe_shapes(config) if _is_moe(config, index) else _mlp_shapes(config))
-        shapes |= {f'model.layers.{index}.{name}.weight': shape for name, shape in layer.items()}
-    return {PREFIX + name: shape for name, shape in shapes.items()}
+        modules |= {f'model.layers.{index}.{name}': shape for name, shape in layer.items()}
+    shapes = {LANGUAGE_MODEL + name: shape for name, shape in modules.items()}
+    quantisation = _quantization_config(config, checkpoint_config)
+    if quantisation:
+        skipped = SkippedModules(quantisation)
+        shapes = {name: of for name, of in shapes.items() if not name.endswith(_QUANTISABLE) or name in skipped}
+    return {f'{name}.weight': shape for name, shape in shapes.items()}
+
+
+def fused_modules(config: Any) -> Iterator[tuple[str, str]]:
+    """The layers that LMDeploy may quantise, by its own names, each with its kind: 'linear' or 'moe'.
+
+    Args:
+        config: of a Qwen3 or Qwen3-MoE language model; of others there are none.
+    """
+    if config.architectures[0] not in _ARCHITECTURES:
+        return
+    for index in range(config.num_hidden_layers):
+        layer = f'model.layers.{index}'
+        yield f'{layer}.self_attn.qkv_proj', 'linear'
+        yield f'{layer}.self_attn.o_proj', 'linear'
+        if _is_moe(config, index):
+            yield f'{layer}.mlp.experts', 'moe'
+        else:
+            yield f'{layer}.mlp.gate_up_proj', 'linear'
+            yield f'{layer}.mlp.down_proj', 'linear'
 
 
 def is_quantised(config: Any, checkpoint_config: Any) -> bool:
     """Whether a language model's weights are stored quantised; arguments as for :func:`language_model_shapes`."""
-    return any(getattr(part, 'quantization_config', None) for part in (config, checkpoint_config))
+    return bool(_quantization_config(config, checkpoint_config))
+
+
+def _quantization_config(config: Any, checkpoint_config: Any) -> Any:
+    parts = (getattr(part, 'quantization_config', None) for part in (config, checkpoint_config))
+    return next((found for found in parts if found), None)
 
 
 def _attention_shapes(config: Any) -> dict[str, Shape]:

@@ -15,6 +15,7 @@ from lmdeploy_vico.vision.tower import VisionTower
 from lmdeploy_vico.vision.weights import Shape, Weights
 
 GIB = 2**30
+WEIGHT_BYTES = 2  # of a value on a CUDA device: bfloat16 or float16
 # How CUDA's libraries and Triton say it; PyTorch's own allocations raise OutOfMemoryError.
 OUT_OF_MEMORY = ('out of memory', 'ALLOC_FAILED')
 
@@ -25,7 +26,7 @@ class CopiedWeights:
     def __init__(self, source: nn.Module) -> None:
         self._source = source
 
-    def require(self, expected: Mapping[str, Shape]) -> None:
+    def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
         """Nothing to check: the source has been."""
 
     @torch.no_grad()
@@ -57,7 +58,6 @@ class Replicas:
         weights: of the checkpoint.
         config: the vision side's.
         devices: all of one kind.
-        dtype: of the weights on a CUDA device.
         options: the server's; ``tile_batch`` counts here.
         graph: whether a CUDA graph is captured on each device.
 
@@ -70,11 +70,10 @@ class Replicas:
         weights: Weights,
         config: VicoConfig,
         devices: Sequence[torch.device],
-        dtype: torch.dtype | None,
         options: Options,
         graph: bool,
     ) -> None:
-        self._config, self._dtype, self._options = config, dtype, options
+        self._config, self._options = config, options
         self._devices = devices
         self.encoders: list[VisionEncoder] = []
         self.before: dict[torch.device, FreeMemory] = {}
@@ -83,7 +82,7 @@ class Replicas:
                 self.before[device] = free_memory(device)
                 encoder = VisionEncoder.load(
                     CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
-                    *(config, device, dtype, options.tile_batch or None, graph),
+                    *(config, device, None, options.tile_batch or None, graph),
                 )
                 self.encoders.append(encoder)
 
@@ -105,7 +104,7 @@ class Replicas:
     def _does_not_fit(self, device: torch.device) -> str:
         with torch.device('meta'):
             weights = sum(weight.numel() for weight in VisionTower(self._config).parameters())
-        needed = weights * (self._dtype or torch.bfloat16).itemsize
+        needed = weights * WEIGHT_BYTES
         memory = self.before.get(device)
         there = (
             'no memory at all was free'

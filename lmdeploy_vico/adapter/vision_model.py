@@ -27,6 +27,7 @@ from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.pixels import PixelBudget
+from lmdeploy_vico.adapter.precision import engine_dtype
 from lmdeploy_vico.adapter.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.registration import require_all_hooks
 from lmdeploy_vico.adapter.replicas import Replicas
@@ -94,7 +95,6 @@ class VicoVisionModel(VisionModel):
             weights,
             replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
             vision_devices(options.vision_device, backend_config),
-            self.mm_feature_dtype,
             options,
             graph=not backend_config.eager_mode,
         )
@@ -102,7 +102,7 @@ class VicoVisionModel(VisionModel):
         # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
         capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
         self._pixels = PixelBudget(None if capacity is None else options.max_decoded_bytes)
-        dtype = self.mm_feature_dtype or torch.bfloat16
+        dtype = engine_dtype(self.hf_config, backend_config)
         with replicas.fitting():
             self.stage = VisionStage(
                 replicas.encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes

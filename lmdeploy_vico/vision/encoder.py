@@ -79,7 +79,7 @@ class VisionEncoder:
         Args:
             path: checkpoint directory with ``config.json`` and safetensors shards.
             device: by default the current CUDA device, or the CPU without one.
-            dtype: by default bfloat16 on CUDA; always float32 on a CPU, where bfloat16 is both slow and coarse.
+            dtype: by default :func:`default_dtype`; always float32 on a CPU, where bfloat16 is both slow and coarse.
             tile_batch: tiles per device batch; by default chosen for the ViT's width and the device.
 
         Raises:
@@ -104,7 +104,7 @@ class VisionEncoder:
         """
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         implementation(device)  # says which kernels run, or refuses before anything is loaded
-        dtype = torch.float32 if device.type == 'cpu' else dtype or torch.bfloat16
+        dtype = default_dtype(device) if dtype is None or device.type == 'cpu' else dtype
         # Memory on the device is taken once, in the final dtype, and only for a checkpoint that is complete.
         with torch.device('meta'):
             tower = VisionTower(config).to(dtype)
@@ -214,7 +214,7 @@ class VisionEncoder:
             features: of all tiles, image after image.
             counts: tiles of each image.
             groups: which images are routed together; each image stands in one of them.
-            dtype: of the embeddings; by default the encoder's.
+            dtype: of the embeddings; by default the encoder's. What float16 cannot hold is brought to its largest.
         """
         compressed = self.route_prompt(features.scores, counts, groups)
         embeddings = self._project_prompt(features.patches, compressed, dtype or self.dtype)
@@ -272,7 +272,7 @@ class VisionEncoder:
         on_device = torch.empty(len(patches), *patches[0].shape, dtype=self.dtype, device=self.device)
         for place, tile in zip(on_device, patches, strict=True):
             place.copy_(tile, non_blocking=True)
-        tiles = self._project(on_device, compressed)
+        tiles = self._project(on_device, compressed, dtype)
         ends = list(accumulate(len(tokens) for tokens in tiles))
         packed = torch.empty(ends[-1], self.config.llm_hidden_size, dtype=dtype, device=self.device)
         pack(packed, tiles, [0, *ends[:-1]])
@@ -280,22 +280,22 @@ class VisionEncoder:
             return packed
         return torch.empty(packed.shape, dtype=dtype, pin_memory=True).copy_(packed, non_blocking=True)
 
-    def _project(self, patches: torch.Tensor, compressed: torch.Tensor) -> list[torch.Tensor]:
+    def _project(self, patches: torch.Tensor, compressed: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         kinds = compressed.tolist()
         number = sum(kinds)
         full_room, hard_room = (_round_up(count, self.tile_batch) for count in (len(kinds) - number, number))
         on_device = compressed.to(self.device, non_blocking=True)
         shuffled = self.tower.shuffle(patches, on_device, (full_room, hard_room))
-        full = self._visual_tokens(shuffled.full, compressed=False)
-        hard = self._visual_tokens(shuffled.compressed, compressed=True)
+        full = self._visual_tokens(shuffled.full, False, dtype)
+        hard = self._visual_tokens(shuffled.compressed, True, dtype)
         return [next(hard if kind else full) for kind in kinds]
 
-    def _visual_tokens(self, rows: torch.Tensor, compressed: bool) -> Iterator[torch.Tensor]:
-        """Tile by tile, projected in batches of one fixed shape."""
+    def _visual_tokens(self, rows: torch.Tensor, compressed: bool, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Tile by tile, projected in batches of one fixed shape, with values that can be cast to ``dtype``."""
         tokens = TOKENS_COMPRESSED if compressed else TOKENS_FULL
         for start in range(0, len(rows), self.tile_batch * tokens):
             batch = rows[start : start + self.tile_batch * tokens]
-            yield from self.tower.project(batch, compressed).split(tokens)
+            yield from saturate(self.tower.project(batch, compressed), dtype).split(tokens)
 
 
 def default_tile_batch(config: VicoConfig, device: torch.device) -> int:
@@ -307,3 +307,28 @@ def default_tile_batch(config: VicoConfig, device: torch.device) -> int:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a ViT runs in on a device: float32 on a CPU, bfloat16 on a CUDA device that has it, else float16.
+
+    InternViT-6B's activations exceed what float16 can hold, so that it is taken only where there is nothing else:
+    below compute capability 8.0.
+    """
+    if device.type == 'cpu':
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def saturate(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bring values beyond the ends of ``dtype`` to them, in place: as infinities they would end a language engine.
+
+    Only float16 has ends that activations come near.
+    """
+    if dtype != torch.float16 or values.dtype == dtype:
+        return values
+    # The largest value of both types: bfloat16 would round that of float16 up, to where float16 has infinity.
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=values.dtype)
+    if largest.item() > torch.finfo(dtype).max:
+        largest = torch.nextafter(largest, torch.zeros_like(largest))
+    return values.clamp_(-largest.item(), largest.item())

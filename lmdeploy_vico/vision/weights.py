@@ -17,6 +17,12 @@ SINGLE_FILE = 'model.safetensors'
 
 Shape = tuple[int, ...]
 
+# As safetensors names them. Of anything narrower the values mean nothing without scales, which nobody applies here;
+# nothing wider is published.
+FLOATS = ('F32', 'F16', 'BF16')
+QUANTISED = ('qweight', 'weight_packed')  # what a layer has in place of its weight: AWQ and GPTQ; compressed-tensors
+NAMED = 3  # quantised tensors that a message names; a checkpoint has them by the hundred
+
 
 class NoWeightsError(UnsupportedCheckpointError):
     """The checkpoint directory holds no weights at all."""
@@ -25,15 +31,19 @@ class NoWeightsError(UnsupportedCheckpointError):
 class Weights(Protocol):
     """Where a module's parameters come from."""
 
-    def require(self, expected: Mapping[str, Shape]) -> None:
-        """Raise :class:`UnsupportedCheckpointError` unless every expected tensor is there."""
+    def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
+        """Raise :class:`UnsupportedCheckpointError` unless every expected tensor is there and not quantised."""
 
     def load_into(self, module: nn.Module) -> None:
         """Fill every parameter of ``module``."""
 
 
 class Checkpoint:
-    """The tensors of a checkpoint directory: where each lies and what shape it has, from the shards' headers alone.
+    """The tensors of a checkpoint directory: where each lies, its shape and type, from the shards' headers alone.
+
+    Attributes:
+        shapes: of every tensor.
+        dtypes: of every tensor, as safetensors names them: BF16, F8_E4M3, I32, ...
 
     Raises:
         UnsupportedCheckpointError: the directory holds no safetensors, or a shard is missing or damaged.
@@ -43,12 +53,15 @@ class Checkpoint:
         self.path = Path(path)
         self._shards: dict[str, Path] = {}
         self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
         for shard in self._shard_files():
             try:
                 with safe_open(shard, framework='pt') as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                         self._shards[name] = shard
-                        self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                        header = tensors.get_slice(name)
+                        self.shapes[name] = tuple(header.get_shape())
+                        self.dtypes[name] = header.get_dtype()
             except (OSError, SafetensorError) as error:
                 raise UnsupportedCheckpointError(f'{shard} cannot be read: {error}.') from error
 
@@ -61,8 +74,24 @@ class Checkpoint:
             return [self.path / SINGLE_FILE]
         raise NoWeightsError(f'{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}.')
 
-    def require(self, expected: Mapping[str, Shape]) -> None:
-        """Raise :class:`UnsupportedCheckpointError` naming every expected tensor that is missing or misshapen."""
+    def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
+        """Check tensors that have to be stored as float32, float16 or bfloat16.
+
+        Args:
+            expected: their names and shapes.
+            part: of the model, for the message.
+
+        Raises:
+            UnsupportedCheckpointError: some are quantised, or else missing or misshapen. The message names the first
+                few of the quantised, and all others.
+        """
+        quantised = [found for name in sorted(expected) if (found := self._quantised(name))]
+        if quantised:
+            more = f' and {len(quantised) - NAMED} more' if len(quantised) > NAMED else ''
+            raise UnsupportedCheckpointError(
+                f'{self.path}: quantised tensors of the {part} cannot be used: {", ".join(quantised[:NAMED])}{more}. '
+                'Use a checkpoint in which they are float32, float16 or bfloat16.'
+            )
         missing = [name for name in expected if name not in self.shapes]
         misshapen = [
             f'{name} is {list(self.shapes[name])}, expected {list(shape)}'
@@ -76,6 +105,15 @@ class Checkpoint:
             problems.append('misshapen tensors: ' + '; '.join(sorted(misshapen)))
         if problems:
             raise UnsupportedCheckpointError(f'{self.path} is incomplete: ' + '; '.join(problems) + '.')
+
+    def _quantised(self, name: str) -> str | None:
+        """How a tensor is stored if that is not one of :data:`FLOATS`, in words; None for one that is missing."""
+        if name in self.dtypes:
+            return None if self.dtypes[name] in FLOATS else f'{name} is {self.dtypes[name]}'
+        if not name.endswith('.weight'):
+            return None
+        instead = (name.removesuffix('weight') + kind for kind in QUANTISED)
+        return next((f'{name} is stored as {found}' for found in instead if found in self.dtypes), None)
 
     def load_into(self, module: nn.Module) -> None:
         """Fill every parameter of ``module``, named and shaped as here, casting to the parameter's dtype."""
@@ -92,7 +130,7 @@ class Checkpoint:
 class DummyWeights:
     """Weights that are made up where they are needed, in no time and with no file: for measuring, not for answers."""
 
-    def require(self, expected: Mapping[str, Shape]) -> None:
+    def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
         """Nothing to check: whatever is expected will be there."""
 
     def load_into(self, module: nn.Module) -> None:

@@ -28,7 +28,7 @@ class CountingCheckpoint(Checkpoint):
 def test_the_checkpoint_is_read_once_and_copied_bit_for_bit(make_checkpoint, pictures):
     path = make_checkpoint()
     checkpoint = CountingCheckpoint(path)
-    replicas = Replicas(checkpoint, VicoConfig.from_pretrained(path), TWO_PROCESSORS, None, Options(), graph=True)
+    replicas = Replicas(checkpoint, VicoConfig.from_pretrained(path), TWO_PROCESSORS, Options(), graph=True)
     assert checkpoint.reads == 1
     first, second = (dict(encoder.tower.named_parameters()) for encoder in replicas.encoders)
     assert first.keys() == second.keys()
@@ -57,7 +57,7 @@ def load(monkeypatch, config):
             return SimpleNamespace(tower=torch.nn.Module(), device=device)
 
         monkeypatch.setattr(VisionEncoder, 'load', load_encoder)
-        return Replicas(None, config, CUDA, torch.bfloat16, Options(**options), graph=True)
+        return Replicas(None, config, CUDA, Options(**options), graph=True)
 
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: ((9 - device.index) * GIB, 80 * GIB))
     return load
@@ -127,7 +127,5 @@ def test_a_device_that_runs_out_of_memory_in_its_thread(load):
 def test_the_real_encoder_takes_what_the_replicas_give_it(make_checkpoint):
     path = make_checkpoint()
     config = replace(VicoConfig.from_pretrained(path), max_tiles=3)
-    [encoder] = Replicas(
-        Checkpoint(path), config, [torch.device('cpu')], torch.bfloat16, Options(tile_batch=2), graph=False
-    ).encoders
+    [encoder] = Replicas(Checkpoint(path), config, [torch.device('cpu')], Options(tile_batch=2), graph=False).encoders
     assert (encoder.tile_batch, encoder.config, encoder.dtype) == (2, config, torch.float32)

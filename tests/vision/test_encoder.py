@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmdeploy_vico.config import UnsupportedCheckpointError, VicoConfig
-from lmdeploy_vico.vision.encoder import VisionEncoder, default_tile_batch
+from lmdeploy_vico.vision.encoder import VisionEncoder, default_dtype, default_tile_batch, saturate
 
 
 @pytest.fixture(scope='module', params=['layer_norm', 'rms_norm'])
@@ -236,3 +236,44 @@ def test_unsupported_configs_say_why(make_checkpoint, change, message):
     config = json.loads((make_checkpoint() / 'config.json').read_text())
     with pytest.raises(UnsupportedCheckpointError, match=message):
         VicoConfig.from_dict(config | change)
+
+
+@pytest.mark.parametrize(
+    'device, capability, dtype',
+    [
+        ('cpu', None, torch.float32),
+        ('cuda', (7, 5), torch.float16),
+        ('cuda', (8, 0), torch.bfloat16),
+        ('cuda:1', (9, 0), torch.bfloat16),
+    ],
+)
+def test_float16_is_taken_only_where_there_is_no_bfloat16(monkeypatch, device, capability, dtype):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert default_dtype(torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_what_float16_cannot_hold_becomes_its_largest(dtype):
+    kept = [0.0, -1.5, 65280.0, -65280.0, 2.0**-14]
+    values = torch.tensor([*kept, 65536.0, -1e38, torch.inf], dtype=dtype)
+    largest = 65504.0 if dtype == torch.float32 else 65280.0
+    found = saturate(values.clone(), torch.float16).to(torch.float16)
+    assert found.tolist() == [*kept, largest, -largest, largest]
+    assert saturate(torch.tensor([torch.nan], dtype=dtype), torch.float16).isnan().all()
+    for other in (torch.float32, torch.bfloat16):
+        assert torch.equal(saturate(values.clone(), other), values)
+
+
+def test_a_float16_engine_gets_no_infinities(make_checkpoint, pictures):
+    encoder = VisionEncoder.from_pretrained(make_checkpoint(), device='cpu')
+    parameters = dict(encoder.tower.named_parameters())
+    for bias in ('mlp1.3.bias', 'mlp2.7.bias'):
+        parameters[bias][:2] += torch.tensor([1e6, -1e6])
+    tiles = encoder.cut(pictures['coffee'])
+    features, groups = encoder.features(tiles), [([0], 0.5)]
+    [wide] = encoder.visual_tokens(features, [len(tiles)], groups)
+    [half] = encoder.visual_tokens(features, [len(tiles)], groups, torch.float16)
+    assert wide.embeddings[:, 0].min() > 65504 and wide.embeddings[:, 1].max() < -65504
+    assert (half.embeddings[:, 0] == 65504).all() and (half.embeddings[:, 1] == -65504).all()
+    assert torch.equal(half.embeddings[:, 2:], wide.embeddings[:, 2:].half())
+    assert {64, 256} == set(half.tile_tokens)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
 from lmdeploy_vico.stage.tiles import Tile, TileCache
@@ -102,6 +104,12 @@ class VisionStage:
             thread.start()
         for future in ready:
             future.result()
+        # After the devices have warmed up, whose results need not lie in it. Nothing waits for it but the first batch.
+        pinned = self.encoder.copies_results
+        self._memory = StageMemory(encoders, output_dtype, self._cache) if pinned else None
+        self._encoders = encoders
+        for encoder in encoders:
+            encoder.use_memory(self._memory)
 
     def admit(self, size: int) -> Admission:
         """Hold a place for about ``size`` tiles of a request whose images are still to be decoded.
@@ -149,6 +157,10 @@ class VisionStage:
             thread.join()
         for prompt in self._queue.close():
             prompt.future.cancel()
+        for encoder in self._encoders:
+            encoder.use_memory(None)
+        if self._memory is not None:
+            self._memory.close()
 
     def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:
@@ -244,7 +256,8 @@ class VisionStage:
                 tile.score = score
                 tile.patches = patches  # from here on it counts as encoded
                 tile.pixels = None
-                self._cache.keep(tile)
+                if self._memory is None or self._memory.may_keep(patches):
+                    self._cache.keep(tile)
             self._metrics.model_forward.observe(running.batch.seconds)
         except Exception as error:
             self._failed(worker, running.tiles, error)
@@ -253,7 +266,7 @@ class VisionStage:
         return True
 
     def _failed(self, worker: '_Worker', tiles: list[Tile], error: Exception) -> None:
-        logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
+        logger.error('encoding a batch of %d tiles failed: %s', len(tiles), _written_out(error))
         failed = self._queue.give_back(tiles, error, worker.device)
         worker.batches.remove(tiles)
         for prompt in failed:
@@ -268,7 +281,7 @@ class VisionStage:
                 self._finish(encoder, prompt)
             except Exception as error:
                 well = False
-                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), error)
+                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), _written_out(error))
                 _fail(prompt, _encoding_error(error))
         return well
 
@@ -324,6 +337,20 @@ def _routing_groups(jobs: Sequence[ImageJob], compression: Compression) -> list[
             key = ('image', index) if job.routed_with is None else ('together', job.routed_with)
             groups.setdefault(key, ([], parse_compression(job.compression)))[0].append(index)
     return list(groups.values())
+
+
+def _written_out(error: Exception) -> str:
+    """The error with its traceback, as text for the log.
+
+    The error itself has none any more: frames hold tiles, whose memory would not come back as long as a client, or a
+    tile that is given up, keeps the error.
+    """
+    text = ''.join(traceback.format_exception(error))
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return text
 
 
 def _encoding_error(error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -16,6 +17,10 @@ logger = logging.getLogger(__name__)
 STARTED_BATCHES = 2  # of a device: one is started before the last is waited for
 WAITING_TILES = 64  # encoded, of prompts that wait for their other tiles
 GROUPS_OF_ROWS = 2  # for each device, of the largest: one is projected while earlier ones are being handed over
+REMEDIES = {
+    'tiles': 'a larger cache_bytes makes room',
+    'prompts': 'they become ready faster than they are handed to the language model',
+}
 
 
 class StageMemory:
@@ -43,7 +48,7 @@ class StageMemory:
         tiles = cache.capacity // tile + STARTED_BATCHES * batches + WAITING_TILES
         self._tiles = PinnedArena(tiles, tile, encoder.device, 'tiles')
         rows = TOKENS_FULL * self._width * output_dtype.itemsize
-        self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, encoder.device, 'tokens')
+        self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, encoder.device, 'prompts')
 
     def tiles(self, count: int) -> list[torch.Tensor | None]:
         """Memory for the features of ``count`` tiles, None for those that find no room."""
@@ -70,15 +75,19 @@ class StageMemory:
         """Lend nothing more, and have the memory go with the last piece."""
         self._tiles.close()
         self._rows.close()
-        torch.accelerator.empty_host_cache()  # PyTorch keeps pinned memory that is free
+        # PyTorch keeps pinned memory that is free. Older versions have no such function; a device may have failed for
+        # good.
+        with suppress(AttributeError, RuntimeError):
+            torch.accelerator.empty_host_cache()
 
     def _count(self, results: str, number: int) -> None:
-        if number:
-            self._overflows.labels(results).inc(number)
-            if results not in self._reported:
-                self._reported.add(results)
-                logger.warning(
-                    'the pinned host memory is all in use, and the results of %d %s are copied more slowly by way of '
-                    'ordinary memory (vico:pinned_memory_overflows_total counts them): a larger cache_bytes makes room',
-                    *(number, results),
-                )
+        if not number:
+            return
+        self._overflows.labels(results).inc(number)
+        if results not in self._reported:
+            self._reported.add(results)
+            logger.warning(
+                'the pinned host memory for %s is all in use, and what finds no room is copied more slowly, by way of '
+                'ordinary memory (counted in vico:pinned_memory_overflows_total): %s',
+                *(results, REMEDIES[results]),
+            )

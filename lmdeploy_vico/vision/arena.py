@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 import weakref
 from bisect import bisect
 from collections import deque
@@ -89,6 +90,7 @@ class PinnedArena:
             self._returned = deque()
 
     def _pin(self) -> None:
+        began = time.perf_counter()
         try:
             with torch.cuda.device(self._device):
                 for size in self._plan:
@@ -98,16 +100,23 @@ class PinnedArena:
                     with self._changed:
                         self._add(block)
                         self._changed.notify_all()
+            logger.info(
+                '%.2f GiB of host memory pinned for %s in %.1f s',
+                *(self._pinned_bytes() / 2**30, self._name, time.perf_counter() - began),
+            )
         except RuntimeError as error:
             logger.warning(
                 'only %.2f GiB of host memory could be pinned for %s, beyond which they are copied more slowly: '
                 'lower the option cache_bytes or free memory on the host (%s)',
-                *(sum(block.nbytes for block in self._blocks) / 2**30, self._name, error),
+                *(self._pinned_bytes() / 2**30, self._name, error),
             )
         finally:
             with self._changed:
                 self._pinning = False
                 self._changed.notify_all()
+
+    def _pinned_bytes(self) -> int:
+        return sum(block.nbytes for block in self._blocks)
 
     def _add(self, block: np.ndarray) -> None:
         base = self._bases[-1] + self._blocks[-1].nbytes + ALIGNMENT if self._blocks else 0

@@ -173,6 +173,26 @@ def test_failed_prompts_leave_nothing_behind_though_their_errors_are_kept(start,
     assert lent(stage._memory._tiles) == lent(stage._memory._rows) == 0
 
 
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_host_waits_for_copies_before_memory_comes_back(start, pictures, monkeypatch, fails):
+    stage, seen = start(), []
+    encoder, arenas = stage.encoder, (stage._memory._tiles, stage._memory._rows)
+
+    def fail(*arguments):
+        raise RuntimeError('device trouble')
+
+    if fails:
+        monkeypatch.setattr(encoder.tower, 'project', fail)
+    monkeypatch.setattr(
+        type(encoder._projecting), 'synchronize', lambda stream: seen.append([stream, *map(lent, arenas)])
+    )
+    future = stage.submit([ImageJob(pictures['coffee'])], 'none')
+    assert bool(future.exception(60)) == fails
+    tiles = 7
+    rows = tiles * 256 * encoder.config.llm_hidden_size * 4
+    assert seen == [[encoder._projecting, tiles * TILE, rows]]
+
+
 def test_cancelled_prompts_leave_nothing_behind(start, pictures, monkeypatch):
     stage = start()
     visual_tokens, futures = stage.encoder.visual_tokens, []

@@ -74,7 +74,8 @@ class VisionStage:
         output_dtype: dtype of the embeddings handed on, the language model's.
         threads: preparation threads.
         capacity: tiles that may wait; beyond, :meth:`submit` and :meth:`admit` raise StageBusyError. None: any number.
-        cache_bytes: host memory for the ViT-level results of tiles that may come again.
+        cache_bytes: host memory for the ViT-level results of tiles that may come again. For CUDA devices it is pinned,
+            with what is in flight, in threads that begin when the devices are ready.
     """
 
     def __init__(

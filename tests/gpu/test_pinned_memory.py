@@ -24,9 +24,11 @@ def test_nothing_is_pinned_after_the_start(make_checkpoint, pictures):
             assert torch.equal(image.tokens.embeddings, expected[name].embeddings)
             assert image.tokens.embeddings.is_pinned()
 
-    ask()  # the tables of `pack` are pinned too, a few kilobytes of each size
-    allocations = torch.cuda.host_memory_stats()['num_host_alloc']
+    pinned = torch.cuda.host_memory_stats()['allocated_bytes.allocated']
     for _ in range(5):
         ask()
-    assert torch.cuda.host_memory_stats()['num_host_alloc'] == allocations
+    grown = torch.cuda.host_memory_stats()['allocated_bytes.allocated'] - pinned
+    assert (
+        grown < 1024 * encoder.config.vision.hidden_size * encoder.dtype.itemsize
+    )  # less than a tile: tables of `pack`
     stage.close()

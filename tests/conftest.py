@@ -39,6 +39,16 @@ def pictures() -> dict[str, Image.Image]:
 
 
 @pytest.fixture
+def cuda(monkeypatch) -> Any:
+    """``torch.cuda`` as the vision side uses it, done on the CPU and noted: a StandInCuda."""
+    from stand_in_cuda import StandInCuda
+
+    stand_in = StandInCuda()
+    stand_in.install(monkeypatch)
+    return stand_in
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20)
 

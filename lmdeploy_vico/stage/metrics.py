@@ -47,6 +47,11 @@ class StageMetrics:
         )
         self.cache_misses = Counter('vico:embedding_cache_misses', 'Tiles that were neither.')
         self.cache_evictions = Counter('vico:embedding_cache_evictions', 'Tiles dropped for want of room.')
+        self.pinned_overflows = Counter(
+            'vico:pinned_memory_overflows',
+            'Tiles and prompts whose results found no room in the pinned host memory, and are copied more slowly.',
+            ['results'],
+        )
         self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Host memory of the tiles that are kept.')
 
     def count_tiles(self, tile_tokens: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
 from lmdeploy_vico.stage.tiles import Tile, TileCache
@@ -81,7 +83,8 @@ class VisionStage:
         output_dtype: dtype of the embeddings handed on, the language model's.
         threads: preparation threads.
         capacity: tiles that may wait; beyond, :meth:`submit` and :meth:`admit` raise StageBusyError. None: any number.
-        cache_bytes: host memory for the ViT-level results of tiles that may come again.
+        cache_bytes: host memory for the ViT-level results of tiles that may come again. For CUDA devices it is pinned,
+            with what is in flight, in threads that begin when the devices are ready.
 
     Raises:
         DeviceStartError: a device could not be made ready; the threads of the others have ended.
@@ -95,11 +98,12 @@ class VisionStage:
         capacity: int | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        self.encoder = encoders[0]
+        self.encoder, self._encoders = encoders[0], encoders
         self.output_dtype = output_dtype
         self._metrics = stage_metrics()
         self._queue = TileQueue(capacity, len(encoders))
         self._cache = TileCache(cache_bytes)
+        self._memory: StageMemory | None = None
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
         self._prepare.submit(pass_order)  # compiles the resizing, a second or two that no request shall wait for
         # Pillow cannot read one file from several threads: a lock for each picture, or for a few of them.
@@ -118,6 +122,11 @@ class VisionStage:
         except DeviceStartError:
             self.close()
             raise
+        # After the devices have warmed up, whose results need not lie in it. Nothing waits for it but the first batch.
+        if self.encoder.copies_results:
+            self._memory = StageMemory(encoders, output_dtype, self._cache)
+        for encoder in encoders:
+            encoder.use_memory(self._memory)
 
     def admit(self, size: int) -> Admission:
         """Hold a place for about ``size`` tiles of a request whose images are still to be decoded.
@@ -165,6 +174,10 @@ class VisionStage:
             thread.join()
         for prompt in self._queue.close():
             prompt.future.cancel()
+        for encoder in self._encoders:
+            encoder.use_memory(None)
+        if self._memory is not None:
+            self._memory.close()
 
     def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:
@@ -260,7 +273,8 @@ class VisionStage:
                 tile.score = score
                 tile.patches = patches  # from here on it counts as encoded
                 tile.pixels = None
-                self._cache.keep(tile)
+                if self._memory is None or self._memory.may_keep(patches):
+                    self._cache.keep(tile)
             self._metrics.model_forward.observe(running.batch.seconds)
         except Exception as error:
             self._failed(worker, running.tiles, error)
@@ -269,7 +283,7 @@ class VisionStage:
         return True
 
     def _failed(self, worker: '_Worker', tiles: list[Tile], error: Exception) -> None:
-        logger.error('encoding a batch of %d tiles failed: %s', len(tiles), error)
+        logger.error('encoding a batch of %d tiles failed: %s', len(tiles), _written_out(error))
         failed = self._queue.give_back(tiles, error, worker.device)
         worker.batches.remove(tiles)
         for prompt in failed:
@@ -284,7 +298,7 @@ class VisionStage:
                 self._finish(encoder, prompt)
             except Exception as error:
                 well = False
-                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), error)
+                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), _written_out(error))
                 _fail(prompt, _encoding_error(error))
         return well
 
@@ -340,6 +354,20 @@ def _routing_groups(jobs: Sequence[ImageJob], compression: Compression) -> list[
             key = ('image', index) if job.routed_with is None else ('together', job.routed_with)
             groups.setdefault(key, ([], parse_compression(job.compression)))[0].append(index)
     return list(groups.values())
+
+
+def _written_out(error: Exception) -> str:
+    """The error with its traceback, as text for the log.
+
+    The error itself has none any more: frames hold tiles, whose memory would not come back as long as a client, or a
+    tile that is given up, keeps the error.
+    """
+    text = ''.join(traceback.format_exception(error))
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return text
 
 
 def _encoding_error(error: Exception) -> Exception:

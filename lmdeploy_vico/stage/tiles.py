@@ -40,6 +40,14 @@ class Tile:
         return self.patches is not None
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a tile: not the tile itself, so that a tile lives exactly as long as somebody works with it."""
+
+    patches: torch.Tensor
+    score: float
+
+
 class TileCache:
     """The tiles of a stage by content. Safe to use from several threads.
 
@@ -53,7 +61,7 @@ class TileCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._lock = threading.Lock()
-        self._kept: OrderedDict[bytes, Tile] = OrderedDict()
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._in_use: WeakValueDictionary[bytes, Tile] = WeakValueDictionary()
         self._bytes = 0
         self._metrics = stage_metrics()
@@ -65,34 +73,46 @@ class TileCache:
 
     def _get(self, digest: bytes, pixels: np.ndarray) -> Tile:
         tile = self._in_use.get(digest)
+        kept = self._kept.get(digest)
+        if kept is not None:
+            self._kept.move_to_end(digest)
         if tile is not None and tile.error is None:
             self._metrics.cache_hits.inc()
-            if digest in self._kept:
-                self._kept.move_to_end(digest)
             return tile
-        self._metrics.cache_misses.inc()
-        tile = self._in_use[digest] = Tile(digest, pixels)
+        if kept is None:
+            self._metrics.cache_misses.inc()
+            tile = Tile(digest, pixels)
+        else:
+            self._metrics.cache_hits.inc()
+            tile = Tile(digest, None, taken=True, patches=kept.patches, score=kept.score)
+        self._in_use[digest] = tile
         return tile
 
     def keep(self, tile: Tile) -> None:
         """Keep an encoded tile, and let go of the least recently used ones for which there is no more room."""
-        size = _bytes(tile)
+        assert tile.patches is not None
+        size = tile.patches.nbytes
         if size > self.capacity:
             return
         with self._lock:
             if tile.digest in self._kept:
                 return
             while self._bytes + size > self.capacity:
-                _, evicted = self._kept.popitem(last=False)
-                self._bytes -= _bytes(evicted)
-                self._metrics.cache_evictions.inc()
-            self._kept[tile.digest] = tile
+                self._evict(next(iter(self._kept)))
+            self._kept[tile.digest] = _Kept(tile.patches, tile.score)
             self._bytes += size
             self._metrics.cache_bytes.set(self._bytes)
 
+    def evict(self) -> bool:
+        """Let go of the least recently used tile that no prompt holds, whose memory becomes free; False if none is."""
+        with self._lock:
+            digest = next((digest for digest in self._kept if digest not in self._in_use), None)
+            if digest is None:
+                return False
+            self._evict(digest)
+            self._metrics.cache_bytes.set(self._bytes)
+            return True
 
-def _bytes(tile: Tile) -> int:
-    """Host memory of a tile's features; pinned memory comes in powers of two."""
-    assert tile.patches is not None
-    size = tile.patches.nbytes
-    return 1 << (size - 1).bit_length() if tile.patches.is_pinned() else size
+    def _evict(self, digest: bytes) -> None:
+        self._bytes -= self._kept.pop(digest).patches.nbytes
+        self._metrics.cache_evictions.inc()

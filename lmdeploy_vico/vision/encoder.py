@@ -1,7 +1,7 @@
 """VisionEncoder: images of a prompt in, routed visual tokens out."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +13,8 @@ from PIL import Image
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, VicoConfig
 from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.kernels.pack import pack
-from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures, make_batches
+from lmdeploy_vico.vision.arena import ResultMemory
+from lmdeploy_vico.vision.batches import CudaBatches, RunningBatch, TileFeatures, make_batches
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
@@ -65,6 +66,7 @@ class VisionEncoder:
         self._batches = make_batches(tower, self.tile_batch, self.device, graph)
         # Prompts are projected while the next batch is being encoded, and go first: their requests wait for that alone.
         self._projecting = torch.cuda.Stream(self.device, priority=-1) if self.device.type == 'cuda' else None
+        self._memory: ResultMemory | None = None
 
     @classmethod
     def from_pretrained(
@@ -115,6 +117,17 @@ class VisionEncoder:
         with torch.inference_mode():
             tower.prepare()
         return cls(tower, config, tile_batch, graph)
+
+    @property
+    def copies_results(self) -> bool:
+        """Whether results have to be copied from a device, for which pinned memory is best."""
+        return isinstance(self._batches, CudaBatches)
+
+    def use_memory(self, memory: ResultMemory | None) -> None:
+        """Leave results in pinned memory that is lent, as far as it goes; None for ordinary memory of their own."""
+        self._memory = memory
+        if isinstance(self._batches, CudaBatches):
+            self._batches.memory = memory
 
     def enter_thread(self) -> None:
         """To be called in a thread that is going to use this encoder.
@@ -257,18 +270,33 @@ class VisionEncoder:
     ) -> torch.Tensor:
         """The visual tokens of all tiles after another, on the CPU."""
         step = PROJECTED_BATCHES * self.tile_batch
-        with torch.cuda.stream(self._projecting) if self._projecting is not None else nullcontext():
-            groups = [
-                self._project_group(patches[start : start + step], compressed[start : start + step], dtype)
-                for start in range(0, len(patches), step)
-            ]
-        if self._projecting is not None:
-            self._projecting.synchronize()
-        return groups[0] if len(groups) == 1 else torch.cat(groups)
+        starts = range(0, len(patches), step)
+        groups = (
+            self._project_group(patches[start : start + step], compressed[start : start + step], dtype)
+            for start in starts
+        )
+        if self._projecting is None:
+            return next(groups) if len(starts) == 1 else torch.cat(list(groups))
+        number = int(compressed.sum())
+        count = number * TOKENS_COMPRESSED + (len(compressed) - number) * TOKENS_FULL
+        lent = None if self._memory is None else self._memory.rows(count, dtype)
+        rows = torch.empty(count, self.config.llm_hidden_size, dtype=dtype) if lent is None else lent
+        row = 0
+        with torch.cuda.stream(self._projecting):
+            try:
+                for packed in groups:
+                    rows[row : row + len(packed)].copy_(packed, non_blocking=True)
+                    row += len(packed)
+            finally:
+                # Also after a failure: copies from the tiles' memory and to the rows' must have ended before either is
+                # given back.
+                self._projecting.synchronize()
+        return rows
 
     def _project_group(
         self, patches: Sequence[torch.Tensor], compressed: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
+        """The same of at most PROJECTED_BATCHES device batches, on the device."""
         on_device = torch.empty(len(patches), *patches[0].shape, dtype=self.dtype, device=self.device)
         for place, tile in zip(on_device, patches, strict=True):
             place.copy_(tile, non_blocking=True)
@@ -276,9 +304,7 @@ class VisionEncoder:
         ends = list(accumulate(len(tokens) for tokens in tiles))
         packed = torch.empty(ends[-1], self.config.llm_hidden_size, dtype=dtype, device=self.device)
         pack(packed, tiles, [0, *ends[:-1]])
-        if self._projecting is None:
-            return packed
-        return torch.empty(packed.shape, dtype=dtype, pin_memory=True).copy_(packed, non_blocking=True)
+        return packed
 
     def _project(self, patches: torch.Tensor, compressed: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         kinds = compressed.tolist()

@@ -1,0 +1,34 @@
+"""On a CUDA device: what a stage pins at its start is all that it ever pins, and its results lie in it."""
+
+import pytest
+import torch
+
+from lmdeploy_vico.stage.stage import ImageJob, VisionStage
+from lmdeploy_vico.vision.encoder import VisionEncoder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
+
+
+def test_nothing_is_pinned_after_the_start(make_checkpoint, pictures):
+    encoder = VisionEncoder.from_pretrained(make_checkpoint(), device='cuda', tile_batch=4)
+    expected = {name: encoder.encode([pictures[name]])[0] for name in pictures}
+    stage = VisionStage([encoder], encoder.dtype, threads=4, cache_bytes=2**28)
+    for arena in (stage._memory._tiles, stage._memory._rows):
+        arena._thread.join()
+
+    def ask():
+        futures = {name: stage.submit([ImageJob(pictures[name])], 'auto') for name in pictures}
+        for name, future in futures.items():
+            [image] = future.result(60)
+            assert image.tokens.tile_tokens == expected[name].tile_tokens
+            assert torch.equal(image.tokens.embeddings, expected[name].embeddings)
+            assert image.tokens.embeddings.is_pinned()
+
+    pinned = torch.cuda.host_memory_stats()['allocated_bytes.allocated']
+    for _ in range(5):
+        ask()
+    grown = torch.cuda.host_memory_stats()['allocated_bytes.allocated'] - pinned
+    assert (
+        grown < 1024 * encoder.config.vision.hidden_size * encoder.dtype.itemsize
+    )  # less than a tile: tables of `pack`
+    stage.close()

@@ -48,14 +48,17 @@ class InternVisionModel(nn.Module):
         """
         if self.speedups and torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
             raise RuntimeError(f'The ViT has no gradients with vit_speedups ({self.speedups}): train without them.')
-        hidden = self.embeddings(tiles)
+        return self.blocks(self.embeddings(tiles))
+
+    def blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The blocks alone: embedded tokens ``[B, T, D]`` in, hidden states out."""
         if self.speedups.residual_norm:
-            return self._encode_fused(hidden)
+            return self._fused_blocks(hidden)
         for layer in self.encoder.layers:
             hidden = layer(hidden, self.speedups)
         return hidden
 
-    def _encode_fused(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _fused_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
         """The blocks with every residual and the norm that follows it, across blocks too, in one operation."""
         layers = cast(list[_Block], list(self.encoder.layers))
         normed = layers[0].norm1(hidden)

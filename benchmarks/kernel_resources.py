@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
+from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.kernels.implementation import INTERPRETED, Limits
 
 RESULTS = Path(__file__).parent / 'results' / 'kernel-resources.json'
@@ -43,6 +43,7 @@ CHIPS = {
 # (ViT width, tiles of a batch): the encoder's own, and the largest of the kernel benchmarks.
 BATCHES = ((1024, 8), (1024, 256), (3200, 2), (3200, 256))
 LLM_WIDTHS = (1024, 2048, 2560, 4096, 5120)
+VIT_NORMS = {1024: True, 3200: False}  # by width: whether it is a LayerNorm, or an RMSNorm
 # sm_89 is there for its small shared memory, in which the two types do not differ.
 DTYPES = {80: (torch.bfloat16, torch.float16), 89: (torch.bfloat16,), 90: (torch.bfloat16, torch.float16)}
 HEADS, PATCHES = 16, 1024
@@ -77,6 +78,13 @@ def launches(dtype: torch.dtype) -> None:
         out = torch.empty(4096, width, dtype=dtype, device='meta')
         pack.pack_triton(out, [out[:256], out[:64]], [0, 256])
         pack.pack_triton(out, [out[:64], out[:64]], [0, 256], torch.empty(2, dtype=torch.int64, device='meta'), [0, 1])
+    for width, layer_norm in VIT_NORMS.items():
+        fused = torch.empty(2, PATCHES + 1, 3 * width, dtype=dtype, device='meta')
+        x, affine = torch.empty_like(fused[..., :width]), torch.empty(width, dtype=dtype, device='meta')
+        bias = affine if layer_norm else None
+        residual_norm.residual_norm_triton(x, x, affine, affine, bias, 1e-6)
+        if not layer_norm:  # of that ViT, q and k are normalised too
+            residual_norm.residual_norm_triton(fused.chunk(3, -1)[1], None, None, affine, bias, 1e-6)
 
 
 def layers(width: int, tiles: int, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:

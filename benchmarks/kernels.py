@@ -1,4 +1,4 @@
-"""The three operations under kernels/ and the whole router, against torch, LMDeploy 0.18 and what the hardware allows.
+"""The operations under kernels/ and the whole router, against torch, LMDeploy 0.18 and what the hardware allows.
 
 For each number of tiles and ViT width: ours (the implementation that would be chosen on this machine), the torch
 reference, LMDeploy's own modules doing the same, and the floor, from the fewest bytes and operations over the bandwidth
@@ -20,6 +20,7 @@ from benchmarks.timing import clock, graphed, interleaved, measure_ceilings, rot
 from lmdeploy_vico.kernels.attention_pool import attention_pool, attention_pool_torch
 from lmdeploy_vico.kernels.pack import pack, pack_torch
 from lmdeploy_vico.kernels.pixel_shuffle import Norm, pixel_shuffle, pixel_shuffle_torch
+from lmdeploy_vico.kernels.residual_norm import norm, residual_norm
 from lmdeploy_vico.vision.router import AttentionPooling, Gating
 
 CUDA = torch.cuda.is_available()
@@ -188,6 +189,58 @@ def test_pixel_shuffle(xs, shape, report):
             check(result[branch][tile // 2 * rows : (tile // 2 + 1) * rows], expected[branch][:rows])
     moved = 2 * xs[0].numel() * ITEM + 2 * (4 + 16) * width * ITEM
     report('pixel_shuffle', competitors, len(xs), moved)
+
+
+def affine(width):
+    """Layer scale, weight and bias of a ViT of this width; None for the bias of an RMSNorm."""
+    scale, weight, bias = (torch.randn(width, device=DEVICE, dtype=DTYPE) for _ in range(3))
+    return scale, weight, bias if width == 1024 else None
+
+
+def plain_norm(x, weight, bias):
+    """As the ViT's blocks have it."""
+    if bias is None:
+        return nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+    return nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-6)
+
+
+def test_residual_norm(xs, shape, report):
+    width, tiles = shape
+    scale, weight, bias = affine(width)
+    deltas = [torch.randn_like(x) for x in xs]
+
+    def plain(index):
+        hidden = xs[index] + deltas[index] * scale
+        return hidden, plain_norm(hidden, weight, bias)
+
+    competitors = {
+        'ours': lambda index: residual_norm(xs[index], deltas[index], scale, weight, bias, 1e-6),
+        'torch': plain,
+    }
+    for tile in some(tiles):
+        x, delta = xs[0][tile].double(), deltas[0][tile].double()
+        hidden = x + delta * scale.double()
+        expected = hidden, plain_norm(hidden, weight.double(), None if bias is None else bias.double())
+        for run in competitors.values():
+            for result, right in zip(run(0), expected, strict=True):
+                check(result[tile], right)
+    report('residual_norm', competitors, len(xs), 4 * xs[0].numel() * ITEM)
+
+
+def test_strided_norm(xs, shape, report):
+    """q of a fused projection, whose rows lie 3 * D apart."""
+    width, tiles = shape
+    _, weight, bias = affine(width)
+    queries = [torch.randn(tiles, PATCHES, 3 * width, device=DEVICE, dtype=DTYPE).chunk(3, -1)[0] for _ in xs]
+    competitors = {
+        'ours': lambda index: norm(queries[index], weight, bias, 1e-6),
+        'torch': lambda index: plain_norm(queries[index], weight, bias),
+    }
+    for tile in some(tiles):
+        expected = plain_norm(queries[0][tile].double(), weight.double(), None if bias is None else bias.double())
+        for run in competitors.values():
+            check(run(0)[tile], expected)
+    report('strided_norm', competitors, len(xs), 2 * xs[0].numel() * ITEM)
 
 
 def test_pack(shape, report):

@@ -33,6 +33,11 @@ class InternViTConfig:
     qkv_bias: bool
     layer_norm_eps: float
 
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> 'InternViTConfig':
         """Read a ``vision_config`` section; raises :class:`UnsupportedCheckpointError`."""

@@ -10,6 +10,7 @@ import psutil
 
 from lmdeploy_vico.kernels.implementation import AUTO, CHOICES
 from lmdeploy_vico.vision.routing import Compression, parse_compression
+from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, parse_speedups
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
@@ -52,6 +53,8 @@ class Options:
             with a 400, one that finds no room beside the others with a 503.
         cache_bytes: host memory for the ViT-level results of tiles that may be asked about again; 0 keeps none.
         kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
+        vit_speedups: faster ways to compute parts of the ViT, a comma-separated list of "cudnn_attention",
+            "residual_norm", "padded_patches" and "strided_qk_norm"; none by default (see vision/speedups.py).
         dummy_weights: make all weights up instead of reading them, for measuring: the answers mean nothing.
         synthetic_images: let an image item ask for made-up visual tokens, for measuring the language model alone.
     """
@@ -65,12 +68,14 @@ class Options:
     max_decoded_bytes: int = dataclasses.field(default_factory=_default_decoded_bytes)
     cache_bytes: int = dataclasses.field(default_factory=_default_cache_bytes)
     kernels: str = AUTO
+    vit_speedups: Speedups = NO_SPEEDUPS
     dummy_weights: bool = False
     synthetic_images: bool = False
 
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, 'compression', parse_compression(self.compression))
+            object.__setattr__(self, 'vit_speedups', parse_speedups(self.vit_speedups))
         except ValueError as error:
             raise OptionError(str(error)) from error
         for name, least in LEAST.items():

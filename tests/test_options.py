@@ -1,6 +1,7 @@
 import pytest
 
 from lmdeploy_vico.options import OptionError, Options
+from lmdeploy_vico.vision.speedups import Speedups
 
 
 def load(overrides=None, **environ):
@@ -42,6 +43,12 @@ def test_flags(text, flag):
         (None, {'LMDEPLOY_VICO_VISION_DEVICE': ''}, 'vision_device must be'),
         (None, {'LMDEPLOY_VICO_KERNELS': 'cuda'}, "kernels must be one of auto, triton, torch, not 'cuda'"),
         ({'vico': {'kernels': ['torch']}}, {}, 'kernels must be one of auto'),
+        (
+            None,
+            {'LMDEPLOY_VICO_VIT_SPEEDUPS': 'cudnn'},
+            'vit_speedups must be a comma-separated list of cudnn_attention',
+        ),
+        ({'vico': {'vit_speedups': True}}, {}, 'vit_speedups must be a comma-separated list of cudnn_attention'),
         (None, {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '2'}, 'dummy_weights must be 0, 1, true or false, not 2'),
         ({'vico': {'synthetic_images': 1.0}}, {}, 'synthetic_images must be 0, 1, true or false, not 1.0'),
         ({'vico': 'none'}, {}, '"vico" must be an object'),
@@ -52,3 +59,11 @@ def test_flags(text, flag):
 def test_mistakes_stop_the_start(overrides, environ, message):
     with pytest.raises(OptionError, match=message):
         load(overrides, **environ)
+
+
+def test_vit_speedups():
+    assert not load().vit_speedups
+    some = Speedups(cudnn_attention=True, padded_patches=True)
+    assert load(LMDEPLOY_VICO_VIT_SPEEDUPS='cudnn_attention,padded_patches').vit_speedups == some
+    assert load({'vico': {'vit_speedups': 'padded_patches, cudnn_attention'}}).vit_speedups == some
+    assert not load({'vico': {'vit_speedups': ''}}, LMDEPLOY_VICO_VIT_SPEEDUPS='residual_norm').vit_speedups

@@ -58,7 +58,7 @@ class Replicas:
         weights: of the checkpoint.
         config: the vision side's.
         devices: all of one kind.
-        options: the server's; ``tile_batch`` counts here.
+        options: the server's; ``tile_batch`` and ``vit_speedups`` count here.
         graph: whether a CUDA graph is captured on each device.
 
     Raises:
@@ -82,7 +82,7 @@ class Replicas:
                 self.before[device] = free_memory(device)
                 encoder = VisionEncoder.load(
                     CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
-                    *(config, device, None, options.tile_batch or None, graph),
+                    *(config, device, None, options.tile_batch or None, graph, options.vit_speedups),
                 )
                 self.encoders.append(encoder)
 

@@ -78,7 +78,8 @@ class VicoVisionModel(VisionModel):
         """Load the vision side; called once, when LMDeploy has chosen the data type and the engine's config.
 
         Raises:
-            UnsupportedCheckpointError, OptionError: the server must not start; the message says why.
+            UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the message
+                says why.
         """
         require_all_hooks()
         get_logger()  # which implementation of the kernels runs is logged below, by a room that knows no handlers

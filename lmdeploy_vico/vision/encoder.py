@@ -16,6 +16,7 @@ from lmdeploy_vico.kernels.pack import pack
 from lmdeploy_vico.vision.arena import ResultMemory
 from lmdeploy_vico.vision.batches import CudaBatches, RunningBatch, TileFeatures, make_batches
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
+from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, require_speedups
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
 from lmdeploy_vico.vision.weights import Checkpoint, Weights
@@ -99,17 +100,20 @@ class VisionEncoder:
         dtype: torch.dtype | None = None,
         tile_batch: int | None = None,
         graph: bool = True,
+        speedups: Speedups = NO_SPEEDUPS,
     ) -> 'VisionEncoder':
         """As :meth:`from_pretrained`, of a checkpoint and config that have been read already.
 
-        Without ``graph``, kernels are launched one by one on a CUDA device.
+        Without ``graph``, kernels are launched one by one on a CUDA device. Raises UnsupportedSpeedupError where one of
+        the ViT's ``speedups`` cannot run.
         """
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         implementation(device)  # says which kernels run, or refuses before anything is loaded
         dtype = default_dtype(device) if dtype is None or device.type == 'cpu' else dtype
+        require_speedups(speedups, config.vision, device, dtype)
         # Memory on the device is taken once, in the final dtype, and only for a checkpoint that is complete.
         with torch.device('meta'):
-            tower = VisionTower(config).to(dtype)
+            tower = VisionTower(config, speedups).to(dtype)
         checkpoint.require({name: tuple(value.shape) for name, value in tower.named_parameters()})
         tower.to_empty(device=device)
         checkpoint.load_into(tower)

@@ -1,19 +1,37 @@
 """InternViT: the vision transformer, in its 300M (LayerNorm) and 6B (RMSNorm, normalised q and k) variants."""
 
+from itertools import pairwise
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lmdeploy_vico.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, InternViTConfig
+from lmdeploy_vico.kernels.residual_norm import Normalised, norm, residual_norm
+from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, cudnn_attention
+
+PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
+PADDED_PATCH_VALUES = -(-PATCH_VALUES // 8) * 8  # whose 16-bit rows begin at multiples of 16 bytes
 
 
 class InternVisionModel(nn.Module):
-    """uint8 tiles in, patch tokens out. Parameter names are those of the checkpoint below ``vision_model.``"""
+    """uint8 tiles in, patch tokens out. Parameter names are those of the checkpoint below ``vision_model.``
 
-    def __init__(self, config: InternViTConfig) -> None:
+    Args:
+        config: its shape.
+        speedups: what is computed in another way; with any of them there are no gradients.
+    """
+
+    def __init__(self, config: InternViTConfig, speedups: Speedups = NO_SPEEDUPS) -> None:
         super().__init__()
+        self.speedups = speedups
         self.embeddings = _Embeddings(config.hidden_size)
         self.encoder = _Encoder(config)
+
+    def prepare(self) -> None:
+        """Compute what depends on the weights alone; call once they are in place."""
+        self.embeddings.prepare(self.speedups.padded_patches)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """Encode whole tiles.
@@ -24,11 +42,31 @@ class InternVisionModel(nn.Module):
         Returns:
             ``[B, 1025, D]`` in the parameters' dtype: the class token, then 32 x 32 patch tokens row by row. There is
             no final norm.
+
+        Raises:
+            RuntimeError: gradients are asked for, and a speed-up is on.
         """
-        hidden = self.embeddings(tiles)
+        if self.speedups and torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
+            raise RuntimeError(f'The ViT has no gradients with vit_speedups ({self.speedups}): train without them.')
+        return self.blocks(self.embeddings(tiles))
+
+    def blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The blocks alone: embedded tokens ``[B, T, D]`` in, hidden states out."""
+        if self.speedups.residual_norm:
+            return self._fused_blocks(hidden)
         for layer in self.encoder.layers:
-            hidden = layer(hidden)
+            hidden = layer(hidden, self.speedups)
         return hidden
+
+    def _fused_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The blocks with every residual and the norm that follows it, across blocks too, in one operation."""
+        layers = cast(list[_Block], list(self.encoder.layers))
+        normed = layers[0].norm1(hidden)
+        for layer, following in pairwise(layers):
+            hidden, delta = layer.attend(hidden, normed, self.speedups)
+            hidden, normed = _add_and_norm(hidden, delta, layer.ls2, following.norm1)
+        hidden, delta = layers[-1].attend(hidden, normed, self.speedups)
+        return torch.addcmul(hidden, delta, layers[-1].ls2)  # no norm follows
 
 
 class _Encoder(nn.Module):
@@ -44,20 +82,35 @@ class _Embeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1, GRID * GRID + 1, width))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
 
-    def prepare(self) -> None:
-        """Put the constants on the parameters' device, in float32 whatever the parameters' dtype."""
+    def prepare(self, padded: bool) -> None:
+        """Put the constants on the parameters' device, in float32 whatever the parameters' dtype; pad the weight."""
         device = self.position_embedding.device
         self._mean, self._std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
+        self._padded: torch.Tensor | None = None
+        if padded:
+            weight = self.patch_embedding.weight.detach().flatten(1)
+            self._padded = F.pad(weight, (0, PADDED_PATCH_VALUES - PATCH_VALUES))
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         pixels = (tiles.float() / 255 - self._mean) / self._std
         # The patches do not overlap: the convolution is a matrix product over [3, 14, 14] patches.
         patches = pixels.reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE, 3).permute(0, 1, 3, 5, 2, 4)
-        patches = patches.reshape(-1, GRID * GRID, 3 * PATCH_SIZE * PATCH_SIZE)
-        weight = self.patch_embedding.weight.flatten(1)
-        tokens = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+        if self._padded is None:
+            patches = patches.reshape(-1, GRID * GRID, PATCH_VALUES)
+            weight = self.patch_embedding.weight.flatten(1)
+            tokens = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+        else:
+            tokens = F.linear(_padded_rows(patches, self._padded.dtype), self._padded, self.patch_embedding.bias)
         tokens = torch.cat([self.class_embedding.expand(len(tokens), -1, -1), tokens], dim=1)
         return tokens + self.position_embedding
+
+
+def _padded_rows(patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Patches ``[B, 32, 32, 3, 14, 14]``, any strides, as rows ``[B, 1024, 592]`` that end in zeros; one pass."""
+    rows = patches.new_empty(len(patches), GRID, GRID, PADDED_PATCH_VALUES, dtype=dtype)
+    rows[..., PATCH_VALUES:] = 0
+    rows[..., :PATCH_VALUES].unflatten(-1, patches.shape[3:]).copy_(patches)
+    return rows.flatten(1, 2)
 
 
 class _Block(nn.Module):
@@ -73,9 +126,16 @@ class _Block(nn.Module):
         self.ls1 = nn.Parameter(torch.empty(width))
         self.ls2 = nn.Parameter(torch.empty(width))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self.attn(self.norm1(hidden)) * self.ls1
+    def forward(self, hidden: torch.Tensor, speedups: Speedups) -> torch.Tensor:
+        hidden = hidden + self.attn(self.norm1(hidden), speedups) * self.ls1
         return hidden + self.mlp(self.norm2(hidden)) * self.ls2
+
+    def attend(
+        self, hidden: torch.Tensor, normed: torch.Tensor, speedups: Speedups
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states after the attention, given their norm; and what the MLP adds to them, not scaled yet."""
+        hidden, normed = _add_and_norm(hidden, self.attn(normed, speedups), self.ls1, self.norm2)
+        return hidden, self.mlp(normed)
 
 
 class _Attention(nn.Module):
@@ -91,13 +151,16 @@ class _Attention(nn.Module):
             self.q_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
             self.k_norm = nn.RMSNorm(width, eps=config.layer_norm_eps)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, speedups: Speedups) -> torch.Tensor:
         batch, tokens, width = hidden.shape
         query, key, value = self.qkv(hidden).chunk(3, dim=-1)
-        if self.qk_normalization:
+        if self.qk_normalization and speedups.strided_qk_norm:
+            query, key = _strided_norm(query, self.q_norm), _strided_norm(key, self.k_norm)
+        elif self.qk_normalization:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attend = cudnn_attention if speedups.cudnn_attention else F.scaled_dot_product_attention
+        attended = attend(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -111,7 +174,25 @@ class _MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(hidden)))
 
 
-def _norm(config: InternViTConfig) -> nn.Module:
+Norm = nn.LayerNorm | nn.RMSNorm
+
+
+def _norm(config: InternViTConfig) -> Norm:
     if config.norm_type == 'rms_norm':
         return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def _add_and_norm(hidden: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor, layer: Norm) -> Normalised:
+    return residual_norm(hidden, delta, scale, *_affine(layer))
+
+
+def _strided_norm(rows: torch.Tensor, layer: Norm) -> torch.Tensor:
+    return norm(rows, *_affine(layer))
+
+
+def _affine(layer: Norm) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """Weight, bias (None tells an RMSNorm) and eps, as the kernel takes them."""
+    bias = layer.bias if isinstance(layer, nn.LayerNorm) else None
+    assert layer.eps is not None
+    return layer.weight, bias, layer.eps

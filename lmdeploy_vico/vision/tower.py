@@ -8,15 +8,16 @@ from lmdeploy_vico.kernels.pixel_shuffle import Shuffled
 from lmdeploy_vico.vision.intern_vit import InternVisionModel
 from lmdeploy_vico.vision.projector import compressed_projector, full_projector, shuffle
 from lmdeploy_vico.vision.router import AttentionPooling, Gating
+from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups
 
 
 class VisionTower(nn.Module):
     """ViT, router and both projectors; every method works on a fixed batch of whole tiles."""
 
-    def __init__(self, config: VicoConfig) -> None:
+    def __init__(self, config: VicoConfig, speedups: Speedups = NO_SPEEDUPS) -> None:
         super().__init__()
         vit_width, llm_width = config.vision.hidden_size, config.llm_hidden_size
-        self.vision_model = InternVisionModel(config.vision)
+        self.vision_model = InternVisionModel(config.vision, speedups)
         self.pooling_before_gating = AttentionPooling(vit_width)
         self.gating = Gating(vit_width)
         self.mlp1 = full_projector(vit_width, llm_width)
@@ -24,7 +25,7 @@ class VisionTower(nn.Module):
 
     def prepare(self) -> None:
         """Compute what depends on the weights alone; call once they are in place."""
-        self.vision_model.embeddings.prepare()
+        self.vision_model.prepare()
         self.pooling_before_gating.prepare()
         self.gating.prepare()
 

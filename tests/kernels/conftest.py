@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # 16 bits in bfloat16 (an error of 2 ** -15 where they are truncated, as in the interpreter, times the logit that they
 # make), and in float16 nearly as many as float32 has.
 SPLIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-5}
-OPERATIONS = ('attention_pool', 'linear', 'pixel_shuffle', 'pack')
+OPERATIONS = ('attention_pool', 'linear', 'pixel_shuffle', 'pack', 'residual_norm')
 GUARD = 64  # elements around each poisoned tensor; a multiple of what vectorised accesses are aligned to
 
 # The same examples in every run, so that a failure is a change of the code. In the interpreter, shrinking a failing one

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy_vico.kernels import attention_pool, implementation, linear, pack, pixel_shuffle
+from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.kernels import attention_pool, implementation, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.speedups import Speedups
+from lmdeploy_vico.vision.weights import Checkpoint
 
 REFERENCES = (
     (attention_pool, 'attention_pool_torch'),
     (linear, 'linear_torch'),
     (pixel_shuffle, 'pixel_shuffle_torch'),
     (pack, 'pack_torch'),
+    (residual_norm, 'residual_norm_torch'),
 )
 
 pytestmark = pytest.mark.skipif(
@@ -74,3 +78,72 @@ def test_alone_or_among_others(encoder, tiles, rows_apart):
     for place, index in enumerate(order):
         assert torch.equal(scores[place], alone[index][0][0])
         assert torch.equal(tokens[place], alone[index][1][0])
+
+
+def fast_encoder(path, vit, **more):
+    """With the ViT's kernels switched on."""
+    speedups = Speedups(residual_norm=True, strided_qk_norm=vit == 'rms_norm', padded_patches=True)
+    return VisionEncoder.load(Checkpoint(path), VicoConfig.from_pretrained(path), speedups=speedups, **more)
+
+
+@pytest.fixture(params=['layer_norm', 'rms_norm'])
+def model(request, make_checkpoint):
+    """A ViT whose blocks are to be given a few tokens: for all of a tile the interpreter takes minutes."""
+    return fast_encoder(make_checkpoint(vit=request.param), request.param).tower.vision_model
+
+
+def launches(model):
+    """With and without a residual: two a block, but for the last one, which no norm follows; q and k of every block."""
+    blocks = len(model.encoder.layers)
+    return 2 * blocks - 1, 2 * blocks if model.speedups.strided_qk_norm else 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """For each launch so far, whether it added a residual."""
+    run, calls = residual_norm.residual_norm_triton, []
+
+    def recorded(x, delta, *rest):
+        calls.append(delta is not None)
+        return run(x, delta, *rest)
+
+    monkeypatch.setattr(residual_norm, 'residual_norm_triton', recorded)
+    return calls
+
+
+@torch.inference_mode()
+def test_the_vits_kernels_run_and_agree_with_its_own_modules(model, rng, launched, monkeypatch):
+    forbid(monkeypatch, REFERENCES)
+    width = model.embeddings.class_embedding.shape[-1]
+    hidden = torch.from_numpy(rng.standard_normal((2, 5, width))).float()
+    ours = model.blocks(hidden)
+    assert (launched.count(True), launched.count(False)) == launches(model)
+    launched.clear()
+    model.speedups = Speedups()
+    plain = model.blocks(hidden)
+    assert launched == []
+    assert (ours - plain).norm() <= 1e-6 * plain.norm()
+
+
+@torch.inference_mode()
+def test_the_vits_kernels_alone_or_among_others(model, rng):
+    width = model.embeddings.class_embedding.shape[-1]
+    tiles = torch.from_numpy(rng.standard_normal((4, 5, width))).float()
+    expected = model.blocks(tiles[[0, 1, 2, 3]])[0]
+    for order in ([2, 0, 1, 3], [1, 3, 2, 0], [0, 0, 0, 0]):
+        assert torch.equal(model.blocks(tiles[order])[order.index(0)], expected)
+
+
+@pytest.mark.parametrize('vit', ['layer_norm', 'rms_norm'])
+def test_an_encoder_takes_the_vits_kernels(make_checkpoint, vit, tiles, monkeypatch):
+    encoder = fast_encoder(make_checkpoint(vit=vit), vit, tile_batch=1)
+    reference, calls = residual_norm.residual_norm_torch, []
+
+    def stand_in(x, delta, *rest):  # at once, instead of the interpreter
+        calls.append(delta is not None)
+        return reference(x, delta, *rest)
+
+    forbid(monkeypatch, [(residual_norm, 'residual_norm_torch')])
+    monkeypatch.setattr(residual_norm, 'residual_norm_triton', stand_in)
+    encoder.features(tiles[:1])
+    assert (calls.count(True), calls.count(False)) == launches(encoder.tower.vision_model)

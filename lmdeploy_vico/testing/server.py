@@ -57,6 +57,18 @@ class ApiServer:
         self._program = program or ([str(beside)] if beside.is_file() else [sys.executable, '-m', 'lmdeploy'])
         self._process: subprocess.Popen[bytes] | None = None
 
+    def again(self, *arguments: str, log: Path) -> 'ApiServer':
+        """Another server of the same checkpoint, not started yet, with more arguments and a log of its own."""
+        return ApiServer(
+            self._checkpoint,
+            *self._arguments,
+            *arguments,
+            log=log,
+            environment=self._environment,
+            timeout=self._timeout,
+            program=self._program,
+        )
+
     def __enter__(self) -> 'ApiServer':
         self.start()
         try:

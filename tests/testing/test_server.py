@@ -87,8 +87,8 @@ def test_other_checkpoints_are_served_as_lmdeploy_would(tmp_path):
 
 def test_the_limits_of_a_tiny_checkpoint_are_lmdeploys_own_options(make_checkpoint):
     """They reach the engine's config, and leave the decode graphs' tables small and the prompts of the tests room."""
-    from lmdeploy.cli.serve import SubCliServe
     from lmdeploy.cli.cli import CLI
+    from lmdeploy.cli.serve import SubCliServe
 
     SubCliServe.add_parsers()
     parsed = CLI.parser.parse_args(['serve', 'api_server', str(make_checkpoint()), *TINY_SERVER])

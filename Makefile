@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Servers, engines and the judge of their answers share few cores: threads that spin while they wait would starve them.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE
+# What is compared with numbers of a CPU leaves a GPU alone that happens to be there.
+ON_CPU := $(TEST_ENV) CUDA_VISIBLE_DEVICES= VICO_TEST_DEVICE=cpu
+ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 # The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
 INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_chat_model.py
 SOURCES := lmdeploy_vico kernels benchmarks tests
@@ -30,13 +33,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a user would
 	@$(BIN)/lmdeploy-vico demo
 
-test: $(STAMP) ## Run the tests
-	@$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
-	@$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
+test: $(STAMP) ## Run the tests, without a GPU that may be there
+	@$(ON_CPU) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	@$(ON_CPU) $(BIN)/python -m pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
-	@$(BIN)/python -m pytest -m gpu tests/gpu
-	@VICO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
+	@$(ON_GPU) $(BIN)/python -m pytest tests/kernels
+	@$(ON_GPU) $(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(STAMP) ## Check style, types and the arrows between the rooms
 	@echo '==> ruff'; $(BIN)/ruff check $(SOURCES) && $(BIN)/ruff format --check $(SOURCES)
@@ -62,7 +65,7 @@ bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and t
 	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)
 
 counters: $(STAMP) ## Compare what requests make the engine do with the committed counts (ARGS=--update writes them)
-	@$(TEST_ENV) CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.counters $(ARGS)
+	@$(ON_CPU) $(BIN)/python -m benchmarks.counters $(ARGS)
 
 soak: $(STAMP) ## Send 2000 requests, a tenth of them cancelled: every answer right, no memory lost
 	@$(TEST_ENV) $(BIN)/python benchmarks/soak.py $(ARGS)

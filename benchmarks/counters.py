@@ -41,6 +41,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
+from lmdeploy_vico.testing.tiny import TINY_ENGINE
 
 RESULTS = Path(__file__).parent / 'results' / 'counters.json'
 TILE_BATCH = 4  # as on a GPU, several tiles share a batch
@@ -218,6 +219,7 @@ def measure(checkpoint: Path) -> Counts:
     from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 
     config = PytorchEngineConfig(
+        **TINY_ENGINE,
         session_len=8192,
         max_prefill_token_num=MAX_PREFILL_TOKENS,
         enable_prefix_caching=True,

@@ -10,6 +10,9 @@ a CPU, few tiles and float32: enough to see that everything runs.
     ... --benchmark-json=results.json    # and keeps it, with device, versions and commit
 """
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
 import torch
 from lmdeploy.pytorch.models.internvl import CrossAttentionPooling, InternVLChatModel
@@ -128,24 +131,30 @@ def test_attention_pool(xs, shape, report):
     report('attention_pool', competitors, len(xs), moved, 4 * tiles * HEADS * PATCHES * width)
 
 
-def test_router(xs, shape, report):
-    width, tiles = shape
+@cache
+def routers(width):
+    """LMDeploy's router, ours with its weights, and it in float64: made once for a width, on the device."""
     torch.manual_seed(21)
-    theirs = [module.to(DEVICE, DTYPE) for module in (CrossAttentionPooling(width), LMDeployGating(width))]
+    with torch.device(DEVICE):
+        theirs = [module(width).to(DTYPE) for module in (CrossAttentionPooling, LMDeployGating)]
+    exact = [deepcopy(module).double() for module in theirs]
     with torch.device('meta'):
         ours = [AttentionPooling(width).to(DTYPE), Gating(width).to(DTYPE)]
     for mine, other in zip(ours, theirs, strict=True):
         # Copies, since the absorbed router brings its norms to float32.
         mine.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, strict=False, assign=True)
         mine.prepare()
+    return theirs, ours, exact
+
+
+def test_router(xs, shape, report):
+    width, tiles = shape
+    theirs, ours, exact = routers(width)
 
     competitors = {
         'ours': lambda index: ours[1](ours[0](xs[index])),
         'lmdeploy': lambda index: theirs[1](theirs[0](list(xs[index]))),
     }
-    exact = [module.double() for module in (CrossAttentionPooling(width), LMDeployGating(width))]
-    for module, other in zip(exact, theirs, strict=True):
-        module.to(DEVICE).load_state_dict(other.state_dict())
     subset = some(tiles)
     expected = exact[1](exact[0](list(xs[0][subset].double())))[:, 0]
     assert (competitors['ours'](0)[subset, 0].double() - expected).abs().max() <= SCORE_TOLERANCE

@@ -6,28 +6,38 @@ usage() {
 usage: benchmarks/on_gpu.sh [-o FOLDER] [PART ...]
 
 Takes the numbers that need a CUDA device, and compares them with what was aimed at. Without a PART: all of them, the
-checks first. Each part can run on a machine of its own.
+checks first. Each part can run on a machine of its own, and is over within ten minutes on one H100 or H200: before it
+starts it prints why, with the number of requests that this leaves for a cell.
 
-  checks         kernels against float64; vision side and engine against the reference
+  checks-kernels, checks-vision, checks-engine-dense, checks-engine-moe
+                 kernels against float64; vision side and engine against the reference
   memcheck       the kernels under compute-sanitizer, if it is installed
-  kernels        timings of the kernels; how often routing in bfloat16 differs from float64
-  vision         ViT-300M and -6B: tiles/s, images/s, latency, against LMDeploy's; the hand-over to the engine
-  placement      8B: vision side and engine in two processes, under MPS, in one
-  llm-8B, llm-30B-A3B, llm-38B
-                 the paper's Table 4: first-token throughput of the language model alone, by token compression
+  kernels        timings of the kernels
+  flips          how often routing in bfloat16 differs from float64
+  vision-300M, vision-6B
+                 tiles/s, images/s and latency against LMDeploy's
+  vit-speed-300M, vit-speed-6B
+                 the switches that may make the ViT faster, on and off in turns
+  handover       the ways to hand visual tokens to the engine
+  placement, placement-mps
+                 8B: vision side and engine in two processes, against one, or against two under MPS
+  llm-8B-64, llm-8B-512, llm-30B-A3B-64, llm-30B-A3B-512, llm-38B-64, llm-38B-512
+                 the paper's Table 4: first-token throughput of the language model alone, by token compression, with so
+                 many text tokens; 38B needs more memory than an H100 has and is skipped there
   image-8B       the same from images to first token, vision side included
-  baselines-8B   image-8B against LMDeploy without the plugin; writes 18 GB of random weights to a scratch folder
+  baselines-8B-flash, baselines-8B-internvl
+                 image-8B against LMDeploy without the plugin; writes 18 GB of random weights to a scratch folder
   soak           2000 requests with cancels: every answer right, nothing grows
   bench-check    stores the ratios that `make bench-check` compares with, and compares once
 
-  -o FOLDER      for the results (default: benchmarks/results): DATE-DEVICE-WHAT.json, and .png of first-token throughput
+  -o FOLDER      for the results (default: benchmarks/results): DATE-DEVICE-WHAT.json, .png of first-token throughput,
+                 and DATE-DEVICE-PART.log with all that was printed
 
 Environment:
-  PYTHON         the interpreter (default: .venv/bin/python, else python3)
-  PROMPTS        requests of a cell in llm, image and baselines parts (default 2000, as in the paper), and at most so
-                 many in placement (default 256). For a limit of ten minutes a command on an H200: 384 for 8B and
-                 30B-A3B, 96 for 38B and placement; or one TEXT_TOKENS at a time.
-  TEXT_TOKENS    of the llm parts (default: '64 512')
+  PYTHON         the interpreter (default: .venv/bin/python, else python3); the plugin has to be installed for it
+  LIMIT          seconds of a part (default 600; no limit without a GPU). A part that is not done by then, or when this
+                 script is told to end (TERM), is ended and keeps what it has measured.
+  PROMPTS        at most so many requests of a cell (default 2000, as in the paper, or what fits the limit)
   SERVER         more arguments of `lmdeploy serve api_server` in the first-token parts, such as '--tp 2'
   TMPDIR         where the scratch folder is made
   VICO_TEST_DEVICE=cpu
@@ -37,7 +47,9 @@ Every step prints its time. One that fails does not stop the others; the exit st
 USAGE
 }
 
-parts=(checks memcheck kernels vision placement llm-8B llm-30B-A3B llm-38B image-8B baselines-8B soak bench-check)
+parts=(checks-kernels checks-vision checks-engine-dense checks-engine-moe memcheck kernels flips vision-300M vision-6B
+    vit-speed-300M vit-speed-6B handover placement placement-mps llm-8B-64 llm-8B-512 llm-30B-A3B-64 llm-30B-A3B-512
+    llm-38B-64 llm-38B-512 image-8B baselines-8B-flash baselines-8B-internvl soak bench-check)
 results= chosen=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -55,40 +67,92 @@ results=$(realpath -m "${results:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null || python=python3
-export VICO_TEST_DEVICE=${VICO_TEST_DEVICE:-cuda} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+export VICO_TEST_DEVICE=${VICO_TEST_DEVICE:-cuda} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 on_gpu() { [ "$VICO_TEST_DEVICE" = cuda ]; }
-name=$("$python" -c 'import re, torch
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-print(re.sub("[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")))') || exit
+# The CPU trial leaves a GPU alone that happens to be there.
+on_gpu || export CUDA_VISIBLE_DEVICES=
+about=$("$python" -c 'import re, torch
+cuda = torch.cuda.is_available()
+name = torch.cuda.get_device_name() if cuda else "cpu"
+memory = torch.cuda.get_device_properties(0).total_memory // 2**30 if cuda else 0
+print(re.sub("[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")), memory)') || exit
+read -r name memory <<<"$about"
 if on_gpu && [ "$name" = cpu ]; then
     echo "$0: there is no CUDA device; VICO_TEST_DEVICE=cpu tries the script without one" >&2
+    exit 2
+fi
+if ! active=$("$python" -m lmdeploy_vico.cli env) || ! grep -q '^plugin *active' <<<"$active"; then
+    echo "$0: the plugin is not active for $python: install it with pip, --target on PYTHONPATH will do." >&2
+    echo "$active" >&2
     exit 2
 fi
 mkdir -p "$results" || exit
 scratch=$(mktemp -d) || exit
 trap 'rm -rf "$scratch"' EXIT
 prefix=$results/$(date +%Y-%m-%d)-$name
-failed=()
+[ ${#chosen[@]} -gt 1 ] && log=$prefix-on-gpu.log || log=$prefix-${chosen[0]}.log
+failed=() ended= child=
 
 if on_gpu; then
-    prompts=${PROMPTS:-2000} text=${TEXT_TOKENS:-64 512} clients=32 tiles=10 images='0 0.5 0.75'
-    widths='1024 3200' vits='300M 6B' flips=32 handovers=60 soak=2000 check=()
+    most=${PROMPTS:-2000} limit=${LIMIT:-600} clients=32 tiles=10 flips=32 handovers=24 soak=2000 check=()
 else
-    prompts=${PROMPTS:-6} text=${TEXT_TOKENS:-64} clients=3 tiles=3 images='0 0.75'
-    widths=256 vits=tiny flips=1 handovers=3 soak=24 check=(--like tiny --cases digests --turns 2)
+    most=${PROMPTS:-6} limit=${LIMIT:-} clients=3 tiles=3 flips=1 handovers=3 soak=24
+    check=(--like tiny --cases digests --turns 2)
 fi
-least() { echo $(($1 < $2 ? $1 : $2)); }
 
-step() {
-    local title=$1 began=$SECONDS
-    shift
-    echo "==> $title"
-    if "$@"; then
-        echo "==> $title: done in $((SECONDS - began)) s"
+say() { echo "$@" | tee -a "$log"; }
+
+# run COMMAND ...: within what is left of the part's limit, so that it can write what it has; its output is kept as well.
+run() {
+    local status bounded=() out=$scratch/out
+    if [ -n "$limit" ]; then
+        # What started this script in the background has SIGINT ignored, and Python would ignore it, too.
+        bounded=(env --default-signal=INT timeout -s INT -k 25 $((deadline - SECONDS > 1 ? deadline - SECONDS : 1)))
     else
-        failed+=("$title")
-        echo "==> $title: FAILED after $((SECONDS - began)) s"
+        bounded=(env --default-signal=INT)
     fi
+    [ -p "$out" ] || mkfifo "$out"
+    tee -i -a "$log" <"$out" &
+    local copying=$!
+    "${bounded[@]}" "$@" >"$out" 2>&1 &
+    child=$!
+    wait "$child"
+    status=$?
+    # A signal to this script ends the waiting early, while the command still writes what it has.
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child"
+        status=$?
+    done
+    child=
+    wait "$copying"
+    return $status
+}
+end() {
+    ended=1
+    [ -z "$child" ] || kill -INT "$child" 2>/dev/null
+}
+trap end TERM INT HUP
+
+# step TITLE FUNCTION-OR-COMMAND ...: whatever it runs goes through `run`.
+step() {
+    local title=$1 began=$SECONDS status
+    shift
+    [ -z "$ended" ] || return
+    say "==> $title"
+    if [ "$(type -t "$1")" = function ]; then "$@"; else run "$@"; fi
+    status=$?
+    case $status in
+        0) say "==> $title: done in $((SECONDS - began)) s" ;;
+        124 | 137)
+            failed+=("$title")
+            say "==> $title: CUT OFF after $((SECONDS - began)) s; what it has measured is kept"
+            ;;
+        *)
+            failed+=("$title")
+            say "==> $title: FAILED after $((SECONDS - began)) s"
+            ;;
+    esac
 }
 
 # checkpoint MODEL [--weights]: its directory, made when first asked for; a tiny one of the same kind without a GPU.
@@ -96,9 +160,9 @@ checkpoint() {
     local directory=$scratch/$1${2:-} kind=()
     if ! on_gpu; then
         case $1 in 30B*) kind=(--llm moe) ;; 38B) kind=(--vit rms_norm) ;; esac
-        "$python" -m lmdeploy_vico.cli tiny "$directory" "${kind[@]}" >/dev/null
+        run "$python" -m lmdeploy_vico.cli tiny "$directory" "${kind[@]}"
     elif [ ! -e "$directory/config.json" ]; then
-        "$python" -m lmdeploy_vico.cli tiny "$directory" --like "$1" "${@:2}" >/dev/null
+        run "$python" -m lmdeploy_vico.cli tiny "$directory" --like "$1" "${@:2}"
     fi && model=$directory
 }
 
@@ -106,15 +170,18 @@ checkpoint() {
 first_token() {
     local what=$1 mode=$2
     shift 2
-    # shellcheck disable=SC2086  # lists of words
-    "$python" -m lmdeploy_vico.cli bench --model "$model" --mode "$mode" --num-prompts "$prompts" \
-        --max-concurrency $clients --tiles $tiles --count-prefills "$@" \
+    # shellcheck disable=SC2086  # a list of words
+    run "$python" -m lmdeploy_vico.cli bench --model "$model" --mode "$mode" --num-prompts "$prompts" \
+        --max-concurrency $clients --tiles $tiles "$@" \
         --output-file "$prefix-$what.json" --plot "$prefix-$what.png" ${SERVER:+-- $SERVER}
 }
 
 part_checks() {
-    step 'kernels against float64' "$python" -m pytest -q tests/kernels
-    step 'vision side and engine' "$python" -m pytest -q -m gpu tests/gpu
+    case $1 in
+        kernels) step 'kernels against float64' "$python" -m pytest -q tests/kernels ;;
+        vision) step 'vision side' "$python" -m pytest -q -m gpu tests/gpu -k 'not engine' ;;
+        engine-*) step "engine, ${1#engine-}" "$python" -m pytest -q -m gpu tests/gpu -k "engine and ${1#engine-}" ;;
+    esac
 }
 
 part_memcheck() {
@@ -123,64 +190,80 @@ part_memcheck() {
         step 'memory checker' env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
             "$python" -m pytest -q tests/kernels -k 'triton and (sizes_of_models or heads or extreme or many)'
     else
-        echo '==> memory checker: skipped, it needs a CUDA device and compute-sanitizer'
+        say '==> memory checker: skipped, it needs a CUDA device and compute-sanitizer'
     fi
 }
 
 part_kernels() {
     step 'kernel timings' "$python" -m pytest -q benchmarks/kernels.py -o python_files=kernels.py \
         --benchmark-columns=median,iqr,rounds --benchmark-json="$prefix-kernels.json"
-    for width in $widths; do
-        step "routing flips, D = $width" "$python" benchmarks/routing_flips.py --width "$width" --prompts "$flips" \
+}
+
+part_flips() {
+    local width widths=(256)
+    on_gpu && widths=(1024 3200)
+    for width in "${widths[@]}"; do
+        step "routing flips, D = $width" "$python" benchmarks/routing_flips.py --width "$width" --prompts $flips \
             --output "$prefix-routing-flips-$width.json"
     done
 }
 
 part_vision() {
-    local many
-    for vit in $vits; do
-        case $vit in
-            300M) many=(--images 64 --latencies 100 --seconds 3) ;;
-            6B) many=(--images 8 --latencies 10 --seconds 3) ;;
-            *) many=(--images 2 --latencies 3 --seconds 0.5 --parts preparation stage latency) ;;
-        esac
-        step "vision side, ViT $vit" "$python" -m benchmarks.vision --like "$vit" --device "$VICO_TEST_DEVICE" \
-            "${many[@]}" --output "$prefix-vision-$vit.json"
-    done
+    local many like=$1
+    case $like in
+        300M) many=(--images 48 --latencies 60 --seconds 2) ;;
+        6B) many=(--images 8 --latencies 10 --seconds 2 --parts stage latency) ;;
+    esac
+    on_gpu || like=tiny many=(--images 2 --latencies 3 --seconds 0.5 --parts preparation stage latency)
+    step "vision side, ViT $like" "$python" -m benchmarks.vision --like "$like" --device "$VICO_TEST_DEVICE" \
+        "${many[@]}" --output "$prefix-vision-$1.json"
+}
+
+part_vit_speed() {
+    local like=$1
+    on_gpu || like=tiny
+    step "switches of ViT $like" "$python" -m benchmarks.vit_speed --like "$like" --device "$VICO_TEST_DEVICE" \
+        --output "$prefix-vit-speed-$1.json"
+}
+
+part_handover() {
     step 'hand-over to the engine' "$python" -m benchmarks.handover --rounds $handovers --output "$prefix-handover.json"
 }
 
+# part_placement [mps]
 part_placement() {
-    local repeats=2
+    local against=${1:-one} repeats=2
+    if [ "$against" = mps ] && ! { on_gpu && command -v nvidia-cuda-mps-control >/dev/null; }; then
+        say '==> placement under MPS: skipped, it needs a CUDA device and nvidia-cuda-mps-control'
+        return
+    fi
     on_gpu || repeats=1
     step '8B: config and tokenizer' checkpoint 8B
-    step '8B: placement' env LMDEPLOY_VICO_DUMMY_WEIGHTS=1 "$python" -m benchmarks.placement --model "$model" \
-        --num-prompts "$(least "$prompts" 256)" --max-concurrency $clients --tiles $tiles --repeats $repeats \
-        --output "$prefix-placement.json"
+    LMDEPLOY_VICO_DUMMY_WEIGHTS=1 step "8B: placement, two processes against $against" "$python" -m benchmarks.placement \
+        --model "$model" --against "$against" --num-prompts "$prompts" --max-concurrency $clients --tiles $tiles \
+        --repeats $repeats --output "$prefix-placement-$against.json"
 }
 
-# part_llm MODEL, part_image MODEL, part_baselines MODEL
+# part_llm MODEL-TEXT, part_image MODEL, part_baselines MODEL-NAME
 part_llm() {
-    local what=llm-$1 words
-    [ -z "${TEXT_TOKENS:-}" ] || what+=-${TEXT_TOKENS// /-}
-    read -ra words <<<"$text"
-    step "$1: config and tokenizer" checkpoint "$1"
-    LMDEPLOY_VICO_DUMMY_WEIGHTS=1 step "$1: language model alone" first_token "$what" llm --text-tokens "${words[@]}" \
-        --token-compression 0 0.25 0.5 0.75
+    local name=${1%-*} text=${1##*-} more=()
+    [ "$name" != 8B ] || more=(--count-prefills)
+    step "$name: config and tokenizer" checkpoint "$name"
+    LMDEPLOY_VICO_DUMMY_WEIGHTS=1 step "$name: language model alone, $text text tokens" first_token "llm-$1" llm \
+        --text-tokens "$text" --token-compression 0 0.25 0.5 0.75 "${more[@]}"
 }
 
 part_image() {
-    local shares
-    read -ra shares <<<"$images"
     step "$1: config and tokenizer" checkpoint "$1"
     LMDEPLOY_VICO_DUMMY_WEIGHTS=1 step "$1: images" first_token "image-$1" image --text-tokens 64 \
-        --token-compression "${shares[@]}"
+        --token-compression 0 0.5 0.75 --count-prefills
 }
 
 part_baselines() {
-    step "$1: random weights" checkpoint "$1" --weights
-    step "$1: images, against LMDeploy" first_token "baselines-$1" image --text-tokens 64 --token-compression 0 0.75 \
-        --baseline lmdeploy-flash lmdeploy-internvl --servers in-turn
+    local name=${1%-*} baseline=lmdeploy-${1##*-}
+    step "$name: random weights" checkpoint "$name" --weights
+    step "$name: images, against $baseline" first_token "baselines-$1" image --text-tokens 64 \
+        --token-compression 0 0.75 --baseline "$baseline" --servers in-turn
     rm -rf "$model"
 }
 
@@ -193,16 +276,37 @@ part_bench_check() {
     step 'the same again' "$python" -m benchmarks.check --baseline "$prefix-check.json" "${check[@]}"
 }
 
+# plan PART: prints the arithmetic and sets $prompts; fails where the part is not to be run.
+plan() {
+    local printed status
+    prompts=$most
+    on_gpu || return 0
+    printed=$("$python" -m benchmarks.budget "$1" --limit "$limit" --most "$most" --memory "$memory")
+    status=$?
+    prompts=$(tail -n 1 <<<"$printed")
+    [ $status -ne 0 ] || printed=$(head -n -1 <<<"$printed")
+    say "$printed"
+    [ $status -eq 0 ] && return
+    [ $status -eq 3 ] || failed+=("$1")
+    return $status
+}
+
+began=0 # of a part: the first one pays for this script's own start
 for part in "${chosen[@]}"; do
-    model=
+    [ -z "$ended" ] || { failed+=("$part was not begun") && continue; }
+    model= deadline=$((began + ${limit:-0} - 30))
+    plan "$part" || continue
     case $part in
-        llm-* | image-* | baselines-*) "part_${part%%-*}" "${part#*-}" ;;
+        checks-* | vision-* | llm-* | image-* | baselines-* | placement-*) "part_${part%%-*}" "${part#*-}" ;;
+        vit-speed-*) part_vit_speed "${part##*-}" ;;
         *) "part_${part//-/_}" ;;
     esac
+    began=$SECONDS
 done
 "$python" -m benchmarks.targets "$results"
 if [ ${#failed[@]} -gt 0 ]; then
-    printf '==> failed: %s\n' "${failed[@]}"
+    printf '==> failed: %s\n' "${failed[@]}" | tee -a "$log"
+    [ -z "$ended" ] || exit 143
     exit 1
 fi
-echo "==> all done in $SECONDS s; results in $results"
+say "==> all done in $SECONDS s; results in $results"

@@ -6,8 +6,9 @@
                        (needs a GPU and nvidia-cuda-mps-control)
   one process          the engine in the API server's process, on a stream of its own; both share Python's lock
 
-Each is served and measured by ``lmdeploy-vico bench`` in image mode, all one after the other and then again in reverse,
-so that drift cancels. Requests per second are added up over the repeats.
+Two processes are compared with one of the others (--against). Each is served and measured by ``lmdeploy-vico bench`` in
+image mode, one after the other and then again in reverse, so that drift cancels. Requests per second are added up over
+the repeats.
 
     python -m benchmarks.placement --model DIR --output results.json
 """
@@ -34,6 +35,7 @@ from lmdeploy_vico import cli
 from lmdeploy_vico.testing.server import ApiServer, ServerError
 
 TWO, MPS, ONE = 'two processes', 'two processes, MPS', 'one process'
+AGAINST = {'one': ONE, 'mps': MPS}
 CONTROL = 'nvidia-cuda-mps-control'
 CLOSING = 30  # seconds for the service to end
 
@@ -68,10 +70,9 @@ def multi_process_service(folder: Path) -> Iterator[dict[str, str | None]]:
         subprocess.run([CONTROL], input='quit\n', text=True, env=full, check=False, timeout=CLOSING)
 
 
-def placements() -> list[str]:
-    """Those that can be measured on this machine."""
-    with_service = torch.cuda.is_available() and shutil.which(CONTROL) is not None
-    return [TWO, MPS, ONE] if with_service else [TWO, ONE]
+def with_service() -> bool:
+    """Whether the multi-process service can be measured on this machine."""
+    return torch.cuda.is_available() and shutil.which(CONTROL) is not None
 
 
 def measure(placement: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -114,13 +115,18 @@ def main() -> int:
     parser.add_argument('--max-concurrency', type=int, default=32)
     parser.add_argument('--tiles', type=int, default=10)
     parser.add_argument('--token-compression', type=float, nargs='+', default=[0.0, 0.75])
+    parser.add_argument(
+        '--against', choices=AGAINST, default='one', help='one process, or two under MPS (default: one)'
+    )
     parser.add_argument('--repeats', type=int, default=2, help='the order is reversed from one to the next')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()
-    console, order = Console(width=120), placements()
-    if MPS not in order:
-        console.print(f'{MPS} is left out: it needs a CUDA device and {CONTROL}.')
+    console, order = Console(width=120), [TWO, AGAINST[arguments.against]]
+    if MPS in order and not with_service():
+        console.print(f'{MPS} needs a CUDA device and {CONTROL}.', style='red')
+        return 1
     totals: dict[tuple[str, float], Total] = {}
+    status = 0
     try:
         for repeat in range(arguments.repeats):
             for placement in order if repeat % 2 == 0 else reversed(order):
@@ -128,19 +134,21 @@ def main() -> int:
                 for cell in measure(placement, arguments):
                     key = placement, cell['token_compression']
                     totals[key] = totals.get(key, Total()).plus(cell)
-    except (ServerError, OSError, subprocess.SubprocessError) as error:
-        console.print(error, style='red', markup=False)
-        return 1
-    console.print(table(totals))
-    if arguments.output:
+    except (ServerError, OSError, subprocess.SubprocessError, KeyboardInterrupt) as error:
+        console.print(error or 'Ended before all was measured.', style='red', markup=False)
+        status = 1
+    if totals:  # what there is, also of a run that has not come to its end
+        console.print(table(totals))
+    if arguments.output and totals:
         names = ('num_prompts', 'max_concurrency', 'tiles', 'repeats')
         asked = {'model': Path(arguments.model).name} | {name: getattr(arguments, name) for name in names}
         rows = [
             {'placement': name, 'token_compression': share, 'request_throughput': total.throughput, **vars(total)}
             for (name, share), total in totals.items()
         ]
-        arguments.output.write_text(json.dumps({'facts': facts(), **asked, 'rows': rows}, indent=1) + '\n')
-    return 0
+        content = {'facts': facts(), **asked, 'complete': not status, 'rows': rows}
+        arguments.output.write_text(json.dumps(content, indent=1) + '\n')
+    return status
 
 
 if __name__ == '__main__':

@@ -30,13 +30,14 @@ KINDS = ('random', 'large mean', 'near ties', 'outliers')
 
 def plain_router(width: int, dtype: torch.dtype, device: torch.device) -> nn.Sequential:
     """LMDeploy's modules, with weights that spread the scores."""
-    router = nn.Sequential(CrossAttentionPooling(width), LMDeployGating(width))
+    with device:
+        router = nn.Sequential(CrossAttentionPooling(width), LMDeployGating(width))
     for name, value in router.named_parameters():
         if value.dim() > 1:
             nn.init.normal_(value, std=1.5 / value.shape[-1] ** 0.5)
         else:
             nn.init.normal_(value, mean=1.0 if 'norm' in name and name.endswith('weight') else 0.0, std=0.2)
-    return router.to(device, dtype)
+    return router.to(dtype)
 
 
 def absorbed_router(plain: nn.Sequential, width: int) -> nn.Sequential:

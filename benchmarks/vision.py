@@ -22,6 +22,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -330,7 +331,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     console = Console(width=120)
     if MISSING:
@@ -341,6 +342,8 @@ def main() -> None:
         for part in arguments.parts:
             console.print(f'==> {part}')
             found[part] = getattr(bench, f'measure_{part.replace(" ", "_")}')()
+    except KeyboardInterrupt:
+        console.print('Ended before all was measured.', style='red')
     finally:
         bench.close()
     settings = {'like': arguments.like, 'layers': bench.config['vision_config']['num_hidden_layers']}
@@ -355,7 +358,9 @@ def main() -> None:
     if arguments.output:
         content = {'facts': facts(), 'settings': settings, 'recipe': images.recipe(), 'rates': bench.rows}
         content |= {part: value for part, value in found.items() if value}
+        content['complete'] = set(found) == set(arguments.parts)
         arguments.output.write_text(json.dumps(rounded(content), indent=1) + '\n')
+    return 0 if set(found) == set(arguments.parts) else 1
 
 
 def rounded(value: Any) -> Any:
@@ -368,4 +373,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -23,9 +23,11 @@ Write a random checkpoint of a few megabytes in the published layout of InternVL
 counts, a working router, its own tokenizer; the answers depend on every picture and word and mean nothing.
 The same options give the same bytes. Afterwards:
 
-  lmdeploy serve api_server DIR
+  lmdeploy serve api_server DIR --max-batch-size 32 --num-gpu-blocks 4096
 
-LMDeploy's own classes, which serve a checkpoint made with --plain, need --trust-remote-code as well.
+Without the two limits, millions of small KV blocks would fill a GPU, and LMDeploy's decode graphs, whose tables grow
+with them, would not fit. LMDeploy's own classes, which serve a checkpoint made with --plain, need --trust-remote-code
+as well.
 
 With --like, write config and tokenizer of a published model instead, to size a deployment of it before downloading it:
 its weights are made up on the device when it is served with LMDEPLOY_VICO_DUMMY_WEIGHTS=1.
@@ -136,6 +138,7 @@ def _add_tiny_options(tiny: argparse.ArgumentParser) -> None:
 
 def _tiny(arguments: argparse.Namespace) -> int:
     from lmdeploy_vico.testing.published import NoSpaceError, WeightsExistError
+    from lmdeploy_vico.testing.tiny import server_arguments
 
     given = {name: getattr(arguments, name) for name in TINY_ONLY if hasattr(arguments, name)}
     excluded = [name for name in given if arguments.like and not (arguments.weights and name == 'seed')]
@@ -160,8 +163,9 @@ def _tiny(arguments: argparse.Namespace) -> int:
         )
         print(f'  LMDEPLOY_VICO_DUMMY_WEIGHTS=1 lmdeploy serve api_server {path}')
         return 0
-    flags = ' --trust-remote-code' if given.get('plain') else ''
-    print(f'Serve it: lmdeploy serve api_server {path}{flags}', file=sys.stderr)  # so that a script reads the path only
+    flags = [*server_arguments(path), *(['--trust-remote-code'] if given.get('plain') else [])]
+    command = ' '.join(['lmdeploy serve api_server', str(path), *flags])
+    print(f'Serve it: {command}', file=sys.stderr)  # so that a script reads the path only
     return 0
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all rooms: tiny checkpoints, real pictures, prompts, and the judge of answers."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ from parity.conversations import conversations
 from PIL import Image
 
 MakeCheckpoint = Callable[..., Path]
+
+# Tests, and the servers they start, leave a GPU alone unless they are told to use it: it may be somebody else's, and
+# what they compare was counted on a CPU. PyTorch looks at this when a device is used first, long after this line.
+if os.environ.get('VICO_TEST_DEVICE') != 'cuda':
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
 @pytest.fixture(scope='session')

@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='distinct pictures, most of a megabyte each in memory at 10 tiles (default: --num-prompts)',
     )  # fmt: skip
     parser.add_argument('--count-prefills', action='store_true',
-        help="count the engine's prefill steps, in the debug log of the servers that are started here",
+        help="also count the engine's prefill steps: afterwards, with few requests, in the debug log of other servers "
+        'started for it, since writing that log slows a server down',
     )  # fmt: skip
     parser.add_argument('--seed', type=_natural, default=0, help='of pictures and texts (default: 0)')
     parser.add_argument('--request-timeout', type=float, default=600, metavar='SECONDS', help='(default: 600)')

@@ -20,7 +20,7 @@ from lmdeploy_vico.bench.checks import check_answer
 from lmdeploy_vico.bench.client import Client, Outcome, Round
 from lmdeploy_vico.bench.paper import paper_model, paper_speedup
 from lmdeploy_vico.bench.pictures import make_pictures
-from lmdeploy_vico.bench.prefills import DEBUG, PrefillLog
+from lmdeploy_vico.bench.prefills import DEBUG, count_prefills
 from lmdeploy_vico.bench.results import CellResult, OutputFile
 from lmdeploy_vico.bench.texts import make_texts
 from lmdeploy_vico.bench.workload import (
@@ -66,8 +66,8 @@ class Measurement:
         self._about: dict[str, Any] = {}
         self._unwritten = False
         self._servers: dict[str, ApiServer] = {}
+        self._served: dict[str, str] = {}  # what each server calls its model
         self._groups: list[list[str]] = []  # servers that run at the same time, group after group
-        self._prefills: dict[str, PrefillLog] = {}  # of each server whose steps are counted
 
     def check(self) -> None:
         """Raises :class:`BenchError` for what would fail later; prints what is left out."""
@@ -109,10 +109,9 @@ class Measurement:
         together = options.servers == 'together' or (options.servers == 'auto' and not gpu)
         servers.check_arguments(options.server_arguments, self._baselines, together, bool(gpu))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='vico-bench-')))
-        arguments = [*options.server_arguments, *(DEBUG if options.count_prefills else ())]
+        given = options.server_arguments
         self._servers = {
-            name: servers.make_server(name, options.model, options.mode, bool(gpu), arguments, scratch)
-            for name in names
+            name: servers.make_server(name, options.model, options.mode, bool(gpu), given, scratch) for name in names
         }
         # One after the other and back again, so that what changes slowly changes them alike.
         self._groups = [names] if together else [[name] for name in (*names, *names[-2::-1])]
@@ -175,6 +174,28 @@ class Measurement:
                         client = Client(server.url, self.options.request_timeout)
                         running[name] = (await stack.enter_async_context(client), server)
                 await self._measure(running, turns)
+        if self.options.count_prefills:
+            for name in dict.fromkeys(name for group in self._groups for name in group if name != TURBOMIND):
+                await self._count(name)
+
+    async def _count(self, name: str) -> None:
+        """Count the prefill steps of a server's cells, on another one that writes a debug log."""
+        server, options = self._servers[name], self.options
+        todo = {
+            cell: options.num_prompts for cell, one in self.results.items() if cell.server == name and not one.error
+        }
+        if not todo:
+            return
+        counting = server.again(*DEBUG, log=server.log.with_name(f'{name}-steps.log'))
+        self._say(f'Counting prefill steps: $ {" ".join(counting.command)}')
+        requests = Requests(self._served[name], options.tiles, self._pictures, self._texts, options.seed)
+        try:
+            steps = await count_prefills(counting, requests, todo, options.max_concurrency, options.request_timeout)
+        except (BenchError, ServerError) as error:
+            self._say(f'{LABELS[name]}: prefill steps were not counted: {error}')
+            return
+        for cell, number in steps.items():
+            self.results[cell].prefill_steps_per_request = number
 
     async def _started(self, stack: contextlib.AsyncExitStack, name: str) -> bool:
         server = self._servers[name]
@@ -182,8 +203,6 @@ class Measurement:
         stack.callback(server.stop)
         self._about['servers'][name] = command = ' '.join(server.command)
         self._say(f'$ {command}')
-        if self.options.count_prefills and name != TURBOMIND:
-            self._prefills[name] = PrefillLog(server.log)  # a new one with each start, as the log is
         try:
             await asyncio.to_thread(server.wait_until_ready)
         except ServerError:
@@ -198,7 +217,7 @@ class Measurement:
         requests = {}
         for name, (client, server) in running.items():
             try:
-                requests[name] = await self._requests(client)
+                requests[name] = await self._requests(name, client)
             except BenchError:
                 if name == OURS:
                     raise
@@ -217,9 +236,9 @@ class Measurement:
                         await self._round(cell, client, server, requests[cell.server], indices, done)
                         self._save(complete=False)
 
-    async def _requests(self, client: Client) -> Requests:
+    async def _requests(self, name: str, client: Client) -> Requests:
         options = self.options
-        model = await client.model()
+        self._served[name] = model = await client.model()
         self._model = self._model or model
         for tokens in set(options.text_tokens) - set(self._texts):
             self._texts[tokens] = await make_texts(client.token_counts, tokens, options.num_prompts, options.seed)
@@ -238,13 +257,12 @@ class Measurement:
         start = list(self.results).index(cell) * self.options.num_prompts // len(self.results)
         bodies = [requests.body(cell, index, start) for index in indices]
         before = parse_metrics(await client.metrics())
-        self._prefill_steps(cell)  # those of others
         measured = await client.round(bodies, self.options.max_concurrency, done)
         errors = [outcome.error for outcome in measured.outcomes if outcome.error]
         ended = bool(errors) and await client.ended(measured.outcomes)
         if not ended and not measured.gave_up:
             added = await _added(client, before, measured)
-            self.results[cell].add(measured, added, self._prefill_steps(cell))
+            self.results[cell].add(measured, added)
             return
         # Its time says nothing: only whole rounds are compared.
         self.results[cell].add_failures(measured)
@@ -254,10 +272,6 @@ class Measurement:
             raise BenchError(
                 f'The server or its engine ended during the measurement ({why}). Results: {self.output.path}'
             )
-
-    def _prefill_steps(self, cell: Cell) -> int | None:
-        log = self._prefills.get(cell.server)
-        return log.taken() if log else None
 
     def _lose(self, name: str, reason: str) -> None:
         for cell, result in self.results.items():

@@ -95,7 +95,7 @@ def token_table(results: Results) -> Table:
                 f'{result.kv_blocks_per_request:.1f}',
                 '-' if steps is None else f'{steps:.3f}',
             )
-    if all(result.prefill_steps is None for result in results.values()):
+    if all(result.prefill_steps_per_request is None for result in results.values()):
         table.caption = 'Prefill steps are counted with --count-prefills.'
     return table
 

@@ -36,14 +36,12 @@ class CellResult:
         self.ttft: list[float] = []
         self.cached_tokens = 0
         self.added: dict[str, float] = {}
-        self.prefill_steps: int | None = None  # of the engine; None where they are not counted
+        self.prefill_steps_per_request: float | None = None  # several requests share a step; None if not counted
         self._tiles = tiles
         self._input_tokens = self._vision_tokens = self._kv_blocks = 0
 
-    def add(self, measured: Round, added: Mapping[str, float], prefill_steps: int | None = None) -> None:
-        """Add a round, what it added to the server's metrics, and the engine's prefill steps if they are known."""
-        if prefill_steps is not None:
-            self.prefill_steps = (self.prefill_steps or 0) + prefill_steps
+    def add(self, measured: Round, added: Mapping[str, float]) -> None:
+        """Add a round and what it added to the server's metrics."""
         self.duration += measured.duration
         self.rounds.append(measured.duration)
         self.add_failures(measured)
@@ -113,11 +111,6 @@ class CellResult:
     def kv_blocks_per_request(self) -> float:
         """KV blocks that a prompt takes, on average."""
         return self._kv_blocks / max(self.completed, 1)
-
-    @property
-    def prefill_steps_per_request(self) -> float | None:
-        """The engine's prefill steps over the requests, several of which share one; None where they are not counted."""
-        return None if self.prefill_steps is None else self.prefill_steps / max(self.completed, 1)
 
     @property
     def breakdown(self) -> Breakdown | None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from lmdeploy_vico.testing import configuration
 from lmdeploy_vico.testing.calibration import as_stored, calibrate
 from lmdeploy_vico.testing.configuration import DTYPES, LLMS, SIZES, VITS, Size
+from lmdeploy_vico.testing.tiny import MADE_BY, MARKER
 from lmdeploy_vico.testing.tokenizer import VOCABULARY, write_tokenizer
 from lmdeploy_vico.testing.weights import Noise, language_weights, projector_weights, router_weights, vision_weights
 
-MARKER = 'tiny_checkpoint.json'
 SHARDS = 2
 REMOTE_CODE = 'configuration_internvl_chat.py'
 
@@ -52,7 +52,7 @@ def make_tiny_checkpoint(
     prepare_directory(path, force)
     # First of all, so that a directory left by an interrupted run can be recognised and replaced.
     arguments = {'llm': llm, 'vit': vit, 'seed': seed, 'size': size, 'flash': flash, 'dtype': dtype}
-    write_json(path / MARKER, {'made_by': 'lmdeploy-vico tiny', **arguments})
+    write_json(path / MARKER, {'made_by': MADE_BY, **arguments})
     token_ids = write_tokenizer(path)
     # As in the published vocabularies, there are more embedding rows than tokens.
     vocab_size = -(-len(token_ids) // 128) * 128

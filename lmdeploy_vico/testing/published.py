@@ -13,8 +13,9 @@ import torch
 from lmdeploy_vico.adapter.language_model import language_model_shapes
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.testing import configuration, shards
-from lmdeploy_vico.testing.checkpoint import MARKER, prepare_directory, write_configuration, write_json
+from lmdeploy_vico.testing.checkpoint import prepare_directory, write_configuration, write_json
 from lmdeploy_vico.testing.configuration import Size
+from lmdeploy_vico.testing.tiny import MADE_BY, MARKER
 from lmdeploy_vico.testing.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from lmdeploy_vico.vision.tower import VisionTower
 from lmdeploy_vico.vision.weights import INDEX_FILE, Shape
@@ -151,7 +152,7 @@ def _shape(model: str | Model) -> Model:
 
 
 def _marker(model: str | Model) -> dict[str, Any]:
-    return {'made_by': 'lmdeploy-vico tiny --like', 'like': model if isinstance(model, str) else ''}
+    return {'made_by': f'{MADE_BY} --like', 'like': model if isinstance(model, str) else ''}
 
 
 def _write_all_but_weights(path: Path, shape: Model, marker: dict[str, Any]) -> None:

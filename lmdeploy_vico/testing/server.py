@@ -15,6 +15,8 @@ from types import TracebackType
 
 import psutil
 
+from lmdeploy_vico.testing.tiny import server_arguments
+
 POLL = 0.1  # seconds between two looks at the server's health
 LOOK = 10  # seconds for such a look
 STOPPING = 20  # seconds that a server is given to end by itself
@@ -28,8 +30,8 @@ class ApiServer:
     """A context manager around one ``lmdeploy serve api_server`` process and all its children.
 
     Args:
-        checkpoint: what to serve.
-        arguments: further command line arguments.
+        checkpoint: what to serve; for a tiny one the engine gets the limits of :mod:`lmdeploy_vico.testing.tiny`.
+        arguments: further command line arguments, which win over those limits.
         environment: variables to set for the server; a value of None removes one.
         log: file for the server's output.
         timeout: seconds to wait until it is ready.
@@ -55,6 +57,18 @@ class ApiServer:
         self._program = program or ([str(beside)] if beside.is_file() else [sys.executable, '-m', 'lmdeploy'])
         self._process: subprocess.Popen[bytes] | None = None
 
+    def again(self, *arguments: str, log: Path) -> 'ApiServer':
+        """Another server of the same checkpoint, not started yet, with more arguments and a log of its own."""
+        return ApiServer(
+            self._checkpoint,
+            *self._arguments,
+            *arguments,
+            log=log,
+            environment=self._environment,
+            timeout=self._timeout,
+            program=self._program,
+        )
+
     def __enter__(self) -> 'ApiServer':
         self.start()
         try:
@@ -73,7 +87,8 @@ class ApiServer:
         self.port = free_port()
         self.url = f'http://127.0.0.1:{self.port}'
         address = ('--server-name', '127.0.0.1', '--server-port', str(self.port))
-        self.command = ['lmdeploy', 'serve', 'api_server', self._checkpoint, *address, *self._arguments]
+        given = (*server_arguments(self._checkpoint), *self._arguments)
+        self.command = ['lmdeploy', 'serve', 'api_server', self._checkpoint, *address, *given]
 
     def start(self) -> None:
         """Start the process; returns at once."""

@@ -220,6 +220,8 @@ def test_both_modes_and_both_baselines_for_real(make_checkpoint, bench):
         [(IMAGE, OURS, share) for share in (0.0, 0.75)],
         [(IMAGE, name, None) for name in (FLASH, INTERNVL)],
     )
+    assert len(results['servers']) == 3 and not [one for one in results['servers'].values() if 'log-level' in one]
+    assert printed.count('Counting prefill steps: $ ') == printed.count('--log-level DEBUG') == 3
     assert list(cells) == [(LLM, OURS, 0.0), (LLM, OURS, 0.75), *image, *baselines]
     assert {(cell['completed'], cell['failed'], cell['error']) for cell in cells.values()} == {(64, 0, None)}
     # LMDeploy schedules its flash mode's tokens as if nothing were compressed.

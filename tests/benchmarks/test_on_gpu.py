@@ -1,28 +1,58 @@
-"""``benchmarks/on_gpu.sh``: its options. Its parts are tried with ``VICO_TEST_DEVICE=cpu``, in minutes."""
+"""``benchmarks/on_gpu.sh``: its options, its limits, what it runs. Try its parts with ``VICO_TEST_DEVICE=cpu``."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from benchmarks import budget
 
 SCRIPT = Path(__file__).parents[2] / 'benchmarks' / 'on_gpu.sh'
 
 
+PARTS = re.search(r'^parts=\((.*?)\)$', SCRIPT.read_text(), re.MULTILINE | re.DOTALL)[1].split()
+
+
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, 'PYTHON': sys.executable, **environment}
     command = ['bash', str(SCRIPT), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=settings(environment), capture_output=True, text=True, timeout=300, check=False)
+
+
+def settings(environment: dict[str, str]) -> dict[str, str]:
+    without = {name: value for name, value in os.environ.items() if name not in ('PROMPTS', 'LIMIT', 'SERVER')}
+    return {**without, 'PYTHON': sys.executable, **environment}
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """``interpreter(case, ...)``: a Python for which a case of the shell's says what becomes of certain arguments."""
+
+    def make(*cases: str) -> str:
+        file = tmp_path / 'python'
+        file.write_text(
+            '#!/bin/bash\ncase "$*" in\n'
+            + ''.join(f'{case};;\n' for case in cases)
+            + f'*) exec {sys.executable} "$@";;\nesac\n'
+        )
+        file.chmod(0o755)
+        return str(file)
+
+    return make
+
+
+# What this machine is to the script: a GPU with so many GiB and the plugin installed.
+def gpu(memory: int = 139) -> tuple[str, str]:
+    return f'"-c import re"*) echo h200 {memory}', '*"cli env"*) echo "plugin         active"'
 
 
 def test_help_names_every_part():
     shown = run('--help')
     assert shown.returncode == 0
-    [parts] = [line for line in SCRIPT.read_text().splitlines() if line.startswith('parts=(')]
-    for part in parts.removeprefix('parts=(').removesuffix(')').split():
-        assert f'  {part}' in shown.stdout.replace(', ', '\n  ')
+    for part in PARTS:
+        assert re.search(rf'^  (.*, )?{part}(,.*|  .*)?$', shown.stdout, re.MULTILINE), part
 
 
 @pytest.mark.parametrize('arguments', [('nonsense',), ('kernels', '--quick'), ('-o',)])
@@ -33,11 +63,18 @@ def test_wrong_arguments_run_nothing(arguments, tmp_path):
     assert refused.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a CUDA device')
 def test_without_a_device_it_says_how_to_try(tmp_path):
-    refused = run('-o', str(tmp_path / 'new'), 'kernels', VICO_TEST_DEVICE='cuda')
+    hidden = {'VICO_TEST_DEVICE': 'cuda', 'CUDA_VISIBLE_DEVICES': ''}
+    refused = run('-o', str(tmp_path / 'new'), 'kernels', **hidden)
     assert refused.returncode == 2
     assert 'VICO_TEST_DEVICE=cpu tries the script' in refused.stderr
+    assert not (tmp_path / 'new').exists()
+
+
+def test_without_the_plugin_nothing_is_measured(tmp_path):
+    refused = run('-o', str(tmp_path / 'new'), 'kernels', VICO_TEST_DEVICE='cpu', LMDEPLOY_VICO='0')
+    assert refused.returncode == 2
+    assert 'the plugin is not active' in refused.stderr and 'inactive: LMDEPLOY_VICO=0' in refused.stderr
     assert not (tmp_path / 'new').exists()
 
 
@@ -47,42 +84,146 @@ def test_a_part_runs_and_the_targets_follow(tmp_path):
     assert '==> memory checker: skipped' in tried.stdout
     assert '8B, images, 50% removed' in tried.stdout
     assert '==> all done in ' in tried.stdout
-    assert (tmp_path / 'new').is_dir()
+    [log] = (tmp_path / 'new').glob('*-cpu-memcheck.log')
+    assert 'memory checker: skipped' in log.read_text()
 
 
-def test_a_step_that_fails_is_in_the_exit_status(tmp_path):
-    (tmp_path / 'python').write_text(f'#!/bin/sh\ncase "$*" in *soak*) exit 3;; esac\nexec {sys.executable} "$@"\n')
-    (tmp_path / 'python').chmod(0o755)
-    tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=str(tmp_path / 'python'))
+def test_a_step_that_fails_is_in_the_exit_status(tmp_path, interpreter):
+    python = interpreter('*soak.py*) echo what went wrong >&2; exit 3')
+    tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=python)
     assert tried.returncode == 1
     assert '==> soak: FAILED after' in tried.stdout
     assert tried.stdout.index('memory checker: skipped') > tried.stdout.index('FAILED')
     assert tried.stdout.endswith('==> failed: soak\n')
+    [log] = tmp_path.glob('*-cpu-on-gpu.log')
+    assert 'what went wrong' in log.read_text()
 
 
-def test_what_a_gpu_would_run(tmp_path):
-    """With an interpreter that says its arguments and does nothing."""
-    (tmp_path / 'python').write_text(
-        '#!/bin/sh\n'
-        'case "$1" in -c) echo h200; exit;; esac\n'
-        'echo "RUN dummy=$LMDEPLOY_VICO_DUMMY_WEIGHTS $*" >&2\n'
-        'case "$*" in *" tiny "*) mkdir -p "$4"; touch "$4/config.json";; esac\n'
-    )
-    (tmp_path / 'python').chmod(0o755)
-    settings = {'PYTHON': str(tmp_path / 'python'), 'TMPDIR': str(tmp_path), 'SERVER': '--tp 2'}
-    tried = run('-o', str(tmp_path / 'new'), VICO_TEST_DEVICE='cuda', PROMPTS='96', TEXT_TOKENS='64', **settings)
-    assert tried.returncode == 0, tried.stderr
-    ran = [line.removeprefix('RUN ') for line in tried.stderr.splitlines() if line.startswith('RUN ')]
+# A measurement without end, which writes what it has when it is interrupted.
+ENDLESS = """
+import pathlib, sys, time
+try:
+    print('begun', flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    pathlib.Path(sys.argv[1]).write_text('half')
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def endless(tmp_path, interpreter):
+    (tmp_path / 'endless.py').write_text(ENDLESS)
+    return interpreter(f'*soak.py*) exec {sys.executable} {tmp_path}/endless.py "${{@: -1}}"')
+
+
+def test_a_part_that_is_cut_off_keeps_what_it_has(tmp_path, endless):
+    tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=endless, LIMIT='1')
+    assert tried.returncode == 1
+    assert 'begun' in tried.stdout and '==> soak: CUT OFF after' in tried.stdout
+    assert 'memory checker: skipped' in tried.stdout, 'other parts have limits of their own'
+    [result], [log] = tmp_path.glob('*-soak.json'), tmp_path.glob('*.log')
+    assert result.read_text() == 'half' and 'begun' in log.read_text()
+
+
+def test_told_to_end_it_keeps_what_it_has(tmp_path, endless):
+    command = ['bash', str(SCRIPT), '-o', str(tmp_path), 'soak', 'memcheck']
+    environment = settings({'VICO_TEST_DEVICE': 'cpu', 'PYTHON': endless, 'TMPDIR': str(tmp_path)})
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as script:
+        read = ''
+        while 'begun' not in read:
+            line = script.stdout.readline()
+            assert line, read
+            read += line
+        script.terminate()
+        rest = script.stdout.read()
+    assert script.returncode == 143
+    assert 'memcheck was not begun' in rest
+    [result] = tmp_path.glob('*-soak.json')
+    assert result.read_text() == 'half'
+    assert list(tmp_path.glob('tmp.*')) == [], 'nothing is left of the scratch folder'
+
+
+@pytest.fixture
+def recorded(tmp_path, interpreter):
+    """``recorded(memory, part, ..., variables)``: what was printed, and the commands that were run, with variables."""
+
+    def on_a_gpu(memory: int, *parts: str, **variables: str) -> tuple[str, list[str]]:
+        python = interpreter(
+            *gpu(memory),
+            f'*benchmarks.budget*) exec {sys.executable} "$@"',
+            '*) echo "RUN device=$VICO_TEST_DEVICE dummy=$LMDEPLOY_VICO_DUMMY_WEIGHTS $*" >>"$RECORD"\n'
+            'case "$*" in *" tiny "*) mkdir -p "$4"; touch "$4/config.json";; esac',
+        )
+        record = tmp_path / 'record'
+        variables |= {'PYTHON': python, 'TMPDIR': str(tmp_path), 'RECORD': str(record), 'VICO_TEST_DEVICE': 'cuda'}
+        tried = run('-o', str(tmp_path / 'new'), *parts, **variables)
+        assert tried.returncode == 0, tried.stdout + tried.stderr
+        assert list(tmp_path.glob('tmp.*')) == [], 'nothing is left of the scratch folder'
+        return tried.stdout, record.read_text().splitlines()
+
+    return on_a_gpu
+
+
+def test_what_a_gpu_would_run(recorded):
+    printed, ran = recorded(139, PROMPTS='96', SERVER='--tp 2')
     made = [line.partition(' tiny ')[2].partition('/')[2].split('/')[-1] for line in ran if ' tiny ' in line]
-    assert made == [f'{name} --like {name}' for name in ('8B', '30B-A3B', '38B')] + ['8B--weights --like 8B --weights']
+    sized = [f'{name} --like {name}' for name in ('8B', '30B-A3B', '38B')]
+    assert made == [*sized, *['8B--weights --like 8B --weights'] * 2]
     bench = {line.partition('--plot ')[2].split()[0].partition('h200-')[2]: line for line in ran if ' bench ' in line}
-    assert list(bench) == ['llm-8B-64.png', 'llm-30B-A3B-64.png', 'llm-38B-64.png', 'image-8B.png', 'baselines-8B.png']
+    cells = [f'llm-{name}-{text}.png' for name in ('8B', '30B-A3B', '38B') for text in (64, 512)]
+    assert list(bench) == [*cells, 'image-8B.png', 'baselines-8B-flash.png', 'baselines-8B-internvl.png']
     for what, line in bench.items():
-        assert line.startswith('dummy=1 ') == (what != 'baselines-8B.png'), line
+        assert ('dummy=1 ' in line) == (not what.startswith('baselines')), line
         assert '--num-prompts 96 --max-concurrency 32 --tiles 10 ' in line
         assert line.endswith(' -- --tp 2')
-    assert '--mode llm ' in bench['llm-8B-64.png'] and '--token-compression 0 0.25 0.5 0.75' in bench['llm-8B-64.png']
-    assert '--baseline lmdeploy-flash lmdeploy-internvl' in bench['baselines-8B.png']
-    for expected in ('--like 6B', '--width 3200', 'benchmarks.handover', 'benchmarks.placement', '--requests 2000'):
-        assert any(expected in line for line in ran), expected
-    assert list(tmp_path.glob('tmp.*')) == [], 'nothing is left of the scratch folder'
+        assert '--log-level' not in line
+    assert '--text-tokens 512 --token-compression 0 0.25 0.5 0.75' in bench['llm-8B-512.png']
+    assert '--baseline lmdeploy-flash --servers in-turn' in bench['baselines-8B-flash.png']
+    expected = ('tests/kernels', 'tests/gpu -k not engine', 'engine and moe', '--like 6B', '--width 3200')
+    expected += (
+        'benchmarks.vit_speed --like 300M --device cuda --output ',
+        'benchmarks.handover --rounds 24 --output ',
+    )
+    expected += ('benchmarks.placement', '--requests 2000', 'benchmarks.check --update')
+    places = [next(index for index, line in enumerate(ran) if words in line) for words in expected]
+    assert places[:4] == sorted(places[:4]) and places[3] < min(places[5:]), 'what is right comes first'
+    assert all(line.startswith('RUN device=cuda ') for line in ran)
+    for part in PARTS:
+        [shown] = re.findall(
+            rf'^==> {part}: at most (\d+) s by these estimates, 60 s in reserve, of 600', printed, re.M
+        )
+        assert int(shown) <= 540
+
+
+def test_an_h100_is_told_that_38b_does_not_fit(recorded):
+    printed, ran = recorded(79, 'llm-38B-64', 'llm-30B-A3B-64')
+    assert '==> llm-38B-64: skipped. 38B needs 82 GiB, 74 of them for its weights; this device has 79 GiB.' in printed
+    assert [line for line in ran if ' bench ' in line and '30B-A3B' in line]
+    assert not [line for line in ran if '38B' in line]
+
+
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_every_part_fits_ten_minutes(part, capsys):
+    assert budget.main([part, '--memory', '139']) == 0
+    *items, total, number = capsys.readouterr().out.splitlines()
+    rows = [re.match(r' *(\d+) x +([\d.]+) s = +(\d+) s  \w', item).groups() for item in items]
+    added = sum(int(seconds) for _, _, seconds in rows)
+    said = int(re.search(r'at most (\d+) s', total)[1])
+    assert abs(said - added) <= len(rows) and said + budget.RESERVE <= budget.LIMIT
+    assert budget.FEWEST <= int(number) <= budget.MANY
+
+
+def test_requests_are_as_many_as_fit():
+    todo = [budget.Item('start', 100.0), budget.Item('each', 0.5, None)]
+    assert budget.requests(todo, 600, 2000) == (600 - budget.RESERVE - 100) * 2 // 32 * 32
+    assert budget.requests(todo, 600, 96) == 96
+    assert budget.requests(todo, 100, 2000) == 0
+
+
+def test_a_part_that_cannot_fit_is_not_begun(capsys):
+    assert budget.main(['llm-38B-512', '--limit', '300']) == 1
+    assert capsys.readouterr().out.endswith('==> llm-38B-512: too little time for it\n')

@@ -1,6 +1,7 @@
 """On a CUDA device: the vision side in bfloat16, and LMDeploy's CUDA engine with visual tokens.
 
-``VICO_TEST_DEVICE=cpu`` runs the same checks where there is no GPU, to try the tests themselves.
+``VICO_TEST_DEVICE=cuda`` lets tests see the GPU; ``VICO_TEST_DEVICE=cpu`` runs the same checks without one, to try the
+tests themselves.
 """
 
 import os
@@ -14,17 +15,26 @@ from parity.reference import Reference
 
 from benchmarks.models import config, random_encoder
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
+from lmdeploy_vico.testing.tiny import TINY_ENGINE
 from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES, VisionEncoder
+from lmdeploy_vico.vision.tower import VisionTower
 from lmdeploy_vico.vision.weights import Checkpoint
 
 DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
-# Relative norm error of a float32 result computed in the vision side's dtype, and the largest error of a score.
-TOLERANCE = {'cuda': (1e-2, 2e-3), 'cpu': (1e-5, 1e-5)}[torch.device(DEVICE).type]
+# What rounding to bfloat16 does to the vision side is measured in the test itself, with the independent implementation
+# in bfloat16 on the CPU: patch tokens and embeddings are 1.5e-2 to 2.2e-2 off its float32 results. Ours, which sum the
+# same operands in another order, may be off by so much more; on a CPU they were off by 0.95 to 1.02 times as much.
+ROUNDING = 1.25
+# Scores against the float32 router on the same patch tokens: the split operands of `kernels/linear.py` leave 2e-5.
+ROUTER = 1e-4
 PICTURES = ('coffee', 'page', 'chelsea', 'astronaut')
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == 'cuda' and not torch.cuda.is_available(), reason='no CUDA device'),
+    pytest.mark.skipif(
+        DEVICE == 'cuda' and not torch.cuda.is_available(),
+        reason='no CUDA device, or hidden: VICO_TEST_DEVICE=cuda shows it',
+    ),
 ]
 
 
@@ -38,15 +48,63 @@ def encoder(make_checkpoint, vit):
     return VisionEncoder.from_pretrained(make_checkpoint(vit=vit), device=DEVICE, tile_batch=4)
 
 
+@pytest.fixture(scope='module')
+def references(make_checkpoint, vit):
+    """The independent implementation in float32, and the same rounded to bfloat16."""
+    return Reference(make_checkpoint(vit=vit)), Reference(make_checkpoint(vit=vit), torch.bfloat16)
+
+
+@pytest.fixture(scope='module')
+def rounded(encoder, make_checkpoint, vit):
+    """The vision side in bfloat16: on a CPU it would be served in float32."""
+    if encoder.dtype == torch.bfloat16:
+        return encoder
+    tower = VisionTower(encoder.config).bfloat16()
+    Checkpoint(make_checkpoint(vit=vit)).load_into(tower)
+    tower.requires_grad_(False).eval()
+    with torch.inference_mode():
+        tower.prepare()
+    return VisionEncoder(tower, encoder.config, tile_batch=4)
+
+
+def off(values, expected):
+    return ((values.float().cpu() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@torch.inference_mode()
+def test_patch_tokens_embeddings_and_scores_are_as_exact_as_bfloat16_is(rounded, references, pictures):
+    exact, plain = references
+    errors = {'ours': [], 'plain': []}  # of scores
+    for name in PICTURES:
+        tiles = rounded.cut(pictures[name])
+        ours, expected, theirs = rounded.features(tiles), exact.features(tiles), plain.features(tiles)
+        patches = torch.stack([tile.float().cpu() for tile in ours.patches])
+        assert off(patches, expected) <= ROUNDING * off(theirs, expected), name
+        scores = ours.scores.cpu()
+        assert (scores - torch.tensor(exact.scores(patches))).abs().max() <= ROUTER, name
+        errors['ours'] += (scores - torch.tensor(exact.scores(expected))).tolist()
+        errors['plain'] += (torch.tensor(plain.scores(theirs)) - torch.tensor(exact.scores(expected))).tolist()
+        for compressed in (False, True):
+            embeddings = torch.cat(rounded.project(ours.patches, torch.full([len(tiles)], compressed)))
+            right, others = (
+                torch.cat([side.project(tile, compressed) for tile in features])
+                for side, features in ((exact, expected), (plain, theirs))
+            )
+            assert off(embeddings, right) <= ROUNDING * off(others, right), (name, compressed)
+    # The plain router rounds its activations too.
+    assert np.square(errors['ours']).mean() <= np.square(errors['plain']).mean()
+
+
+@pytest.mark.skipif(DEVICE != 'cpu', reason='the vision side is in float32 on a CPU only')
 @pytest.mark.parametrize('compression', ['none', 'all'])
-def test_embeddings_and_scores(encoder, make_checkpoint, vit, pictures, compression):
+def test_embeddings_and_scores_in_float32(encoder, references, pictures, compression):
     images = [pictures[name] for name in PICTURES]
-    expected = Reference(make_checkpoint(vit=vit)).encode(images, compression)
-    for ours, theirs in zip(encoder.encode(images, compression), expected, strict=True):
+    for ours, theirs in zip(
+        encoder.encode(images, compression), references[0].encode(images, compression), strict=True
+    ):
         assert ours.tile_tokens == theirs.tile_tokens
-        error = (ours.embeddings.float().cpu() - theirs.embeddings).norm() / theirs.embeddings.norm()
-        assert error <= TOLERANCE[0]
-        assert max(abs(a - b) for a, b in zip(ours.scores, theirs.scores, strict=True)) <= TOLERANCE[1]
+        assert off(ours.embeddings, theirs.embeddings) <= 1e-5
+        assert max(abs(a - b) for a, b in zip(ours.scores, theirs.scores, strict=True)) <= 1e-5
 
 
 def test_bit_identical_among_others(encoder, pictures, rng):
@@ -94,36 +152,47 @@ def test_a_graph_and_single_launches_agree(encoder, make_checkpoint, vit, pictur
         assert all(torch.equal(a, b) for a, b in zip(ours.patches, theirs.patches, strict=True))
 
 
+def device_memory():
+    """Bytes of device memory that tensors have, and that PyTorch holds; nothing on a CPU."""
+    if DEVICE != 'cuda':
+        return 0, 0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
 def test_stage_under_load(encoder, pictures, rng):
-    """Many prompts at once: each gets bit for bit what it gets alone, and device memory stays as it was."""
+    """Many prompts at once: each gets bit for bit what it gets alone, and no tensor stays on the device.
+
+    The first round takes what stays: workspaces of the libraries for the device's thread.
+    """
     expected = {name: encoder.encode([pictures[name]]) for name in PICTURES}
-    encoder.warm_up()
-    stage = VisionStage([encoder], encoder.dtype, threads=4)
-    reserved = torch.cuda.memory_reserved() if DEVICE == 'cuda' else 0
+    stage, names, after = VisionStage([encoder], encoder.dtype, threads=4), rng.choice(PICTURES, 16), []
     for _ in range(3):
-        names = rng.choice(PICTURES, 16)
         futures = [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]
         for name, future in zip(names, futures, strict=True):
             [image] = future.result()
             assert image.tokens.tile_tokens == expected[name][0].tile_tokens
             assert torch.equal(image.tokens.embeddings, expected[name][0].embeddings)
+        after.append(device_memory()[0])
     stage.close()
-    if DEVICE == 'cuda':
-        assert torch.cuda.memory_reserved() == reserved
+    assert after[1] == after[2]
 
 
-def test_no_group_takes_more_device_memory_than_at_the_start(encoder, pictures):
-    """Among them those of one tile of a kind, which need one projector batch more than others do."""
+def test_the_same_groups_again_take_no_more_device_memory(encoder):
+    """Among them those of one tile of a kind, which need one projector batch more than others do.
+
+    PyTorch splits and rounds what it holds, so that the first rounds may take more: the third must not.
+    """
     encoder.warm_up()
-    patches = encoder.features(encoder.cut(pictures['astronaut'])[:1]).patches
-    reserved = torch.cuda.memory_reserved() if DEVICE == 'cuda' else 0
-    most = PROJECTED_BATCHES * encoder.tile_batch
-    for tiles in (most, most - 1, most // 2, 3, 1):
-        for full in range(tiles + 1):
-            projected = encoder.project(patches * tiles, torch.arange(tiles) >= full)
-            assert [len(tokens) for tokens in projected] == [256] * full + [64] * (tiles - full)
-    if DEVICE == 'cuda':
-        assert torch.cuda.memory_reserved() == reserved
+    patches = encoder.features(np.zeros((1, 448, 448, 3), np.uint8)).patches
+    most, reserved = PROJECTED_BATCHES * encoder.tile_batch, []
+    for _ in range(3):
+        for tiles in (most, most - 1, most // 2, 3, 1):
+            for full in range(tiles + 1):
+                projected = encoder.project(patches * tiles, torch.arange(tiles) >= full)
+                assert [len(tokens) for tokens in projected] == [256] * full + [64] * (tiles - full)
+        reserved.append(device_memory()[1])
+    assert reserved[2] == reserved[1]
 
 
 @pytest.mark.parametrize('llm', ['dense', 'moe'])
@@ -135,7 +204,7 @@ def test_no_group_takes_more_device_memory_than_at_the_start(encoder, pictures):
 def test_engine(make_checkpoint, prompts, judge, llm, options):
     # The vision side in float32, so that what is judged is the engine's placing of the visual tokens.
     vico = {'vico': {'vision_device': 'cpu'}}
-    config = PytorchEngineConfig(session_len=16384, hf_overrides=vico, **options)
+    config = PytorchEngineConfig(**TINY_ENGINE, session_len=16384, hf_overrides=vico, **options)
     greedy = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
     with pipeline(str(make_checkpoint(llm=llm)), backend_config=config) as pipe:
         for _ in range(2):  # the second time from the prefix cache, where it is on

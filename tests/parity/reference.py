@@ -253,7 +253,7 @@ class Judgement:
 class Reference:
     """A checkpoint, ready to encode images, to judge answers and to write its own. Works without ``flash_mode`` too."""
 
-    def __init__(self, checkpoint_dir: str | Path):
+    def __init__(self, checkpoint_dir: str | Path, vision_dtype: torch.dtype = torch.float32):
         self.path = Path(checkpoint_dir)
         self.config = json.loads((self.path / 'config.json').read_text())
         self.flash = bool(self.config.get('flash_mode'))
@@ -262,6 +262,8 @@ class Reference:
         vision = {k: v.float() for k, v in weights.items() if not k.startswith('language_model.')}
         self.vision = Vision(self.config).eval()
         self.vision.load_state_dict(vision, strict=True)
+        self.vision.to(vision_dtype)  # to see what rounding to another type does to the same arithmetic
+        self.vision_dtype = vision_dtype
         self.language = _load_language(self.config['llm_config'], language)
         self.tokenizer = Tokenizer.from_file(str(self.path / 'tokenizer.json'))
         self.image_token = self.tokenizer.token_to_id('<IMG_CONTEXT>')
@@ -276,7 +278,7 @@ class Reference:
         """Return the patch tokens of ``uint8`` tiles, ``[n, 1024, D]``, computed one tile at a time."""
         pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
         pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-        return torch.cat([self.vision.vision_model(p[None]) for p in pixels])
+        return torch.cat([self.vision.vision_model(p[None]) for p in pixels.to(self.vision_dtype)])
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> list[float]:

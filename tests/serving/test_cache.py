@@ -9,6 +9,7 @@ from parity.judge import TOKENS, Answer
 from serving.conftest import Client
 
 from lmdeploy_vico.stage.metrics import stage_metrics
+from lmdeploy_vico.testing.tiny import TINY_ENGINE
 
 BLOCK = 64  # tokens of a KV block
 CLIENTS = 8
@@ -105,7 +106,9 @@ def limited(make_checkpoint, monkeypatch):
 
     def start(cache_bytes):
         monkeypatch.setenv('LMDEPLOY_VICO_CACHE_BYTES', str(cache_bytes))
-        pipelines.append(pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)))
+        pipelines.append(
+            pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192))
+        )
         return Pipeline(pipelines[-1])
 
     yield start

@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving.test_server import KINDS
 
+from lmdeploy_vico.testing.tiny import TINY_ENGINE
+
 GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
 SHORT = ('a scanned page', 'two images with text between', 'text only')
 RANK, ALPHA = 4, 8
@@ -29,7 +31,9 @@ def kind(request):
 
 
 def test_alone_and_in_random_batches(kind, make_checkpoint, prompts, judge):
-    config = PytorchEngineConfig(session_len=16384, max_prefill_token_num=512, enable_prefix_caching=True)
+    config = PytorchEngineConfig(
+        **TINY_ENGINE, session_len=16384, max_prefill_token_num=512, enable_prefix_caching=True
+    )
     with pipeline(str(make_checkpoint(**kind)), backend_config=config) as pipe:
         for name, messages in prompts.items():
             [answer] = ask(pipe, [messages])
@@ -42,7 +46,7 @@ def test_alone_and_in_random_batches(kind, make_checkpoint, prompts, judge):
 
 
 def test_closing_stops_the_vision_side(make_checkpoint):
-    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
+    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
         model = pipe.async_engine.vl_encoder.model
         [device_thread] = model.stage._threads
     device_thread.join(timeout=10)
@@ -50,7 +54,9 @@ def test_closing_stops_the_vision_side(make_checkpoint):
 
 
 def test_the_servers_limit_on_tiles_holds_without_being_asked(make_checkpoint, prompts, judge):
-    config = PytorchEngineConfig(session_len=8192, hf_overrides={'vico': {'max_tiles': 2, 'compression': 'none'}})
+    config = PytorchEngineConfig(
+        **TINY_ENGINE, session_len=8192, hf_overrides={'vico': {'max_tiles': 2, 'compression': 'none'}}
+    )
     with pipeline(str(make_checkpoint()), backend_config=config) as pipe:
         [limited] = ask(pipe, [prompts['image alone']])
         [asked] = ask(pipe, [prompts['few tiles']])  # the same limit, asked for
@@ -60,14 +66,14 @@ def test_the_servers_limit_on_tiles_holds_without_being_asked(make_checkpoint, p
 
 def test_overrides_reach_the_router(make_checkpoint, prompts, judge):
     # No score is above 1: nothing is compressed.
-    config = PytorchEngineConfig(session_len=8192, hf_overrides={'flash_absolute_threshold': 1.0})
+    config = PytorchEngineConfig(**TINY_ENGINE, session_len=8192, hf_overrides={'flash_absolute_threshold': 1.0})
     with pipeline(str(make_checkpoint()), backend_config=config) as pipe:
         [answer] = ask(pipe, [prompts['one photograph']])
     judge().check(prompts['one photograph'], answer, 'none')
 
 
 def test_pairs_of_a_prompt_and_images(make_checkpoint, pictures, judge):
-    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
+    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
         images = [pictures['page'], pictures['astronaut']]
         [answer] = ask(pipe, [('Compare', images)])
         content = [
@@ -81,7 +87,7 @@ def test_a_video_file_and_one_lazy_picture_many_times(make_checkpoint, pictures,
     pictures['page'].save(tmp_path / 'page.png')
     video = write_video(tmp_path / 'coffee.mp4', moving_crops(pictures['coffee'], 20))
     question = {'type': 'text', 'text': 'Which came first?'}
-    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(session_len=8192)) as pipe:
+    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
         with Image.open(tmp_path / 'page.png') as lazy:
             images = [{'type': 'image', 'image': lazy, 'max_dynamic_patch': 1}] * 20
             file = {'type': 'video', 'video': str(video), 'num_frames': 4}
@@ -134,7 +140,9 @@ def test_lora_adapters(make_checkpoint, prompts, judge, tmp_path):
     write_adapter(tmp_path / 'language', checkpoint, 'base_model.model.')
     adapted = Judge(merged(checkpoint, changes, tmp_path / 'merged'))
     adapters = {'whole': str(tmp_path / 'whole'), 'language': str(tmp_path / 'language')}
-    with pipeline(str(checkpoint), backend_config=PytorchEngineConfig(session_len=8192, adapters=adapters)) as pipe:
+    with pipeline(
+        str(checkpoint), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192, adapters=adapters)
+    ) as pipe:
         for name in SHORT:
             [base] = ask(pipe, [prompts[name]])
             judge().check(prompts[name], base, name=name)

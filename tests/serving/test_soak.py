@@ -31,6 +31,60 @@ def test_every_answer_is_right(tmp_path):
     assert all(quarter['uss'] > 100 * MIB for quarter in result['medians_by_quarter'])
 
 
+# --- near ties --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def module():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module('soak')
+
+
+def answered(module, *places, prompt_tokens=9):
+    """An answer whose places are (id, log-probabilities by token); the first token is the one that was taken."""
+    content = [
+        {
+            'token': next(iter(tops)),
+            'logprob': next(iter(tops.values())),
+            'top_logprobs': [{'token': token, 'logprob': value} for token, value in list(tops.items())[1:]],
+        }
+        for _, tops in places
+    ]
+    choice = {'output_ids': [one for one, _ in places], 'logprobs': {'content': content} if content else None}
+    return module.Answer.of({'choices': [choice], 'usage': {'prompt_tokens': prompt_tokens}})
+
+
+FIRST, SURE = (1, {'a': -0.1, 'b': -3.0}), (7, {'x': -0.5, 'y': -1.5})
+
+
+@pytest.mark.parametrize(
+    ('alone', 'gap'),
+    [
+        ([FIRST, (2, {'b': -1.0, 'c': -1.01}), SURE], 0.0),
+        ([FIRST, (3, {'c': -1.0, 'b': -1.004}), (8, {'z': 0.0})], 0.01),  # what follows is another answer
+        ([FIRST, (3, {'c': -1.0, 'b': -1.3}), SURE], 0.3),
+        ([FIRST, (4, {'d': -1.0, 'b': -1.0}), SURE], float('inf')),  # the other answer does not know the token
+        ([(2, {'b': -0.1, 'a': -3.0}), (2, {'b': -1.0, 'c': -1.01}), SURE], 2.9),  # the first difference counts
+        ([FIRST, (2, {'b': -1.0})], float('inf')),  # shorter
+    ],
+)
+def test_how_far_two_answers_are_apart(module, alone, gap):
+    company = answered(module, FIRST, (2, {'b': -1.0, 'c': -1.01}), SURE)
+    assert module.gap(company, answered(module, *alone)) == module.gap(answered(module, *alone), company)
+    assert module.gap(company, answered(module, *alone)) == pytest.approx(gap)
+
+
+def test_without_probabilities_or_with_another_prompt_nothing_is_a_near_tie(module):
+    one, other = module.Answer((1, 2), 9), module.Answer((1, 3), 9)
+    assert module.gap(one, one) == 0 and module.gap(one, other) == float('inf')
+    near = answered(module, (1, {'a': -1.0, 'b': -1.0}))
+    assert module.gap(near, answered(module, (1, {'a': -1.0, 'b': -1.0}), prompt_tokens=10)) == float('inf')
+
+
+# --- wrong answers ----------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def impostor():
     """``impostor(reply)``: the URL of a server whose i-th answer is the status ``reply(i)`` and i."""

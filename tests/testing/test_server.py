@@ -10,8 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lmdeploy import PytorchEngineConfig
 
+from lmdeploy_vico.testing import make_checkpoint_without_weights
 from lmdeploy_vico.testing.server import ApiServer, ServerError
+from lmdeploy_vico.testing.tiny import TINY_ENGINE, TINY_SERVER
 
 ROOT = Path(__file__).parents[2]
 SLEEPS = (sys.executable, '-c', 'import time; time.sleep(60)')
@@ -61,6 +64,38 @@ def test_stopping_that_is_interrupted_ends_the_server_all_the_same(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         server.stop()
     assert not process.is_running()
+
+
+def test_a_tiny_checkpoint_gets_few_kv_blocks_and_small_batches(make_checkpoint, tmp_path):
+    for checkpoint in (make_checkpoint(), make_checkpoint(flash=False, llm='moe')):
+        server = ApiServer(checkpoint, '--tp', '2', log=tmp_path / 'log')
+        limits = ['--max-batch-size', '32', '--num-gpu-blocks', '4096']
+        assert server.command[3] == str(checkpoint) and server.command[-6:] == [*limits, '--tp', '2']
+    given = ApiServer(make_checkpoint(), '--max-batch-size', '8', log=tmp_path / 'log')
+    assert given.command.index('8') > given.command.index('32'), 'the last one counts'
+
+
+def test_other_checkpoints_are_served_as_lmdeploy_would(tmp_path):
+    sized = make_checkpoint_without_weights(tmp_path / '1B', '1B')
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'tiny_checkpoint.json').write_text('{"not": ')
+    for model in (sized, other, 'OpenGVLab/InternVL3_5-8B-Flash'):
+        server = ApiServer(model, '--tp', '2', log=tmp_path / 'log')
+        assert server.command[3] == str(model) and server.command[-3:] == [str(server.port), '--tp', '2']
+
+
+def test_the_limits_of_a_tiny_checkpoint_are_lmdeploys_own_options(make_checkpoint):
+    """They reach the engine's config, and leave the decode graphs' tables small and the prompts of the tests room."""
+    from lmdeploy.cli.cli import CLI
+    from lmdeploy.cli.serve import SubCliServe
+
+    SubCliServe.add_parsers()
+    parsed = CLI.parser.parse_args(['serve', 'api_server', str(make_checkpoint()), *TINY_SERVER])
+    assert {name: getattr(parsed, name) for name in TINY_ENGINE} == TINY_ENGINE
+    config = PytorchEngineConfig(**TINY_ENGINE)
+    assert config.max_batch_size * config.num_gpu_blocks * 4 <= 1 << 20, 'bytes of a table'
+    assert config.num_gpu_blocks * config.block_size >= config.max_batch_size * 8192, 'tokens'
 
 
 def test_the_end_of_a_log(tmp_path):

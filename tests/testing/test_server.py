@@ -7,14 +7,17 @@ import sysconfig
 import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from ports import given_by_chance
+from waiting import HANG
 
 from lmdeploy_vico.testing.server import ApiServer, ServerError
 
 ROOT = Path(__file__).parents[2]
-SLEEPS = (sys.executable, '-c', 'import time; time.sleep(60)')
+WAITS = (sys.executable, '-c', 'import signal; signal.pause()')
 
 
 @pytest.fixture
@@ -38,15 +41,49 @@ def stranger():
 
 
 def test_a_port_that_somebody_else_has_taken(stranger, tmp_path, monkeypatch):
-    monkeypatch.setattr('lmdeploy_vico.testing.server.free_port', lambda: stranger)
-    server = ApiServer('m', log=tmp_path / 'log', program=SLEEPS)
+    holder = SimpleNamespace(getsockname=lambda: ('127.0.0.1', stranger), close=lambda: None)
+    monkeypatch.setattr('lmdeploy_vico.testing.server.hold_port', lambda: holder)
+    server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     with pytest.raises(ServerError, match=f'Another program listens on port {stranger}'), server:
         pass
     assert not server.alive()
 
 
+LISTENS = """
+import http.server, sys
+open(sys.argv[-1]).read()  # the test has looked at the port
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+address = '127.0.0.1', int(sys.argv[sys.argv.index('--server-port') + 1])
+http.server.HTTPServer(address, Answer).serve_forever()
+"""
+
+
+def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
+    gate = tmp_path / 'gate'
+    os.mkfifo(gate)
+    server = ApiServer('m', str(gate), log=tmp_path / 'log', program=(sys.executable, '-c', LISTENS), timeout=HANG)
+    server.start()
+    try:
+        assert not given_by_chance(server.port)
+        gate.write_text('')  # waits until the server opens it
+        server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+def test_a_server_that_is_stopped_lets_its_port_go(tmp_path):
+    server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
+    server.start()
+    assert not given_by_chance(server.port)
+    server.stop()
+    assert given_by_chance(server.port)
+
+
 def test_stopping_that_is_interrupted_ends_the_server_all_the_same(tmp_path, monkeypatch):
-    server = ApiServer('m', log=tmp_path / 'log', program=SLEEPS)
+    server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     server.start()
     process = psutil.Process(server.pid)
     wait, calls = server._process.wait, []
@@ -82,7 +119,7 @@ def test_lmdeploy_has_no_command_beside_the_interpreter(tmp_path, monkeypatch, m
             assert answer.status == 200
     (tmp_path / 'lmdeploy').write_text('#!/bin/sh\necho beside\n')
     (tmp_path / 'lmdeploy').chmod(0o755)
-    server = ApiServer('x', log=tmp_path / 'log', timeout=20)
+    server = ApiServer('x', log=tmp_path / 'log', timeout=HANG)
     server.start()
     assert server.wait_until_ended() == 0
     assert server.log_text() == 'beside\n'

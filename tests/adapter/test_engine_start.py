@@ -90,11 +90,13 @@ def start_engine(monkeypatch, mp_proc):
     return engine.proc.error
 
 
+@pytest.mark.busy
 def test_the_manager_goes_before_it_has_answered(monkeypatch):
     monkeypatch.setattr(selection, 'has_cuda', lambda: pytest.fail('CUDA and CPU are alike here'))
     assert isinstance(start_engine(monkeypatch, zmq_engine.ZMQMPEngine._mp_proc), BuiltError)
 
 
+@pytest.mark.busy
 def test_lmdeploy_still_dies_of_it(monkeypatch):
     """When this fails, the hook can go."""
     unhooked = zmq_engine.ZMQMPEngine._mp_proc.__wrapped__
@@ -150,6 +152,7 @@ def lmdeploys_port(monkeypatch):
         let_go(port)
 
 
+@pytest.mark.busy
 @pytest.mark.parametrize('executor', ['mp', 'ray'])
 def test_the_port_of_a_group_is_kept_for_it(lmdeploys_port, executor):
     port = lmdeploys_port(executor)

@@ -40,6 +40,7 @@ def stranger():
         thread.join()
 
 
+@pytest.mark.busy
 def test_a_port_that_somebody_else_has_taken(stranger, tmp_path, monkeypatch):
     holder = SimpleNamespace(getsockname=lambda: ('127.0.0.1', stranger), close=lambda: None)
     monkeypatch.setattr('lmdeploy_vico.testing.server.hold_port', lambda: holder)
@@ -61,6 +62,7 @@ http.server.HTTPServer(address, Answer).serve_forever()
 """
 
 
+@pytest.mark.busy
 def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
     gate = tmp_path / 'gate'
     os.mkfifo(gate)
@@ -74,6 +76,7 @@ def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
         server.stop()
 
 
+@pytest.mark.busy
 def test_a_server_that_is_stopped_lets_its_port_go(tmp_path):
     server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     server.start()
@@ -82,6 +85,7 @@ def test_a_server_that_is_stopped_lets_its_port_go(tmp_path):
     assert given_by_chance(server.port)
 
 
+@pytest.mark.busy
 def test_stopping_that_is_interrupted_ends_the_server_all_the_same(tmp_path, monkeypatch):
     server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     server.start()
@@ -112,7 +116,7 @@ def test_lmdeploy_has_no_command_beside_the_interpreter(tmp_path, monkeypatch, m
     monkeypatch.setattr(sys, 'executable', str(bare))
     # What is installed is found by its path alone, and so are entry points.
     environment = {'PYTHONPATH': os.pathsep.join([str(ROOT), sysconfig.get_path('purelib')])}
-    with ApiServer(make_checkpoint(), log=tmp_path / 'log', environment=environment) as server:
+    with ApiServer(make_checkpoint(), log=tmp_path / 'log', environment=environment, timeout=HANG) as server:
         assert server.command[0] == 'lmdeploy', 'what a user would type'
         assert 'vision side on' in server.log_text()
         with urllib.request.urlopen(f'{server.url}/v1/models') as answer:

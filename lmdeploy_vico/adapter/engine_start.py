@@ -56,7 +56,8 @@ def hold_master_port(module: ModuleType) -> None:
 
     Why: LMDeploy's executors look for a free port, let it go and only then start their workers, which takes them
     seconds on a quiet host; meanwhile any connection of any program may be given that port, and the group does not come
-    up. Can go when ``find_available_port`` keeps what it has found.
+    up. Held on this machine only, as it is looked for on this machine only. Can go when ``find_available_port`` keeps
+    what it has found.
     """
     wrap_once(module, 'find_available_port', lambda original: lambda: hold_free_port())
 

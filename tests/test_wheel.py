@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +65,7 @@ encoder = ImageEncoder({str(make_checkpoint())!r}, 'pytorch', backend_config=Pyt
 print('FOUND', lmdeploy_vico.__file__, kernel.__file__, type(config).__name__, type(encoder.model).__name__)
 """
     variables = {name: value for name, value in os.environ.items() if not name.startswith(('PYTHON', 'VIRTUAL_ENV'))}
-    done = subprocess.run([python, '-c', code], capture_output=True, text=True, cwd='/', env=variables, timeout=120)
+    done = subprocess.run([python, '-c', code], capture_output=True, text=True, cwd='/', env=variables, timeout=HANG)
     assert done.returncode == 0, done.stderr
     package, kernel, config, model = done.stdout.partition('FOUND')[2].split()
     assert package.startswith(str(packages)) and kernel.startswith(str(packages))

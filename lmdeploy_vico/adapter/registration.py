@@ -44,9 +44,10 @@ def register(cpu_only: bool = False) -> None:
             version,
         )
         return
+    from lmdeploy_vico.adapter.engine_start import HOOKS as START_HOOKS
     from lmdeploy_vico.cpu.hooks import HOOKS as CPU_HOOKS
 
-    hooks = list(CPU_HOOKS.items())
+    hooks = [*CPU_HOOKS.items(), *START_HOOKS.items()]
     if not cpu_only:
         from lmdeploy_vico.adapter.hooks import HOOKS as ADAPTER_HOOKS
 

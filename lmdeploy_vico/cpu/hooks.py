@@ -19,14 +19,14 @@ from . import selection
 MAX_BATCH_SIZE = 32
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+def wrap_once(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     """Replace ``owner.name`` by ``make(original)``, once; a name that this LMDeploy lacks is an error."""
     held = vars(owner)[name]
     function = held.__func__ if isinstance(held, staticmethod | classmethod) else held
-    if getattr(function, '_vico_cpu', False):
+    if getattr(function, '_vico_wrapped', False):
         return
     wrapper = wraps(function)(make(function))
-    wrapper._vico_cpu = True
+    wrapper._vico_wrapped = True
     setattr(owner, name, type(held)(wrapper) if isinstance(held, staticmethod | classmethod) else wrapper)
 
 
@@ -49,7 +49,7 @@ def _device_questions(module: ModuleType) -> None:
 
     for name, make in (('get_max_batch_size', batch_size), ('is_bf16_supported', bf16)):
         if name in vars(module):
-            _wrap(module, name, make)
+            wrap_once(module, name, make)
 
 
 def _model_config(module: ModuleType) -> None:
@@ -71,7 +71,7 @@ def _model_config(module: ModuleType) -> None:
 
         return wrapper
 
-    _wrap(module, '_update_torch_dtype', update_dtype)
+    wrap_once(module, '_update_torch_dtype', update_dtype)
 
 
 def _turbomind(module: ModuleType) -> None:
@@ -83,7 +83,7 @@ def _turbomind(module: ModuleType) -> None:
     def is_supported(original):
         return lambda *args, **kwargs: original(*args, **kwargs) if selection.has_cuda() else False
 
-    _wrap(module, 'is_supported', is_supported)
+    wrap_once(module, 'is_supported', is_supported)
 
 
 def _engine(module: ModuleType) -> None:
@@ -113,8 +113,8 @@ def _engine(module: ModuleType) -> None:
 
         return wrapper
 
-    _wrap(module.Engine, 'from_pretrained', from_pretrained)
-    _wrap(module.Engine, '__init__', init)
+    wrap_once(module.Engine, 'from_pretrained', from_pretrained)
+    wrap_once(module.Engine, '__init__', init)
 
 
 def _engine_checker(module: ModuleType) -> None:
@@ -140,7 +140,7 @@ def _engine_checker(module: ModuleType) -> None:
 
         return wrapper
 
-    _wrap(module.EngineChecker, 'handle', handle)
+    wrap_once(module.EngineChecker, 'handle', handle)
 
 
 def _mp_executor(module: ModuleType) -> None:
@@ -160,7 +160,7 @@ def _mp_executor(module: ModuleType) -> None:
 
         return wrapper
 
-    _wrap(module.ExecutorProc, '_main_loop', main_loop)
+    wrap_once(module.ExecutorProc, '_main_loop', main_loop)
 
 
 def _mp_notifier(module: ModuleType) -> None:
@@ -190,49 +190,12 @@ def _mp_notifier(module: ModuleType) -> None:
 
         return wrapper
 
-    _wrap(module.Notifier, 'wait_async', wait_async)
+    wrap_once(module.Notifier, 'wait_async', wait_async)
 
 
 def _tensor_parallel(module: ModuleType) -> None:
     _mp_executor(module)
     _mp_notifier(module)
-
-
-class _LastRelease:
-    """A manager's condition whose lock may be released after the manager has gone."""
-
-    def __init__(self, condition: Any) -> None:
-        self._condition = condition
-
-    def __enter__(self) -> Any:
-        return self._condition.__enter__()
-
-    def __exit__(self, *details: Any) -> None:
-        # The reply is lost if the waiting process saw the lock free and shut its manager down already.
-        with contextlib.suppress(EOFError, OSError):
-            self._condition.__exit__(*details)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._condition, name)
-
-
-def _engine_process(module: ModuleType) -> None:
-    """Keep the engine process alive when the server closes their shared condition a moment too early.
-
-    The server shuts the manager down as soon as it holds the lock that the engine process has just released. On a
-    busy host with few cores the manager is gone before it has answered the release, and the engine process dies of an
-    EOFError. Can go when ``ZMQMPEngine._start_mp_proc`` waits for the answer.
-    """
-
-    def mp_proc(original):
-        def wrapper(shared_dict, condition, *args, **kwargs):
-            if _on_cpu(kwargs.get('engine_config')):
-                condition = _LastRelease(condition)
-            return original(shared_dict, condition, *args, **kwargs)
-
-        return wrapper
-
-    _wrap(module.ZMQMPEngine, '_mp_proc', mp_proc)
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {
@@ -244,6 +207,5 @@ HOOKS: dict[str, Callable[[ModuleType], None]] = {
     'lmdeploy.turbomind.supported_models': _turbomind,
     'lmdeploy.pytorch.engine.engine': _engine,
     'lmdeploy.pytorch.engine.engine_checker': _engine_checker,
-    'lmdeploy.pytorch.engine.mp_engine.zmq_engine': _engine_process,
     'lmdeploy.pytorch.engine.executor.mp_executor': _tensor_parallel,
 }

@@ -84,7 +84,8 @@ class ApiServer:
         self.stop()
 
     def _choose_port(self) -> None:
-        self.port = free_port()
+        self._port_holder = hold_port()  # a server comes to its port when its model is loaded
+        self.port = self._port_holder.getsockname()[1]
         self.url = f'http://127.0.0.1:{self.port}'
         address = ('--server-name', '127.0.0.1', '--server-port', str(self.port))
         given = (*server_arguments(self._checkpoint), *self._arguments)
@@ -92,7 +93,7 @@ class ApiServer:
 
     def start(self) -> None:
         """Start the process; returns at once."""
-        self._choose_port()  # again: what was free when this object was made may be taken by now
+        self._choose_port()  # again: since it was made, this object may have been started and stopped
         environment = {**os.environ, **self._environment}
         with self.log.open('wb') as output:
             self._process = subprocess.Popen(
@@ -115,12 +116,13 @@ class ApiServer:
                 urllib.request.urlopen(f'{self.url}/health', timeout=LOOK),
             ):
                 self._require_own_port()
+                self._port_holder.close()
                 return
             time.sleep(POLL)
         raise ServerError(f'The server was not ready after {self._timeout:g} s:\n{self.log_tail()}')
 
     def _require_own_port(self) -> None:
-        """A port that was free may have been taken by somebody else until the server came to it."""
+        """Somebody else may have asked for this port by its number before the server came to it."""
         connections = psutil.Process(self.pid).net_connections('inet') if self.alive() else []
         if self.port not in [one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN]:
             raise ServerError(f'Another program listens on port {self.port}. Try again.\n{self.log_tail()}')
@@ -142,6 +144,7 @@ class ApiServer:
 
     def stop(self) -> None:
         """Stop the server and whatever it started; does nothing if it has ended."""
+        self._port_holder.close()
         if self._process is None:
             return
         try:
@@ -166,13 +169,23 @@ class ApiServer:
             file.seek(max(0, size - most) if most else 0)
             return file.read().decode(errors='replace')
 
-    def log_tail(self, lines: int = 15) -> str:
+    def log_tail(self, lines: int = 40) -> str:
         """The last lines of the log."""
         return '\n'.join(self.log_text().splitlines()[-lines:])
 
 
+def hold_port() -> socket.socket:
+    """A socket bound to a free TCP port of the loopback interface, so that no program is given this port by chance.
+
+    Nothing listens there. A server that asks for it by its number, with SO_REUSEADDR as all do, gets it all the same.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(('127.0.0.1', 0))
+    return holder
+
+
 def free_port() -> int:
     """A TCP port on the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+    with hold_port() as holder:
+        return holder.getsockname()[1]

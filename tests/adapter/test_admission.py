@@ -11,6 +11,8 @@ from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.pixels import PixelBudget, charge
 from lmdeploy_vico.stage.queue import TileQueue
 
+pytestmark = pytest.mark.busy
+
 IMAGE = {'type': 'image_url', 'image_url': {'url': 'x'}}
 SEQUENCE = 'data:video/jpeg;base64,' + ','.join('abc')
 

@@ -1,5 +1,6 @@
 """A damaged picture or video is refused or decoded whole; never half."""
 
+import asyncio
 import base64
 import io
 import struct
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lmdeploy.serve.processors.multimodal import MultimodalProcessor
 from lmdeploy.vl.media.image import ImageMediaIO
 from lmdeploy.vl.media.video import VideoMediaIO
 from lmdeploy.vl.media.video_loader import OpenCVVideoLoader
@@ -21,6 +23,7 @@ from PIL import Image, ImageFile
 
 from lmdeploy_vico.adapter import decoding
 from lmdeploy_vico.adapter.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.media import AT_ONCE, MediaParser
 from lmdeploy_vico.adapter.overload import OverloadError
 from lmdeploy_vico.adapter.pixels import PixelBudget, PixelShare, TooLargeError
 from lmdeploy_vico.vision.tiling import cut_tiles
@@ -146,6 +149,30 @@ def test_pictures_are_counted_before_they_are_decoded(kind, load, tmp_path):
     budget.limit = size - 1
     with pytest.raises(TooLargeError, match=f'at least {size} bytes'), PixelShare(budget).in_use():
         getattr(ImageMediaIO(), load)(*argument[load])
+
+
+@pytest.mark.busy
+def test_of_pictures_that_do_not_fit_hardly_any_is_decoded(monkeypatch):
+    """However many there are: refusing a request of two hundred decodes as many as refusing one of a few.
+
+    A thread that is about to begin when the request is refused finds it over, and its memory free again.
+    """
+    decoded, load = {}, ImageFile.ImageFile.load
+
+    def counted(picture):
+        pixels = load(picture)
+        decoded[id(picture)] = picture  # kept, so that no other has its id
+        return pixels
+
+    async def run():
+        item = {'type': 'image_url', 'image_url': {'url': data_url(Image.new('RGB', (40, 56)))}}
+        with PixelShare(PixelBudget(4 * 40 * 56 * 8)).in_use():
+            await MediaParser(MultimodalProcessor, lambda: None)([{'role': 'user', 'content': [item] * 200}])
+
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', counted)
+    with pytest.raises(TooLargeError):
+        asyncio.run(run())
+    assert 4 <= len(decoded) <= 4 + AT_ONCE
 
 
 def test_a_picture_that_does_not_fit_beside_others():

@@ -12,9 +12,12 @@ from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 from lmdeploy.serve.openai import api_server
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
+from waiting import HANG
 
 from lmdeploy_vico.adapter import disconnect
 from lmdeploy_vico.adapter.disconnect import DisconnectMiddleware, served_request, while_client_waits
+
+pytestmark = pytest.mark.busy
 
 HTTP = {'type': 'http', 'method': 'POST', 'path': '/', 'headers': [], 'asgi': {'spec_version': '2.3'}}
 GONE = {'type': 'http.disconnect'}
@@ -49,11 +52,11 @@ class Client:
 
 
 def on_a_loop(test):
-    """Run a coroutine function as a test that may take half a minute."""
+    """Run a coroutine function as a test, which is ended if it hangs."""
 
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 30))
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), HANG))
 
     return run
 

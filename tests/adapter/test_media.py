@@ -1,7 +1,6 @@
 """Items are decoded side by side, and come back as LMDeploy parses them one after the other."""
 
 import asyncio
-import contextlib
 import gc
 import threading
 import weakref
@@ -17,6 +16,7 @@ from lmdeploy.vl.media.video_loader import VideoLoader
 from parity.conversations import data_url, video_url
 from parity.videos import moving_crops, write_video
 from PIL import Image
+from waiting import HANG
 
 from lmdeploy_vico.adapter.disconnect import while_client_waits
 from lmdeploy_vico.adapter.media import MediaParser, video_frames
@@ -71,8 +71,9 @@ def test_same_as_lmdeploy(video, pictures):
     assert frames == their_frames and frames['type'] == 'video'
 
 
+@pytest.mark.busy
 def test_images_of_one_message_are_decoded_at_the_same_time(monkeypatch):
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=HANG)
     load = ImageMediaIO.load_base64
 
     def meet(*args):
@@ -84,12 +85,13 @@ def test_images_of_one_message_are_decoded_at_the_same_time(monkeypatch):
     assert [item['data'].getpixel((0, 0)) for item in message['content']] == [(255, 0, 0), (0, 0, 255)]
 
 
+@pytest.mark.busy
 def test_the_first_error_in_the_prompts_order_is_raised(monkeypatch):
     second_failed = threading.Event()
 
     def fail(self, media_type, data):
         if data == 'first':
-            assert second_failed.wait(timeout=30)
+            assert second_failed.wait(timeout=HANG)
             raise ValueError('first')
         second_failed.set()
         raise ValueError('second')
@@ -102,6 +104,7 @@ def test_the_first_error_in_the_prompts_order_is_raised(monkeypatch):
         parse([{'role': 'user', 'content': content}])
 
 
+@pytest.mark.busy
 def test_threads_count_for_the_request(monkeypatch):
     def load(self, media_type, data):
         charge(100)
@@ -119,37 +122,53 @@ def test_threads_count_for_the_request(monkeypatch):
     assert budget.taken == other.taken == 0
 
 
-def test_what_a_refused_request_has_sent_and_decoded_is_freed_at_once(monkeypatch):
-    """Not when Python looks for cycles next, which may be long after gigabytes have been decoded again."""
-    freed = []
+@pytest.mark.busy
+@pytest.mark.parametrize('last', ['before the refusal', 'after the refusal'])
+def test_what_a_refused_request_has_sent_and_decoded_is_freed_at_once(monkeypatch, last):
+    """Not when Python looks for cycles next, which may be long after gigabytes have been decoded again.
+
+    A thread that decodes cannot be interrupted: its picture goes when it has come to its end, and told the loop so.
+    """
+    freed, begun, ended, refused = [], threading.Event(), threading.Event(), threading.Event()
 
     class Message(dict):
         pass
 
     async def request():
-        parser = MediaParser(MultimodalProcessor, lambda: None)
         content = [
             {'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{name}'}}
-            for name in ('good', 'bad', 'good')
+            for name in ('good', 'bad', 'last')
         ]
         messages = [Message(role='user', content=content)]
         freed.append(weakref.ref(messages[0]))
-        with contextlib.suppress(ValueError):
+        with pytest.raises(ValueError, match='bad'):
             await while_client_waits(lambda: asyncio.ensure_future(parser(messages)))
-        parser._threads.shutdown()
+        refused.set()
 
     def load(self, media_type, data):
         if data == 'bad':
+            assert (ended if last == 'before the refusal' else begun).wait(HANG)
             raise ValueError('bad')
+        if data == 'last':
+            begun.set()
+            assert last == 'before the refusal' or refused.wait(HANG)
         picture = Image.new('RGB', (9, 7))
         freed.append(weakref.ref(picture))
+        if data == 'last':
+            ended.set()
         return picture
 
     async def run():
         await request()
-        assert len(freed) > 1 and not any(thing() for thing in freed)
+        parser._threads.shutdown()  # the threads have ended, and what they told the loop is in its queue:
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
+        await asyncio.sleep(0)
+        assert len(freed) == 3 and not any(thing() for thing in freed)
 
+    monkeypatch.setattr('lmdeploy_vico.adapter.media.AT_ONCE', 3)
     monkeypatch.setattr(ImageMediaIO, 'load_base64', load)
+    parser = MediaParser(MultimodalProcessor, lambda: None)
     gc.disable()
     try:
         asyncio.run(run())

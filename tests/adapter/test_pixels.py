@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 import pytest
+from waiting import HANG
 
 from lmdeploy_vico.adapter import pixels
 from lmdeploy_vico.adapter.overload import OverloadError
@@ -54,6 +55,7 @@ def test_nothing_is_counted_outside_of_requests():
         charge(10**15)
 
 
+@pytest.mark.busy
 def test_a_thread_that_decodes_for_a_client_that_has_left():
     budget, reading, go_on = PixelBudget(100), threading.Event(), threading.Event()
 
@@ -61,19 +63,20 @@ def test_a_thread_that_decodes_for_a_client_that_has_left():
     def decode():
         charge(50)
         reading.set()
-        assert go_on.wait(30)
+        assert go_on.wait(HANG)
         charge(20)
 
     with ThreadPoolExecutor(1) as threads:
         with PixelShare(budget).in_use():
             thread = threads.submit(copy_context().run, decode)
-            assert reading.wait(30)
+            assert reading.wait(HANG)
         assert budget.taken == 50  # still there, though the request has ended
         go_on.set()
         thread.result(30)
     assert budget.taken == 0
 
 
+@pytest.mark.busy
 def test_many_threads():
     budget = PixelBudget(1000)
     refused = []

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from waiting import HANG
+
 CODE = """
 import asyncio
 from lmdeploy.serve.openai import protocol
@@ -37,7 +39,7 @@ for _ in range(2):
 
 def test_image_tokens_where_a_vico_model_is_served():
     done = subprocess.run(
-        [sys.executable, '-c', CODE], cwd='/', capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, '-c', CODE], cwd='/', capture_output=True, text=True, timeout=HANG, check=True
     )
     lines = done.stdout.splitlines()
     before, served_before, *after = lines

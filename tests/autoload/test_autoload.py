@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from waiting import HANG
 
 
 def run(code, **environment):
@@ -16,7 +17,7 @@ def run(code, **environment):
         cwd='/',
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr

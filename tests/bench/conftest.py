@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from aiohttp import web
+from waiting import HANG
 
 from lmdeploy_vico.bench.workload import visual_tokens
 
@@ -50,7 +51,7 @@ class FakeServer:
         self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(HANG)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -75,9 +76,9 @@ class FakeServer:
 
     def stop(self) -> None:
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+            asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(HANG)
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
+            self._thread.join(HANG)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({'data': [{'id': 'fake-8B'}]})

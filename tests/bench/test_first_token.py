@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from bench.conftest import OVERHEAD
+from waiting import HANG
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench import results as results_module
@@ -34,7 +35,7 @@ def bench(tmp_path, capsys):
     return run
 
 
-def ask_all(url: str, bodies: list[bytes], concurrency: int, timeout: float = 30):
+def ask_all(url: str, bodies: list[bytes], concurrency: int, timeout: float = HANG):
     async def ask():
         async with Client(url, timeout) as client:
             return await client.round(bodies, concurrency)
@@ -47,6 +48,7 @@ def bodies(count: int, mode: str = IMAGE) -> list[bytes]:
     return [requests.body(Cell(mode, OURS, 8, 0.5), index) for index in range(count)]
 
 
+@pytest.mark.busy
 def test_a_round_keeps_so_many_on_their_way(fake_server):
     server = fake_server(hold=4)
     measured = ask_all(server.url, bodies(40), 4)
@@ -57,6 +59,7 @@ def test_a_round_keeps_so_many_on_their_way(fake_server):
     assert {outcome.prompt_tokens - outcome.image_tokens for outcome in measured.outcomes} == {8 + OVERHEAD}
 
 
+@pytest.mark.busy
 def test_a_round_ends_when_nothing_is_answered_any_more(fake_server):
     server = fake_server(engine_ends_after=5)
     measured = ask_all(server.url, bodies(40), 4)
@@ -66,6 +69,7 @@ def test_a_round_ends_when_nothing_is_answered_any_more(fake_server):
     assert sum(outcome.error is None for outcome in measured.outcomes) == 5
 
 
+@pytest.mark.busy
 def test_a_server_that_never_answers_is_timed_out():
     async def silent():
         server = await asyncio.start_server(lambda reader, writer: asyncio.Event().wait(), '127.0.0.1', 0)
@@ -202,7 +206,7 @@ def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, numb
             [server] = psutil.Process(bench.pid).children()
             assert started.split()[started.split().index('--server-port') + 1] in server.cmdline()
             bench.send_signal(number)
-            assert bench.wait(60) == status
+            assert bench.wait(HANG) == status
             assert not server.is_running()
         finally:
             bench.kill()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import HANG
 
 SCRIPT = """
 import sys
@@ -32,7 +33,7 @@ def test_lmdeploys_own_class(flash, make_checkpoint):
         [sys.executable, '-c', SCRIPT, str(make_checkpoint(flash=flash))],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG,
         check=False,
         env=os.environ | {'LMDEPLOY_VICO': 'cpu'},
     )

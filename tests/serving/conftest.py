@@ -10,6 +10,7 @@ import openai
 import pytest
 from parity.conversations import on_the_wire
 from parity.judge import TOKENS, Answer
+from waiting import HANG
 
 from lmdeploy_vico.testing.server import ApiServer
 
@@ -19,7 +20,7 @@ class Client:
 
     def __init__(self, server: ApiServer) -> None:
         self.server = server
-        self.openai = openai.OpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=0, timeout=120)
+        self.openai = openai.OpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=0, timeout=HANG)
         self.model = self.openai.models.list().data[0].id
 
     def chat(self, messages: Sequence[dict], model: str | None = None, **extra: Any) -> Answer:
@@ -37,7 +38,7 @@ class Client:
 
     def metric(self, name: str) -> float:
         """The value of a metric without labels on ``/metrics``."""
-        with urllib.request.urlopen(f'{self.server.url}/metrics', timeout=60) as response:
+        with urllib.request.urlopen(f'{self.server.url}/metrics', timeout=HANG) as response:
             text = response.read().decode()
         return float(re.search(rf'^{re.escape(name)} (\S+)$', text, re.MULTILINE)[1])
 
@@ -53,7 +54,7 @@ def serve(tmp_path_factory) -> Callable[..., ApiServer]:
 
     def start(checkpoint: Path, *arguments: str, **environment: str) -> ApiServer:
         log = tmp_path_factory.mktemp('server') / 'log'
-        server = ApiServer(checkpoint, *arguments, log=log, environment=environment)
+        server = ApiServer(checkpoint, *arguments, log=log, environment=environment, timeout=HANG)
         servers.append(server)
         return server.__enter__()
 

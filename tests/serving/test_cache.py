@@ -66,6 +66,7 @@ def test_same_picture_twice_in_a_prompt_is_encoded_once(client, pictures, judge,
     assert client.encoded_tiles() - before == tile_count(pictures['rocket'])
 
 
+@pytest.mark.busy
 def test_same_picture_of_many_clients_at_once_is_encoded_once(client, pictures, judge, tile_count):
     asked = [conversation(f'Say {number}.', pictures['astronaut']) for number in range(CLIENTS)]
     before = client.encoded_tiles()

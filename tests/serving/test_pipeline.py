@@ -12,6 +12,7 @@ from parity.videos import moving_crops, read_video, write_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from serving.test_server import KINDS
+from waiting import HANG
 
 from lmdeploy_vico.testing.tiny import TINY_ENGINE
 
@@ -49,7 +50,7 @@ def test_closing_stops_the_vision_side(make_checkpoint):
     with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
         model = pipe.async_engine.vl_encoder.model
         [device_thread] = model.stage._threads
-    device_thread.join(timeout=10)
+    device_thread.join(timeout=HANG)
     assert not device_thread.is_alive() and not hasattr(model, 'stage')
 
 

@@ -1,10 +1,12 @@
-"""A server that cannot serve its checkpoint does not start, and says why."""
+"""Servers start, on a busy host too; one that cannot serve its checkpoint does not, and says why."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from waiting import HANG
 
 from lmdeploy_vico.testing import make_checkpoint_without_weights
 from lmdeploy_vico.testing.server import ApiServer
@@ -12,13 +14,25 @@ from lmdeploy_vico.testing.server import ApiServer
 
 def refusal(checkpoint, tmp_path, *arguments, **environment):
     """Start a server that must refuse; returns its log."""
-    server = ApiServer(checkpoint, *arguments, log=tmp_path / 'log', environment=environment)
+    server = ApiServer(checkpoint, *arguments, log=tmp_path / 'log', environment=environment, timeout=HANG)
     server.start()
     try:
         assert server.wait_until_ended() != 0
     finally:
         server.stop()
     return server.log_text()
+
+
+@pytest.mark.busy(times=15)
+def test_two_servers_start_at_a_time(make_checkpoint, tmp_path):
+    servers = [ApiServer(make_checkpoint(), log=tmp_path / f'log {number}', timeout=HANG) for number in range(2)]
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        for server in servers:
+            server.wait_until_ready()
+            assert 'Traceback' not in server.log_text()
 
 
 def test_missing_tensors(make_checkpoint, tmp_path):

@@ -5,10 +5,13 @@ import threading
 
 import pytest
 import torch
+from waiting import HANG
 
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import FAILURES, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
+
+pytestmark = pytest.mark.busy
 
 
 def test_a_broken_device_is_given_up_and_harms_nobody(make_checkpoint, pictures, monkeypatch, caplog):
@@ -146,7 +149,7 @@ def test_prompts_that_are_ready_together_do_not_share_a_failure(stage, held, pic
     futures = [stage.submit([ImageJob(pictures['coffee'], max_tiles=1)], 'auto')]
     entered.wait()
     futures += [stage.submit([ImageJob(pictures['coffee'], max_tiles=1)], 'auto') for _ in range(2)]
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANG)
     for reached in [stage._prepare.submit(barrier.wait) for _ in range(2)]:
         reached.result()  # both threads have cut everything by now
     fails(monkeypatch, stage, '_finish')
@@ -183,7 +186,7 @@ def test_when_the_last_device_is_broken_images_are_refused(stage, encoder, pictu
     for future in prompts:
         with pytest.raises(EncodingError, match='an illegal memory access|has to be restarted'):
             future.result(60)
-    stage._threads[0].join(60)
+    stage._threads[0].join(HANG)
     refusals = [lambda: stage.submit([ImageJob(pictures['page'])], 'auto'), lambda: stage.admit(1)]
     for refused in refusals:
         with pytest.raises(StageBusyError, match='has failed; the server has to be restarted'):

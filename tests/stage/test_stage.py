@@ -3,11 +3,14 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from waiting import HANG
 
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tiling import tile_digests
+
+pytestmark = pytest.mark.busy
 
 
 def test_hands_on_the_encoders_tokens_in_the_language_models_dtype(stage, encoder, pictures):
@@ -190,7 +193,7 @@ def test_what_is_in_flight_is_encoded_once(encoder, held, pictures):
     first = stage.submit([ImageJob(pictures['coffee'])], 'none')
     entered.wait()
     others = [stage.submit([ImageJob(pictures['coffee'])] * 2, value) for value in ('all', 'auto')]
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANG)
     for reached in [stage._prepare.submit(barrier.wait) for _ in range(2)]:
         reached.result()  # both threads have cut everything by now
     first.cancel()  # the others need its tiles all the same
@@ -212,7 +215,7 @@ def test_jobs_of_one_video_are_routed_together(stage, encoder, pictures):
 
 def test_several_devices_share_the_work(make_checkpoint, pictures):
     encoders = [VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANG)
     met = []
     for one in encoders:
 

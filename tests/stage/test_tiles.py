@@ -8,6 +8,8 @@ from prometheus_client import REGISTRY
 
 from lmdeploy_vico.stage.tiles import TileCache
 
+pytestmark = pytest.mark.busy
+
 PATCHES = torch.zeros(4, 8)  # 128 bytes
 PIXELS = np.zeros((1, 448, 448, 3), np.uint8)
 

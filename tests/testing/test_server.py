@@ -7,17 +7,20 @@ import sysconfig
 import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from lmdeploy import PytorchEngineConfig
+from ports import given_by_chance
+from waiting import HANG
 
 from lmdeploy_vico.testing import make_checkpoint_without_weights
 from lmdeploy_vico.testing.server import ApiServer, ServerError
 from lmdeploy_vico.testing.tiny import TINY_ENGINE, TINY_SERVER
 
 ROOT = Path(__file__).parents[2]
-SLEEPS = (sys.executable, '-c', 'import time; time.sleep(60)')
+WAITS = (sys.executable, '-c', 'import signal; signal.pause()')
 
 
 @pytest.fixture
@@ -40,16 +43,57 @@ def stranger():
         thread.join()
 
 
+@pytest.mark.busy
 def test_a_port_that_somebody_else_has_taken(stranger, tmp_path, monkeypatch):
-    monkeypatch.setattr('lmdeploy_vico.testing.server.free_port', lambda: stranger)
-    server = ApiServer('m', log=tmp_path / 'log', program=SLEEPS)
+    holder = SimpleNamespace(getsockname=lambda: ('127.0.0.1', stranger), close=lambda: None)
+    monkeypatch.setattr('lmdeploy_vico.testing.server.hold_port', lambda: holder)
+    server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     with pytest.raises(ServerError, match=f'Another program listens on port {stranger}'), server:
         pass
     assert not server.alive()
 
 
+LISTENS = """
+import http.server, sys
+open(sys.argv[-1]).read()  # the test has looked at the port
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+address = '127.0.0.1', int(sys.argv[sys.argv.index('--server-port') + 1])
+http.server.HTTPServer(address, Answer).serve_forever()
+"""
+
+
+@pytest.mark.busy
+def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
+    gate = tmp_path / 'gate'
+    os.mkfifo(gate)
+    server = ApiServer('m', str(gate), log=tmp_path / 'log', program=(sys.executable, '-c', LISTENS), timeout=HANG)
+    server.start()
+    try:
+        assert not given_by_chance(server.port)
+        gate.write_text('')  # waits until the server opens it
+        server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.mark.busy
+def test_a_server_that_is_stopped_lets_its_port_go(tmp_path):
+    def lets_go():
+        server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
+        server.start()
+        assert not given_by_chance(server.port)
+        server.stop()
+        return given_by_chance(server.port)
+
+    assert any(lets_go() for _ in range(5))  # some program of this machine may be faster
+
+
+@pytest.mark.busy
 def test_stopping_that_is_interrupted_ends_the_server_all_the_same(tmp_path, monkeypatch):
-    server = ApiServer('m', log=tmp_path / 'log', program=SLEEPS)
+    server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     server.start()
     process = psutil.Process(server.pid)
     wait, calls = server._process.wait, []
@@ -110,14 +154,14 @@ def test_lmdeploy_has_no_command_beside_the_interpreter(tmp_path, monkeypatch, m
     monkeypatch.setattr(sys, 'executable', str(bare))
     # What is installed is found by its path alone, and so are entry points.
     environment = {'PYTHONPATH': os.pathsep.join([str(ROOT), sysconfig.get_path('purelib')])}
-    with ApiServer(make_checkpoint(), log=tmp_path / 'log', environment=environment) as server:
+    with ApiServer(make_checkpoint(), log=tmp_path / 'log', environment=environment, timeout=HANG) as server:
         assert server.command[0] == 'lmdeploy', 'what a user would type'
         assert 'vision side on' in server.log_text()
         with urllib.request.urlopen(f'{server.url}/v1/models') as answer:
             assert answer.status == 200
     (tmp_path / 'lmdeploy').write_text('#!/bin/sh\necho beside\n')
     (tmp_path / 'lmdeploy').chmod(0o755)
-    server = ApiServer('x', log=tmp_path / 'log', timeout=20)
+    server = ApiServer('x', log=tmp_path / 'log', timeout=HANG)
     server.start()
     assert server.wait_until_ended() == 0
     assert server.log_text() == 'beside\n'

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from waiting import HANG
 
 from lmdeploy_vico.vision import resample
 from lmdeploy_vico.vision.resample import cut, pass_order, resize_into_tiles
@@ -167,7 +168,7 @@ def test_either_order_of_a_pillow_is_recognised(monkeypatch, rule):
 
 
 def in_a_new_process(code):
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -199,36 +200,51 @@ def test_trying_the_order_compiles_all_that_pictures_need():
 
 
 COST = """
-import json, resource, sys, time
+import json, math, resource
 from PIL import Image
 from lmdeploy_vico.vision import resample
 from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles
 
-def pillow(image):
-    columns, rows = choose_grid(*image.size, 1, 12)
-    image.resize((columns * 448, rows * 448))
-    image.resize((448, 448))
+done = []  # multiplications of a pixel by a weight
 
-def seconds(work, image):
-    begun = time.process_time()
-    work(image)
-    return time.process_time() - begun
+def counted(resize):
+    def run(source, spans, fixed, out, *columns):
+        lines = len(source) if not columns else source.shape[1] // 3
+        done.append(lines * int(spans[:, 1].sum()))
+        return resize(source, spans, fixed, out, *columns)
+    return run
+
+def of_pillow(size, target):
+    # Along rows, then along columns; of an enlarged picture four pixels make one.
+    taps = [min(old, math.ceil(4 * max(1, old / new))) for old, new in zip(size, target)]
+    return size[1] * target[0] * taps[0] + target[0] * target[1] * taps[1]
+
+class Counted(Image.Image):
+    def resize(self, size, *arguments):
+        done.append(of_pillow(self.size, size))
+        return super().resize(size, *arguments)
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 resample.pass_order()
+resample._resize_rows, resample._resize_columns = counted(resample._resize_rows), counted(resample._resize_columns)
 found = []
 for size in [(14_336, 1), (65_535, 1), (1_000_000, 1), (1, 1_000_000)]:
+    columns, rows = choose_grid(*size, 1, 12)
+    targets = [(columns * 448, rows * 448), (448, 448)]
     image, before = Image.new('RGB', size), peak()
-    ours = seconds(lambda it: cut_tiles(it, 1, 12), image)  # the first time, with nothing kept from before
-    grown = peak() - before
-    theirs = min(seconds(pillow, image) for _ in range(3))
-    found.append({'size': size, 'mebibytes': grown, 'ratio': ours / theirs})
+    image.__class__ = Counted
+    done.clear()
+    cut_tiles(image, 1, 12)
+    theirs = sum(of_pillow(size, target) for target in targets)
+    found.append({'size': size, 'mebibytes': peak() - before, 'ratio': sum(done) / theirs, 'passes': len(done)})
 print(json.dumps(found))
 """
 
 
+@pytest.mark.busy
 def test_lines_cost_what_they_cost_pillow():
     found = in_a_new_process(COST)
-    assert all(cost['ratio'] < 4 and cost['mebibytes'] < 100 for cost in found), found
+    assert all(cost['passes'] >= 2 for cost in found), found
+    assert all(0.5 < cost['ratio'] < 2 and cost['mebibytes'] < 100 for cost in found), found

@@ -79,7 +79,7 @@ def answer(orders: Connection) -> None:
 
 
 def by_pickle(stack: ExitStack) -> Send:
-    context = multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('spawn')  # a fork of this process would have its freed memory
     ours, theirs = context.Pipe()
     process = context.Process(target=answer, args=(theirs,), daemon=True)
     process.start()

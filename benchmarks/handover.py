@@ -25,8 +25,10 @@ Where several processes serve the model, the engine's loop then sends the tensor
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import statistics
 import time
@@ -42,7 +44,6 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import executors
 from benchmarks.facts import facts
 from benchmarks.prompt_tokens import DTYPE, TOKENS, Meter, cuts, embeddings
 from lmdeploy_vico.adapter import handover
@@ -212,7 +213,8 @@ class Pair:
 
 
 def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['benchmarks.prompt_tokens', 'zmq'])  # so that its children have torch
     pairs = {name: Pair(name, context) for name in ways()}
     shape, rows = (TOKENS[case], width), []
     for pair in pairs.values():
@@ -261,21 +263,22 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=100, help='requests for each way and number in flight')
-    parser.add_argument('--in-flight', type=int, nargs='+', default=[1, 32], help='requests sent at a time')
+    parser.add_argument('--in-flight', type=int, nargs='+', default=[1, 8], help='requests sent at a time')
     parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='values of a visual token')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()
-    rows = [
-        row
-        for width in arguments.widths
-        for case in TOKENS
-        for row in measure(case, width, arguments.rounds, arguments.in_flight)
-    ]
-    show(rows)
-    workers = executors.measure(arguments.widths, arguments.rounds)
-    executors.show(workers)
-    if arguments.output:
-        write(arguments.output, {'facts': facts(), 'dtype': str(DTYPE)}, {'engine': rows, 'workers': workers})
+    from benchmarks import executors  # with LMDeploy, which the processes of the ways do without
+
+    load = os.getloadavg()[:1]  # before, to tell what other programs did from what this one did
+    tables: dict[str, list[dict[str, Any]]] = {'workers': executors.measure(arguments.widths, arguments.rounds)}
+    executors.show(tables['workers'])
+    tables['engine'] = []
+    for width, case in itertools.product(arguments.widths, TOKENS):
+        tables['engine'] += measure(case, width, arguments.rounds, arguments.in_flight)
+        if arguments.output:  # each time, for a run that is cut off
+            about = {'facts': facts(), 'dtype': str(DTYPE), 'load_average': [*load, *os.getloadavg()[:1]]}
+            write(arguments.output, about, tables)
+    show(tables['engine'])
 
 
 def write(path: Path, about: dict[str, Any], tables: dict[str, Sequence[dict[str, Any]]]) -> None:

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -15,8 +16,9 @@ TOKENS = {
 }
 
 
+@lru_cache(maxsize=1)
 def embeddings(tokens: int, width: int) -> torch.Tensor:
-    """``[tokens, width]``, the same in every process."""
+    """``[tokens, width]``, the same in every process; not to be written to."""
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)).to(DTYPE)
 
 

@@ -3,11 +3,7 @@
 from copy import deepcopy
 from typing import Any
 
-from lmdeploy.pytorch.config import override_hf_config
-
-from lmdeploy_vico.adapter.chat_model import vico_class
-from lmdeploy_vico.adapter.language_model import is_quantised, language_model_shapes
-from lmdeploy_vico.adapter.quantisation import check_quantisation
+from lmdeploy_vico.adapter.language_model import is_quantised, language_model_shapes, quantised_shapes
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import PREFIX, Options
@@ -35,6 +31,9 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
 
 def _as_served(hf_config: Any, backend_config: Any) -> Any:
     """The config as the engine sees it: with ``--hf-overrides`` applied."""
+    # Here, as in precision.py: LMDeploy's vision models, and with them this module, are imported before its engine.
+    from lmdeploy.pytorch.config import override_hf_config
+
     config = deepcopy(hf_config)
     override_hf_config(config, backend_config.hf_overrides or {})
     return config
@@ -47,6 +46,10 @@ def _open_checkpoint(model_path: str, hf_config: Any) -> Checkpoint:
         raise UnsupportedCheckpointError(f'{error} To size a deployment without weights, set {SWITCH}.') from error
     language_model = hf_config.llm_config
     if is_quantised(language_model, hf_config):
+        from lmdeploy_vico.adapter.chat_model import vico_class
+        from lmdeploy_vico.adapter.quantisation import check_quantisation
+
         check_quantisation(hf_config, vico_class(language_model.architectures[0]).packed_modules_mapping)
     checkpoint.require(language_model_shapes(language_model, hf_config), 'language model')
+    checkpoint.require_shapes(quantised_shapes(language_model, hf_config, checkpoint.dtypes))
     return checkpoint

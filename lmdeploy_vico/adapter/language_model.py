@@ -3,13 +3,14 @@
 LMDeploy loads whatever the shards hold and leaves the rest uninitialised.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmdeploy_vico.adapter.skipped_modules import LANGUAGE_MODEL, SkippedModules
+from lmdeploy_vico.vision.weights import FLOATS, Shape
 
-Shape = tuple[int, ...]
 _ARCHITECTURES = ('Qwen3ForCausalLM', 'Qwen3MoeForCausalLM')
+FP8_BLOCK = 128  # rows and columns with one scale; LMDeploy has no other, whatever the config says
 _QUANTISABLE = '_proj'  # of a layer's modules: neither its norms nor, as LMDeploy builds it, the gate of its experts
 
 
@@ -21,10 +22,51 @@ def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shap
         checkpoint_config: the whole checkpoint's, which may carry the quantisation.
 
     Returns:
-        Empty for other architectures. What is quantised, LMDeploy's loaders know.
+        Empty for other architectures.
     """
+    plain, _ = _modules(config, checkpoint_config)
+    return {f'{name}.weight': shape for name, shape in plain.items()}
+
+
+def quantised_shapes(config: Any, checkpoint_config: Any, dtypes: Mapping[str, str]) -> dict[str, Shape]:
+    """Name and shape of what such a language model has in place of the weights that are quantised.
+
+    Args:
+        config: as for :func:`language_model_shapes`.
+        checkpoint_config: likewise.
+        dtypes: of the checkpoint's tensors. LMDeploy itself makes FP8 of a weight that is stored as it was.
+
+    Returns:
+        Empty for methods other than AWQ, FP8 with scales of blocks, and compressed-tensors of 4 bits.
+    """
+    _, modules = _modules(config, checkpoint_config)
+    quantisation = _quantization_config(config, checkpoint_config)
+    shapes: dict[str, Shape] = {}
+    for name, (rows, columns) in modules.items():
+        stored = _quantised_shapes(quantisation, rows, columns)
+        if dtypes.get(f'{name}.weight') in FLOATS:
+            stored.pop('weight_scale_inv', None)
+        shapes |= {f'{name}.{kind}': shape for kind, shape in stored.items()}
+    return shapes
+
+
+def _quantised_shapes(quantisation: Mapping[str, Any], rows: int, columns: int) -> dict[str, Shape]:
+    match quantisation['quant_method']:
+        case 'awq':
+            packed, groups = rows * quantisation.get('bits', 4) // 32, columns // quantisation.get('group_size', 128)
+            return {'qweight': (columns, packed), 'qzeros': (groups, packed), 'scales': (groups, rows)}
+        case 'compressed-tensors':
+            return {'weight_packed': (rows, columns // 8), 'weight_scale': (rows, columns // 32), 'weight_shape': (2,)}
+        case 'fp8' if quantisation.get('activation_scheme') != 'static' or quantisation.get('weight_block_size'):
+            blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+            return {'weight': (rows, columns), 'weight_scale_inv': blocks}
+    return {}
+
+
+def _modules(config: Any, checkpoint_config: Any) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """A language model's modules with the shape of their weight: those that are stored as it, and the quantised."""
     if config.architectures[0] not in _ARCHITECTURES:
-        return {}
+        return {}, {}
     modules: dict[str, Shape] = {
         'model.embed_tokens': (config.vocab_size, config.hidden_size),
         'model.norm': (config.hidden_size,),
@@ -34,12 +76,13 @@ def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shap
     for index in range(config.num_hidden_layers):
         layer = _attention_shapes(config) | (_moe_shapes(config) if _is_moe(config, index) else _mlp_shapes(config))
         modules |= {f'model.layers.{index}.{name}': shape for name, shape in layer.items()}
-    shapes = {LANGUAGE_MODEL + name: shape for name, shape in modules.items()}
+    plain = {LANGUAGE_MODEL + name: shape for name, shape in modules.items()}
     quantisation = _quantization_config(config, checkpoint_config)
-    if quantisation:
-        skipped = SkippedModules(quantisation)
-        shapes = {name: of for name, of in shapes.items() if not name.endswith(_QUANTISABLE) or name in skipped}
-    return {f'{name}.weight': shape for name, shape in shapes.items()}
+    if not quantisation:
+        return plain, {}
+    skipped = SkippedModules(quantisation)
+    quantised = [name for name in plain if name.endswith(_QUANTISABLE) and name not in skipped]
+    return plain, {name: plain.pop(name) for name in quantised}
 
 
 def fused_modules(config: Any) -> Iterator[tuple[str, str]]:

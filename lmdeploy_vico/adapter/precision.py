@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lmdeploy.pytorch import config
 
 
 def engine_dtype(hf_config: Any, backend_config: Any) -> torch.dtype:
@@ -18,6 +17,8 @@ def engine_dtype(hf_config: Any, backend_config: Any) -> torch.dtype:
         hf_config: the checkpoint's; not changed.
         backend_config: LMDeploy's PytorchEngineConfig.
     """
+    from lmdeploy.pytorch import config
+
     # LMDeploy writes into both.
     model_config = SimpleNamespace(hf_config=deepcopy(hf_config), dtype=None)
     dtype: torch.dtype = config._update_torch_dtype(

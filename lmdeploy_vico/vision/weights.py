@@ -92,6 +92,10 @@ class Checkpoint:
                 f'{self.path}: quantised tensors of the {part} cannot be used: {", ".join(quantised[:NAMED])}{more}. '
                 'Use a checkpoint in which they are float32, float16 or bfloat16.'
             )
+        self.require_shapes(expected)
+
+    def require_shapes(self, expected: Mapping[str, Shape]) -> None:
+        """Raise :class:`UnsupportedCheckpointError` naming every expected tensor that is missing or misshapen."""
         missing = [name for name in expected if name not in self.shapes]
         misshapen = [
             f'{name} is {list(self.shapes[name])}, expected {list(shape)}'

@@ -228,11 +228,39 @@ def test_other_methods_are_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    'name', ['language_model.model.norm.weight', 'language_model.model.layers.1.mlp.gate.weight', 'mlp1.1.weight']
+    'method, name',
+    [
+        ('fp8', 'model.norm.weight'),
+        ('fp8', 'model.layers.1.mlp.gate.weight'),
+        ('fp8', 'model.layers.1.mlp.experts.3.up_proj.weight'),
+        ('fp8', 'model.layers.0.self_attn.o_proj.weight_scale_inv'),
+        ('compressed-tensors', 'model.layers.0.self_attn.o_proj.weight'),
+        ('compressed-tensors', 'model.layers.1.mlp.experts.3.down_proj.weight_packed'),
+        ('compressed-tensors', 'model.layers.1.mlp.experts.0.gate_proj.weight_shape'),
+        ('awq', 'lm_head.weight'),
+        ('awq', 'model.layers.0.self_attn.k_proj.qzeros'),
+        ('awq', 'model.layers.1.mlp.up_proj.scales'),
+    ],
 )
-def test_what_is_not_quantised_is_still_looked_for(tmp_path, name):
-    tensors = make_quantised(tmp_path, 'fp8', 'moe', (), GATES)
-    del tensors[name]
+def test_what_is_missing_is_named(tmp_path, method, name):
+    llm = 'dense' if method == 'awq' else 'moe'
+    skipped = (('self_attn',), ['re:.*self_attn']) if method == 'compressed-tensors' else ((), None)
+    tensors = make_quantised(tmp_path, method, llm, *skipped)
+    del tensors[LANGUAGE_MODEL + name]
     save_file(tensors, tmp_path / 'model.safetensors')
-    with pytest.raises(UnsupportedCheckpointError, match=f'missing tensors: {name}'):
-        VisionEncoder.load(start(tmp_path), VicoConfig.from_pretrained(tmp_path), device='cpu')
+    with pytest.raises(UnsupportedCheckpointError, match=f'missing tensors: {LANGUAGE_MODEL}{name}.'):
+        start(tmp_path)
+
+
+def test_scales_of_other_blocks_are_refused(tmp_path):
+    tensors = make_quantised(tmp_path, 'fp8', 'dense', (), None)
+    name = 'language_model.model.layers.0.mlp.up_proj.weight_scale_inv'
+    tensors[name] = torch.ones(4, 4)
+    save_file(tensors, tmp_path / 'model.safetensors')
+    with pytest.raises(UnsupportedCheckpointError, match=rf'{name} is \[4, 4\], expected \[2, 2\]'):
+        start(tmp_path)
+
+
+def test_weights_that_lmdeploy_makes_fp8_of_need_no_scales(tmp_path):
+    make_quantised(tmp_path, 'fp8', 'dense', ('down_proj',), None)
+    start(tmp_path)

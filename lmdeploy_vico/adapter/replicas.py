@@ -21,7 +21,10 @@ OUT_OF_MEMORY = ('out of memory', 'ALLOC_FAILED')
 
 
 class CopiedWeights:
-    """The weights of a vision side that is in place already, copied from its device, bit for bit."""
+    """The weights of a vision side that is in place already, copied from its device, bit for bit.
+
+    Some of its parameters are in float32 by then (``VisionTower.prepare``), with the values that they were loaded with.
+    """
 
     def __init__(self, source: nn.Module) -> None:
         self._source = source
@@ -31,9 +34,11 @@ class CopiedWeights:
 
     @torch.no_grad()
     def load_into(self, module: nn.Module) -> None:
-        """Fill every parameter of ``module``, which has the source's shapes and dtype."""
+        """Fill every parameter of ``module``, which is in the dtype that the source was loaded in."""
         source = dict(self._source.named_parameters())
         for name, parameter in module.named_parameters():
+            if source[name].shape != parameter.shape:  # else it would be broadcast
+                raise ValueError(f'{name} is {list(source[name].shape)} in the source, not {list(parameter.shape)}')
             parameter.copy_(source[name])
 
 

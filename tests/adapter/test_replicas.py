@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmdeploy_vico.adapter.replicas import GIB, Replicas
+from lmdeploy_vico.adapter.replicas import GIB, CopiedWeights, Replicas
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.stage import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tower import VisionTower
 from lmdeploy_vico.vision.weights import Checkpoint
 
 CUDA = [torch.device('cuda', index) for index in range(4)]
@@ -36,6 +37,29 @@ def test_the_checkpoint_is_read_once_and_copied_bit_for_bit(make_checkpoint, pic
         assert torch.equal(weight, second[name]) and weight.data_ptr() != second[name].data_ptr(), name
     [one], [other] = (encoder.encode([pictures['coffee']]) for encoder in replicas.encoders)
     assert torch.equal(one.embeddings, other.embeddings) and one.scores == other.scores
+
+
+@pytest.mark.parametrize('vit', ['layer_norm', 'rms_norm'])
+def test_a_copy_in_bfloat16_has_the_same_bits(make_checkpoint, vit):
+    path = make_checkpoint(vit=vit, dtype='float32')
+
+    def tower(weights):
+        tower = VisionTower(VicoConfig.from_pretrained(path)).to(torch.bfloat16)
+        weights.load_into(tower)
+        with torch.inference_mode():
+            tower.prepare()
+        return tower
+
+    read = tower(Checkpoint(path))
+    copied = dict(tower(CopiedWeights(read)).named_parameters())
+    assert {weight.dtype for weight in copied.values()} == {torch.bfloat16, torch.float32}
+    for name, weight in read.named_parameters():
+        assert weight.dtype == copied[name].dtype and torch.equal(weight, copied[name]), name
+
+
+def test_weights_of_another_shape_are_not_copied():
+    with pytest.raises(ValueError, match=r'weight is \[1, 4\] in the source, not \[2, 4\]'):
+        CopiedWeights(torch.nn.Linear(4, 1)).load_into(torch.nn.Linear(4, 2))
 
 
 @pytest.fixture

@@ -65,8 +65,21 @@ class StandInCuda:
     def graph(self, graph, **options):
         self.note('capture', options.pop('capture_error_mode', 'global'), gc.isenabled())
         assert set(options) == {'stream'}
-        yield
+        with self.stream(options['stream']):
+            yield
         self.note('captured')
+
+    @contextmanager
+    def stream(self, stream):
+        before, self._current.stream = getattr(self._current, 'stream', None), stream
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    @property
+    def current_stream(self):
+        return self._current.stream
 
     def install(self, monkeypatch) -> None:
         cuda = self
@@ -101,10 +114,6 @@ class StandInCuda:
                 assert self.recorded and other.recorded
                 return 12.5
 
-        @contextmanager
-        def stream(stream):
-            yield
-
         for name, value in {
             'Stream': Stream,
             'Event': Event,
@@ -112,7 +121,7 @@ class StandInCuda:
             'current_stream': Stream,
             'device': self.on,
             'graph': self.graph,
-            'stream': stream,
+            'stream': self.stream,
             'synchronize': lambda device=None: self.synchronized(),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)

@@ -153,10 +153,14 @@ class CudaBatches:
 
     @torch.inference_mode()
     def _capture(self, graph: bool) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._outputs = self._tower.encode(self._tiles)  # compiles kernels, which must not happen in a capture
-        self._stream.synchronize()
+        # A first run compiles kernels, which must not happen in a capture. One on the stream of the capture would also
+        # leave cuBLAS a workspace for it outside the graph's own memory, and there it is freed, for the whole process,
+        # when any LMDeploy engine in it is closed.
+        stream = torch.cuda.Stream() if graph else self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._outputs = self._tower.encode(self._tiles)
+        stream.synchronize()
         if not graph:
             return
         self._graph = torch.cuda.CUDAGraph()

@@ -155,6 +155,21 @@ def test_a_capture_follows_a_run_and_bears_other_threads_allocations(encoder, cu
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize('graph', [False, True])
+def test_a_capture_has_a_stream_on_which_nothing_has_run(encoder, cuda, monkeypatch, graph):
+    """So that the workspace cuBLAS takes for it is the graph's, and outlives an engine in the same process."""
+    streams, encode = [], encoder.tower.encode
+
+    def record(tiles):
+        streams.append(cuda.current_stream)
+        return encode(tiles)
+
+    monkeypatch.setattr(encoder.tower, 'encode', record)
+    batches = CudaBatches(encoder.tower, 1, CPU, graph)
+    assert [stream is batches._stream for stream in streams] == ([False, True] if graph else [True])
+    assert None not in streams
+
+
 def test_a_capture_that_fails_names_the_way_out(encoder, cuda, monkeypatch):
     outcomes = iter([None, RuntimeError('operation not permitted when stream is capturing')])
     encode = encoder.tower.encode

@@ -72,6 +72,16 @@ def test_other_pixel_shuffle(make_checkpoint, tmp_path):
         ((), {'LMDEPLOY_VICO_MAX_TILES': 'lots'}, "max_tiles must be an integer of at least 1, not 'lots'"),
         ((), {'LMDEPLOY_VICO_VISION_DEVICE': 'cpu', 'LMDEPLOY_VICO_KERNELS': 'triton'}, "do not run on 'cpu' devices"),
         ((), {'LMDEPLOY_VICO_VISION_DEVICE': 'cudaa:x'}, "vision_device 'cudaa:x' is not a device of this machine"),
+        (
+            (),
+            {'LMDEPLOY_VICO_VIT_SPEEDUPS': 'flash'},
+            'vit_speedups must be a comma-separated list of cudnn_attention,',
+        ),
+        (
+            ('--hf-overrides', '{"vico": {"vit_speedups": "cudnn_attention", "vision_device": "cpu"}}'),
+            {},
+            'vit_speedups: cudnn_attention needs a CUDA device, and the vision side runs on cpu; leave it out.',
+        ),
     ],
 )
 def test_bad_options(make_checkpoint, tmp_path, arguments, environment, message):

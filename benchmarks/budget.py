@@ -1,19 +1,21 @@
 """How long a part of on_gpu.sh may take on a GPU, by arithmetic that it prints, and how many requests fit in its limit.
 
-    python -m benchmarks.budget llm-8B-64 --most 2000 --memory 139
+    python -m benchmarks.budget llm-8B-64 soak --memory 139             # prints it
+    python -m benchmarks.budget llm-8B-64 soak --folder plans           # writes plans/llm-8B-64 and plans/soak
 
 The rates are estimates on the safe side for an H100 or H200: about half of what such a GPU reaches in large matrix
 products, half of the tiles/s aimed at, starts with nothing compiled before. They decide how much is measured, never
-what comes out. The last line says how many requests of a cell fit; the exit status is 1 where too few do, and 3, with a
-sentence, where a model does not fit the device.
+what comes out. A part's last line is how many requests of a cell fit, or a sentence that says why it is not to be run:
+SKIPPED where its model does not fit the device, REFUSED where too few requests fit.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks.targets import _flop as prefill_flop
+from benchmarks.targets import prefill_flop
 from lmdeploy_vico.testing.published import MODELS, weight_bytes
 
 LIMIT = 600  # seconds of a part
@@ -238,29 +240,39 @@ def lines(part: str, todo: Sequence[Item], number: int, limit: float) -> Iterato
     yield f'==> {part}: at most {total:.0f} s by these estimates, {RESERVE} s in reserve, of {limit:.0f} s'
 
 
+def plan(part: str, limit: float, most: int, memory: float) -> list[str]:
+    """The arithmetic of a part, and as its last line what follows from it; raises KeyError for an unknown part."""
+    todo = items(part)
+    try:
+        require_memory(part, memory)
+    except NotHereError as error:
+        return [f'==> {part}: SKIPPED. {error}']
+    number = requests(todo, limit, most)
+    total = sum(item.seconds * (number if item.count is None else item.count) for item in todo)
+    fits = total <= limit - RESERVE and number >= min(FEWEST, most)
+    return [
+        *lines(part, todo, number, limit),
+        str(number) if fits else f'==> {part}: REFUSED, there is too little time.',
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('part')
+    parser.add_argument('parts', nargs='+', metavar='PART')
     parser.add_argument('--most', type=int, default=MANY, help='requests of a cell (default: %(default)s)')
-    parser.add_argument('--limit', type=float, default=LIMIT, help='seconds of the part (default: %(default)s)')
+    parser.add_argument('--limit', type=float, default=LIMIT, help='seconds of a part (default: %(default)s)')
     parser.add_argument('--memory', type=float, default=float('inf'), metavar='GIB', help='of the device')
+    parser.add_argument('--folder', type=Path, help='write a file for each part there, instead of printing')
     arguments = parser.parse_args(argv)
-    part, limit = arguments.part, arguments.limit
-    try:
-        require_memory(part, arguments.memory)
-        todo = items(part)
-    except NotHereError as error:
-        print(f'==> {part}: skipped. {error}')
-        return 3
-    except KeyError:
-        parser.error(f'there is no part {part}')
-    number = requests(todo, limit, arguments.most)
-    total = sum(item.seconds * (number if item.count is None else item.count) for item in todo)
-    print('\n'.join(lines(part, todo, number, limit)))
-    if total > limit - RESERVE or number < min(FEWEST, arguments.most):
-        print(f'==> {part}: too little time for it')
-        return 1
-    print(number)
+    for part in arguments.parts:
+        try:
+            text = '\n'.join(plan(part, arguments.limit, arguments.most, arguments.memory))
+        except KeyError:
+            parser.error(f'there is no part {part}')
+        if arguments.folder:
+            (arguments.folder / part).write_text(f'{text}\n')
+        else:
+            print(text)
     return 0
 
 

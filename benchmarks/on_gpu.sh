@@ -278,19 +278,23 @@ part_bench_check() {
 
 # plan PART: prints the arithmetic and sets $prompts; fails where the part is not to be run.
 plan() {
-    local printed status
+    local printed
     prompts=$most
     on_gpu || return 0
-    printed=$("$python" -m benchmarks.budget "$1" --limit "$limit" --most "$most" --memory "$memory")
-    status=$?
+    printed=$(<"$scratch/plans/$1")
     prompts=$(tail -n 1 <<<"$printed")
-    [ $status -ne 0 ] || printed=$(head -n -1 <<<"$printed")
-    say "$printed"
-    [ $status -eq 0 ] && return
-    [ $status -eq 3 ] || failed+=("$1")
-    return $status
+    case $prompts in
+        *SKIPPED*) say "$printed" && return 1 ;;
+        *REFUSED*) say "$printed" && failed+=("$1") && return 1 ;;
+    esac
+    say "$(head -n -1 <<<"$printed")"
 }
 
+if on_gpu; then
+    mkdir "$scratch/plans"
+    "$python" -m benchmarks.budget "${chosen[@]}" --limit "$limit" --most "$most" --memory "$memory" \
+        --folder "$scratch/plans" || exit
+fi
 began=0 # of a part: the first one pays for this script's own start
 for part in "${chosen[@]}"; do
     [ -z "$ended" ] || { failed+=("$part was not begun") && continue; }

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,8 @@ def main() -> int:
     parser.add_argument('--repeats', type=int, default=2, help='the order is reversed from one to the next')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()
+    # Told to end, it keeps what there is and stops its server.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console, order = Console(width=120), [TWO, AGAINST[arguments.against]]
     if MPS in order and not with_service():
         console.print(f'{MPS} needs a CUDA device and {CONTROL}.', style='red')

@@ -23,6 +23,7 @@ import itertools
 import json
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -346,6 +347,8 @@ def main() -> int:
     parser.add_argument('--pid', type=int, help='of that server; without it, only device memory is looked at')
     parser.add_argument('--output-file', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()
+    # Told to end, it keeps what there is and stops its server.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=120)
     columns = (
         TextColumn('{task.description}'),

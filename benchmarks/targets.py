@@ -92,11 +92,11 @@ def llm_target(paper_name: str, text_tokens: int, share: float) -> float:
 def flop_ratio(size: Size, text_tokens: int, share: float) -> float:
     """How much less a language model has to calculate for a prompt of ten tiles, of which a share is removed."""
     visual = TILES * TOKENS_FULL
-    return _flop(size, visual + text_tokens) / _flop(size, visual * (1 - share) + text_tokens)
+    return prefill_flop(size, visual + text_tokens) / prefill_flop(size, visual * (1 - share) + text_tokens)
 
 
-def _flop(size: Size, tokens: float) -> float:
-    """Of a prefill, the head left out, which is asked for one token; attention is causal."""
+def prefill_flop(size: Size, tokens: float) -> float:
+    """The operations of a prefill, but for the head, which is asked for one token; attention is causal."""
     heads = size.heads * size.head_dim
     attention = size.hidden * (2 * heads + 2 * size.kv_heads * size.head_dim)
     experts = size.experts_per_token * size.expert_mlp

@@ -198,7 +198,7 @@ def test_what_a_gpu_would_run(recorded):
 
 def test_an_h100_is_told_that_38b_does_not_fit(recorded):
     printed, ran = recorded(79, 'llm-38B-64', 'llm-30B-A3B-64')
-    assert '==> llm-38B-64: skipped. 38B needs 82 GiB, 74 of them for its weights; this device has 79 GiB.' in printed
+    assert '==> llm-38B-64: SKIPPED. 38B needs 82 GiB, 74 of them for its weights; this device has 79 GiB.' in printed
     assert [line for line in ran if ' bench ' in line and '30B-A3B' in line]
     assert not [line for line in ran if '38B' in line]
 
@@ -207,9 +207,8 @@ def test_an_h100_is_told_that_38b_does_not_fit(recorded):
 
 
 @pytest.mark.parametrize('part', PARTS)
-def test_every_part_fits_ten_minutes(part, capsys):
-    assert budget.main([part, '--memory', '139']) == 0
-    *items, total, number = capsys.readouterr().out.splitlines()
+def test_every_part_fits_ten_minutes(part):
+    *items, total, number = budget.plan(part, budget.LIMIT, budget.MANY, memory=139)
     rows = [re.match(r' *(\d+) x +([\d.]+) s = +(\d+) s  \w', item).groups() for item in items]
     added = sum(int(seconds) for _, _, seconds in rows)
     said = int(re.search(r'at most (\d+) s', total)[1])
@@ -224,6 +223,13 @@ def test_requests_are_as_many_as_fit():
     assert budget.requests(todo, 100, 2000) == 0
 
 
-def test_a_part_that_cannot_fit_is_not_begun(capsys):
-    assert budget.main(['llm-38B-512', '--limit', '300']) == 1
-    assert capsys.readouterr().out.endswith('==> llm-38B-512: too little time for it\n')
+def test_a_part_that_cannot_fit_is_not_begun():
+    *_, total, last = budget.plan('llm-38B-512', 300, budget.MANY, memory=139)
+    assert last == '==> llm-38B-512: REFUSED, there is too little time.'
+    assert int(re.search(r'at most (\d+) s', total)[1]) > 300 - budget.RESERVE
+
+
+def test_unknown_parts_are_named(capsys):
+    with pytest.raises(SystemExit):
+        budget.main(['soak', 'nonsense'])
+    assert 'there is no part nonsense' in capsys.readouterr().err

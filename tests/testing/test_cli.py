@@ -20,6 +20,13 @@ def test_tiny_prints_the_directory(tmp_path, capsys):
     assert is_tiny_checkpoint(tmp_path / 'new')
 
 
+@pytest.mark.parametrize('plain', [[], ['--plain']])
+def test_tiny_says_how_to_serve_it_on_a_gpu(tmp_path, capsys, plain):
+    assert cli.main(['tiny', str(tmp_path / 'new'), *plain]) == 0
+    flags = '--max-batch-size 32 --num-gpu-blocks 4096' + (' --trust-remote-code' if plain else '')
+    assert capsys.readouterr().err == f'Serve it: lmdeploy serve api_server {tmp_path / "new"} {flags}\n'
+
+
 def test_tiny_refuses_a_directory_in_use(tmp_path, capsys):
     (tmp_path / 'notes.txt').write_text('mine')
     assert cli.main(['tiny', str(tmp_path)]) == 1
@@ -63,6 +70,7 @@ def test_like_says_that_there_are_no_weights_and_how_to_serve(tmp_path, capsys):
     assert cli.main(['tiny', str(tmp_path / '8b'), '--like', '8B']) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == str(tmp_path / '8b')
+    assert '--num-gpu-blocks' not in out, 'that of a real model is for LMDeploy to choose'
     assert 'no weights' in out and 'LMDEPLOY_VICO_DUMMY_WEIGHTS=1 lmdeploy serve api_server' in out
     assert not list((tmp_path / '8b').glob('*.safetensors*'))
 

@@ -13,7 +13,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_cha
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak kernel-resources clean
+.PHONY: help setup demo test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 test: $(STAMP) ## Run the tests, without a GPU that may be there
 	@$(ON_CPU) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 	@$(ON_CPU) $(BIN)/python -m pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
+
+test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
+	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(ON_GPU) $(BIN)/python -m pytest tests/kernels

@@ -9,9 +9,10 @@ import pytest
 from parity.conversations import data_url
 from PIL import Image
 from serving.conftest import Client
+from waiting import HANG
 
 IMAGES, TILES = 20, 13  # images of a request, and tiles of each, the thumbnail included
-DEADLINE = 60  # seconds
+ATTEMPTS = 5  # to leave while half of the tiles are still to be encoded
 
 
 @pytest.fixture(scope='module')
@@ -46,13 +47,19 @@ REQUESTS = {
 }
 
 
+@pytest.mark.busy
 @pytest.mark.parametrize('case', REQUESTS)
 def test_tiles_leave_the_queue(client, prompts, judge, case):
-    before = client.encoded_tiles()
-    with send(client, *request(client, case)):
-        deadline = time.monotonic() + DEADLINE
-        while client.encoded_tiles() == before:
-            assert time.monotonic() < deadline, 'encoding has not begun'
+    for _ in range(ATTEMPTS):
+        before = client.encoded_tiles()
+        with send(client, *request(client, case, before)):
+            deadline = time.monotonic() + HANG
+            while client.encoded_tiles() == before:
+                assert time.monotonic() < deadline, 'encoding has not begun'
+        if client.encoded_tiles() - before < IMAGES * TILES // 2:
+            break  # the client has left in time
+    else:
+        pytest.fail('half of the tiles were encoded before the client could leave')
     # The stage takes the oldest first: were they still queued, all tiles would be encoded before those of this request.
     answer = client.chat(prompts['one photograph'])
     judge().check(prompts['one photograph'], answer, 'all', name='one photograph')
@@ -61,10 +68,10 @@ def test_tiles_leave_the_queue(client, prompts, judge, case):
     assert 'Traceback' not in log and 'ERROR' not in log
 
 
-def request(client, case):
+def request(client, case, seed):
     """The path and body of a request with images that nobody has sent before."""
     build, extra = REQUESTS[case]
-    rng = np.random.default_rng(list(REQUESTS).index(case))
+    rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (IMAGES, 30, 40, 3), dtype=np.uint8)
     return build(client, [data_url(Image.fromarray(one)) for one in noise], model=client.model, max_tokens=4, **extra)
 
@@ -79,6 +86,6 @@ def send(client, path, body):
         'anthropic-version: 2023-06-01',
         f'Content-Length: {len(payload)}',
     ]
-    connection = socket.create_connection(('127.0.0.1', client.server.port), timeout=DEADLINE)
+    connection = socket.create_connection(('127.0.0.1', client.server.port), timeout=HANG)
     connection.sendall('\r\n'.join([*lines, '', '']).encode() + payload)
     return connection

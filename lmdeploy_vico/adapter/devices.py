@@ -1,15 +1,21 @@
-"""Which devices LMDeploy's engine is going to use, and with them the vision side."""
+"""Which devices LMDeploy's engine is going to use, and with them the vision side.
+
+LMDeploy's engine is imported in functions: this module is read with LMDeploy's vision models, in processes too that
+serve another model without it.
+"""
 
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from lmdeploy.messages import PytorchEngineConfig
-from lmdeploy.pytorch.config import DistConfig
-from lmdeploy.pytorch.engine.executor import get_distributed_executor_backend
 
 from lmdeploy_vico.options import PREFIX, OptionError
+
+if TYPE_CHECKING:
+    from lmdeploy.pytorch.config import DistConfig
 
 AUTO = 'auto'
 SETTING = f'{PREFIX}VISION_DEVICE=cuda:0,cuda:1'
@@ -66,14 +72,18 @@ def engine_devices(engine: PytorchEngineConfig) -> list[torch.device]:
     return [torch.device('cuda', index) for index in range(ranks)]
 
 
-def parallelism(engine: PytorchEngineConfig) -> DistConfig:
+def parallelism(engine: PytorchEngineConfig) -> 'DistConfig':
     """How LMDeploy splits the language model; ``attn_tp`` is the number of devices of one server."""
+    from lmdeploy.pytorch.config import DistConfig
+
     if engine.tp == engine.ep == 1:  # LMDeploy drops dp then
         engine = dataclasses.replace(engine, dp=1, dp_rank=0)
     return DistConfig.from_engine_config(engine)
 
 
-def _uses_ray(engine: PytorchEngineConfig, dist: DistConfig) -> bool:
+def _uses_ray(engine: PytorchEngineConfig, dist: 'DistConfig') -> bool:
+    from lmdeploy.pytorch.engine.executor import get_distributed_executor_backend
+
     executor = engine.distributed_executor_backend or get_distributed_executor_backend(
         dist.world_size, dist.dp, engine.device_type
     )

@@ -31,7 +31,7 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
 
 def _as_served(hf_config: Any, backend_config: Any) -> Any:
     """The config as the engine sees it: with ``--hf-overrides`` applied."""
-    # Here, as in precision.py: LMDeploy's vision models, and with them this module, are imported before its engine.
+    # Here, as in devices.py: LMDeploy's vision models, and with them this module, are imported before its engine.
     from lmdeploy.pytorch.config import override_hf_config
 
     config = deepcopy(hf_config)

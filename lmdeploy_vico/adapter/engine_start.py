@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from lmdeploy_vico.cpu.hooks import wrap_once
+from lmdeploy_vico.ports import hold_port
 
 _held: list[socket.socket] = []
 
@@ -63,16 +64,10 @@ def hold_master_port(module: ModuleType) -> None:
 
 
 def hold_free_port() -> int:
-    """A TCP port, free on all addresses, that no program is given by chance as long as this process lives.
-
-    It is bound and never listened on. Whoever asks for this port by its number and for SO_REUSEADDR, as PyTorch's
-    TCPStore does, still gets it.
-    """
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(('', 0))
+    """A TCP port, free on all addresses, that no program is given by chance as long as this process lives."""
+    holder = hold_port('')
     _held.append(holder)
-    return holder.getsockname()[1]
+    return int(holder.getsockname()[1])
 
 
 HOOKS: dict[str, Callable[[ModuleType], None]] = {

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lmdeploy.messages import PytorchEngineConfig
-from lmdeploy.pytorch.config import DistConfig
 from lmdeploy.utils import get_max_batch_size
 
 from lmdeploy_vico.adapter.devices import UnknownDevicesError, engine_devices, parallelism
@@ -22,6 +21,9 @@ from lmdeploy_vico.adapter.language_model import is_quantised, language_model_sh
 from lmdeploy_vico.adapter.replicas import GIB, FreeMemory, free_memory
 from lmdeploy_vico.adapter.skipped_modules import LANGUAGE_MODEL
 from lmdeploy_vico.log import get_logger
+
+if TYPE_CHECKING:
+    from lmdeploy.pytorch.config import DistConfig
 
 CUDA_CONTEXT = GIB // 2  # what a process takes of a device by using it; an estimate
 RANK_OVERHEAD = GIB  # a rank's CUDA context, NCCL's buffers and workspaces; an estimate
@@ -167,7 +169,7 @@ def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -
     )
 
 
-def rank_bytes(sizes: Mapping[str, int], dist: DistConfig, kv_heads: int) -> int:
+def rank_bytes(sizes: Mapping[str, int], dist: 'DistConfig', kv_heads: int) -> int:
     """Bytes of the language model on one rank, of its tensors' ``sizes`` by name.
 
     Embeddings, head, norms and routers of experts stand on every rank; keys and values where there are fewer heads than
@@ -176,7 +178,7 @@ def rank_bytes(sizes: Mapping[str, int], dist: DistConfig, kv_heads: int) -> int
     return sum(-(-size // _ranks(name, dist, kv_heads)) for name, size in sizes.items())
 
 
-def _ranks(name: str, dist: DistConfig, kv_heads: int) -> int:
+def _ranks(name: str, dist: 'DistConfig', kv_heads: int) -> int:
     """Among how many ranks LMDeploy's Qwen3 models share a tensor out."""
     if '.mlp.experts.' in name:
         return int(dist.ep * dist.moe_tp)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,10 @@ from types import TracebackType
 
 import psutil
 
+from lmdeploy_vico.ports import hold_port
 from lmdeploy_vico.testing.tiny import server_arguments
 
+LOOPBACK = '127.0.0.1'
 POLL = 0.1  # seconds between two looks at the server's health
 LOOK = 10  # seconds for such a look
 STOPPING = 20  # seconds that a server is given to end by itself
@@ -84,16 +85,17 @@ class ApiServer:
         self.stop()
 
     def _choose_port(self) -> None:
-        self._port_holder = hold_port()  # a server comes to its port when its model is loaded
+        self._port_holder = hold_port(LOOPBACK)  # a server comes to its port when its model is loaded
         self.port = self._port_holder.getsockname()[1]
-        self.url = f'http://127.0.0.1:{self.port}'
-        address = ('--server-name', '127.0.0.1', '--server-port', str(self.port))
+        self.url = f'http://{LOOPBACK}:{self.port}'
+        address = ('--server-name', LOOPBACK, '--server-port', str(self.port))
         given = (*server_arguments(self._checkpoint), *self._arguments)
         self.command = ['lmdeploy', 'serve', 'api_server', self._checkpoint, *address, *given]
 
     def start(self) -> None:
         """Start the process; returns at once."""
-        self._choose_port()  # again: since it was made, this object may have been started and stopped
+        if self._port_holder.fileno() < 0:  # has been started before, and let its port go
+            self._choose_port()
         environment = {**os.environ, **self._environment}
         with self.log.open('wb') as output:
             self._process = subprocess.Popen(
@@ -174,18 +176,7 @@ class ApiServer:
         return '\n'.join(self.log_text().splitlines()[-lines:])
 
 
-def hold_port() -> socket.socket:
-    """A socket bound to a free TCP port of the loopback interface, so that no program is given this port by chance.
-
-    Nothing listens there. A server that asks for it by its number, with SO_REUSEADDR as all do, gets it all the same.
-    """
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(('127.0.0.1', 0))
-    return holder
-
-
 def free_port() -> int:
     """A TCP port on the loopback interface that nothing listens on."""
-    with hold_port() as holder:
-        return holder.getsockname()[1]
+    with hold_port(LOOPBACK) as holder:
+        return int(holder.getsockname()[1])

@@ -155,7 +155,8 @@ class CudaBatches:
     def _capture(self, graph: bool) -> None:
         # A first run compiles kernels, which must not happen in a capture. One on the stream of the capture would also
         # leave cuBLAS a workspace for it outside the graph's own memory, and there it is freed, for the whole process,
-        # when any LMDeploy engine in it is closed.
+        # when any LMDeploy engine in it is closed. (PyTorch has 32 streams and hands them out in turn: one that a stage
+        # closed earlier has used may come back.)
         stream = torch.cuda.Stream() if graph else self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -355,7 +355,7 @@ def saturate(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Only float16 has ends that activations come near.
     """
-    if dtype != torch.float16 or values.dtype == dtype:
+    if dtype != torch.float16:
         return values
     # The largest value of both types: bfloat16 would round that of float16 up, to where float16 has infinity.
     largest = torch.tensor(torch.finfo(dtype).max, dtype=values.dtype)

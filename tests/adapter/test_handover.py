@@ -92,8 +92,10 @@ def test_arriving_rows_are_not_copied():
 
 
 PICKLING = """
-import pickle, resource, sys
+import ctypes, pickle, resource, sys
 from lmdeploy_vico.adapter.handover import keep_freed_memory
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would be one fault instead of 512
 
 way, *sizes = sys.argv[1:]
 if way == 'kept':

@@ -78,6 +78,16 @@ def test_switched_off_leaves_the_cpu_backend_out_too():
         assert run(code, LMDEPLOY_VICO=off)[0] == "['lmdeploy_vico', 'lmdeploy_vico.autoload']"
 
 
+def test_vision_models_are_imported_without_the_engine():
+    """A process that serves another model, with TurboMind perhaps, does not need the engine's many modules."""
+    code = """
+    import sys, lmdeploy.vl.model.builder
+    print('lmdeploy_vico.adapter.vision_model' in sys.modules,
+          [name for name in sys.modules if name.startswith('lmdeploy.pytorch.engine')])
+    """
+    assert run(code)[0] == 'True []'
+
+
 def test_unknown_mode_is_named_once():
     _, err = run('import torch', LMDEPLOY_VICO='on')
     assert err.count("LMDEPLOY_VICO='on' is not one of 1, cpu, 0") == 1

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from waiting import HANG
 
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
@@ -19,7 +20,7 @@ def test_nothing_is_pinned_after_the_start(make_checkpoint, pictures):
     def ask():
         futures = {name: stage.submit([ImageJob(pictures[name])], 'auto') for name in pictures}
         for name, future in futures.items():
-            [image] = future.result(60)
+            [image] = future.result(HANG)
             assert image.tokens.tile_tokens == expected[name].tile_tokens
             assert torch.equal(image.tokens.embeddings, expected[name].embeddings)
             assert image.tokens.embeddings.is_pinned()

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from waiting import HANG
 
 from lmdeploy_vico.stage.queue import PendingPrompt, TileQueue
 from lmdeploy_vico.stage.stage import DeviceStartError, ImageJob, VisionStage
@@ -11,8 +12,9 @@ from lmdeploy_vico.stage.tiles import Tile
 from lmdeploy_vico.vision.batches import RunningBatch
 
 DEVICES = 8
-TIMEOUT = 120
 ROUNDS = 3
+
+pytestmark = pytest.mark.busy
 
 
 class Batch(RunningBatch):
@@ -54,20 +56,20 @@ def submit_all(stage, jobs):
     futures = [stage.submit([job], 'auto') for job in jobs]
     queue = stage._queue
     with queue._changed:
-        assert queue._changed.wait_for(lambda: all(None not in prompt.images for prompt in queue._prompts), TIMEOUT)
+        assert queue._changed.wait_for(lambda: all(None not in prompt.images for prompt in queue._prompts), HANG)
     return futures
 
 
 def check(futures, jobs, encoder):
     for future, job in zip(futures, jobs, strict=True):
-        [image] = future.result(TIMEOUT)
+        [image] = future.result(HANG)
         [expected] = encoder.encode([job.image])
         assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
 
 
 def test_equal_devices_get_equal_shares(encoder, pictures):
-    cut, in_step = threading.Event(), threading.Barrier(DEVICES, timeout=TIMEOUT)
-    devices = [StandIn(encoder, lambda: cut.wait(TIMEOUT), in_step.wait) for _ in range(DEVICES)]
+    cut, in_step = threading.Event(), threading.Barrier(DEVICES, timeout=HANG)
+    devices = [StandIn(encoder, lambda: cut.wait(HANG), in_step.wait) for _ in range(DEVICES)]
     stage = VisionStage(devices, torch.bfloat16, threads=2)
     jobs = prompts_of(pictures, DEVICES * ROUNDS)
     futures = submit_all(stage, jobs)
@@ -79,8 +81,8 @@ def test_equal_devices_get_equal_shares(encoder, pictures):
 
 def test_a_slow_device_gets_less(encoder, pictures):
     cut, others_are_done = threading.Event(), threading.Event()
-    slow = StandIn(encoder, lambda: cut.wait(TIMEOUT), lambda: others_are_done.wait(TIMEOUT))
-    devices = [slow, *(StandIn(encoder, lambda: cut.wait(TIMEOUT)) for _ in range(DEVICES - 1))]
+    slow = StandIn(encoder, lambda: cut.wait(HANG), lambda: others_are_done.wait(HANG))
+    devices = [slow, *(StandIn(encoder, lambda: cut.wait(HANG)) for _ in range(DEVICES - 1))]
     stage = VisionStage(devices, torch.bfloat16, threads=2)
     jobs = prompts_of(pictures, DEVICES * ROUNDS)
     futures = submit_all(stage, jobs)
@@ -89,7 +91,7 @@ def test_a_slow_device_gets_less(encoder, pictures):
         future.add_done_callback(lambda _: done.release())
     cut.set()
     for _ in range(len(jobs) - 2):  # the slow one has a batch running and at most another
-        assert done.acquire(timeout=TIMEOUT)
+        assert done.acquire(timeout=HANG)
     others_are_done.set()
     check(futures, jobs, encoder)
     stage.close()
@@ -101,13 +103,13 @@ def test_no_tile_is_lost_with_a_device(encoder, pictures, caplog, when):
     cut, retired = threading.Event(), threading.Event()
 
     def die():
-        cut.wait(TIMEOUT)
+        cut.wait(HANG)
         raise RuntimeError('an illegal memory access')
 
     def others():
-        retired.wait(TIMEOUT)  # so that the one that dies has taken a tile
+        retired.wait(HANG)  # so that the one that dies has taken a tile
 
-    dead = StandIn(encoder, die) if when == 'start' else StandIn(encoder, lambda: cut.wait(TIMEOUT), die)
+    dead = StandIn(encoder, die) if when == 'start' else StandIn(encoder, lambda: cut.wait(HANG), die)
     dead.usable = lambda: False
     devices = [dead, *(StandIn(encoder, others) for _ in range(DEVICES - 1))]
     stage = VisionStage(devices, torch.bfloat16, threads=2)
@@ -133,14 +135,14 @@ def test_a_busy_device_takes_no_second_batch_while_another_has_none(rng):
     queue._changed.wait = wait_for_tiles
     idle = threading.Thread(target=lambda: taken.append(queue.take(1, wait=True, device=1)), daemon=True)
     idle.start()
-    assert waiting.wait(TIMEOUT)
+    assert waiting.wait(HANG)
     tile = Tile(b'digest', rng.integers(0, 256, (448, 448, 3), 'uint8'))
     prompt = PendingPrompt(images=[None], groups=[], size=1)
     queue.put(prompt)
     with queue._changed:  # the idle one cannot wake up before the busy one has asked
         queue.cut(prompt, 0, [tile])
         assert queue.take(1, wait=False, device=0) == []
-    idle.join(TIMEOUT)
+    idle.join(HANG)
     assert taken == [[tile]] and queue.take(1, wait=False, device=0) == []
 
 

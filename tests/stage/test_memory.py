@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
+from waiting import HANG
 
 from lmdeploy_vico.stage import memory
 from lmdeploy_vico.stage.memory import StageMemory
@@ -17,6 +18,8 @@ from lmdeploy_vico.vision.encoder import VisionEncoder
 WIDTH = 64  # of the tiny ViT
 TILE = 1024 * WIDTH * 4  # bytes: float32 patch tokens
 PINNED_BY_A_DEVICE = 6  # for each of two batches: tiles, patches and scores
+
+pytestmark = pytest.mark.busy
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def overflows(results):
 
 
 def ask(stage, picture, compression='auto', **job):
-    [image] = stage.submit([ImageJob(picture, **job)], compression).result(60)
+    [image] = stage.submit([ImageJob(picture, **job)], compression).result(HANG)
     return image.tokens
 
 
@@ -91,7 +94,7 @@ def test_devices_share_the_memory(start, encoder, pictures, cuda):
     futures = [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]
     for name, future in zip(names, futures, strict=True):
         [expected] = encoder.encode([pictures[name]])
-        assert torch.equal(future.result(60)[0].tokens.embeddings, expected.embeddings)
+        assert torch.equal(future.result(HANG)[0].tokens.embeddings, expected.embeddings)
     tiles, rows = stage._memory._tiles, stage._memory._rows
     pinned = sum(cuda.pinned[2 * PINNED_BY_A_DEVICE :])
     assert pinned == tiles._pinned_bytes() + rows._pinned_bytes()
@@ -187,7 +190,7 @@ def test_the_host_waits_for_copies_before_memory_comes_back(start, pictures, mon
         type(encoder._projecting), 'synchronize', lambda stream: seen.append([stream, *map(lent, arenas)])
     )
     future = stage.submit([ImageJob(pictures['coffee'])], 'none')
-    assert bool(future.exception(60)) == fails
+    assert bool(future.exception(HANG)) == fails
     tiles = 7
     rows = tiles * 256 * encoder.config.llm_hidden_size * 4
     assert seen == [[encoder._projecting, tiles * TILE, rows]]

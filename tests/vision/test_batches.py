@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from waiting import HANG
 
 from lmdeploy_vico.vision.arena import PinnedArena
 from lmdeploy_vico.vision.batches import CpuBatches, CudaBatches, _capturing
@@ -185,11 +186,12 @@ def test_a_capture_that_fails_names_the_way_out(encoder, cuda, monkeypatch):
     assert gc.isenabled() and not _capturing.locked()
 
 
+@pytest.mark.busy
 def test_replicas_capture_one_after_the_other(make_checkpoint, cuda, monkeypatch):
     replicas = [VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
     for replica in replicas:
         encoding(monkeypatch, cuda, replica)
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=HANG)
 
     def load(replica):
         barrier.wait()

@@ -264,6 +264,11 @@ def test_what_float16_cannot_hold_becomes_its_largest(dtype):
         assert torch.equal(saturate(values.clone(), other), values)
 
 
+def test_infinities_of_a_vision_side_in_float16_are_brought_down_too():
+    values = torch.tensor([torch.inf, 1.0, -torch.inf], dtype=torch.float16)
+    assert saturate(values, torch.float16).tolist() == [65504.0, 1.0, -65504.0]
+
+
 def test_a_float16_engine_gets_no_infinities(make_checkpoint, pictures):
     encoder = VisionEncoder.from_pretrained(make_checkpoint(), device='cpu')
     parameters = dict(encoder.tower.named_parameters())

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
+from lmdeploy_vico.host_memory import total_memory
 from lmdeploy_vico.kernels.implementation import AUTO, CHOICES
 from lmdeploy_vico.vision.routing import Compression, parse_compression
 from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, parse_speedups
@@ -29,11 +28,11 @@ def _default_threads() -> int:
 
 
 def _default_cache_bytes() -> int:
-    return min(4 * 2**30, psutil.virtual_memory().total // 16)
+    return min(4 * 2**30, total_memory() // 16)
 
 
 def _default_decoded_bytes() -> int:
-    return min(16 * 2**30, psutil.virtual_memory().total // 8)
+    return min(16 * 2**30, total_memory() // 8)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,16 @@ class StandInCuda:
         calls: in this order, with the device that was current.
         pinned: bytes of each pinned allocation.
         room: bytes that can be pinned.
+        largest: bytes that can be pinned at once.
+        refused: bytes of each pinned allocation that failed.
         pinning: called before each pinned allocation.
     """
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
         self.pinned: list[int] = []
-        self.room = 1 << 62
+        self.room = self.largest = 1 << 62
+        self.refused: list[int] = []
         self.pinning = lambda: None
         self.events: list = []
         self._current = threading.local()
@@ -52,7 +55,8 @@ class StandInCuda:
             return self._empty(*args, **kwargs)
         self.pinning()
         tensor = self._empty(*args, **kwargs)
-        if sum(self.pinned) + tensor.nbytes > self.room:
+        if sum(self.pinned) + tensor.nbytes > self.room or tensor.nbytes > self.largest:
+            self.refused.append(tensor.nbytes)
             raise RuntimeError('CUDA error: out of memory')
         self.pinned.append(tensor.nbytes)
         return tensor.fill_(255)  # a number that is not one, in every dtype in use

@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
+from lmdeploy_vico import host_memory
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.vision.speedups import Speedups
 
@@ -11,6 +14,16 @@ def load(overrides=None, **environ):
 def test_defaults():
     options = load(PATH='/bin', LMDEPLOY_VICO='1')
     assert options.compression == 'auto' and options.max_tiles == 40 and options.preprocess_threads >= 1
+
+
+@pytest.mark.parametrize('limit, cached, decoded', [(None, 4, 16), (80, 4, 10), (8, 0.5, 1)])
+def test_memory_by_default_is_a_share_of_what_a_container_may_use(monkeypatch, tmp_path, limit, cached, decoded):
+    gib = 2**30
+    monkeypatch.setattr(host_memory.psutil, 'virtual_memory', lambda: SimpleNamespace(total=1000 * gib))
+    monkeypatch.setattr(host_memory, 'CGROUP', str(tmp_path))
+    (tmp_path / 'memory.max').write_text('max\n' if limit is None else f'{limit * gib}\n')
+    options = load()
+    assert (options.cache_bytes, options.max_decoded_bytes) == (cached * gib, decoded * gib)
 
 
 def test_environment():

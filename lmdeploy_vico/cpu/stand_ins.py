@@ -13,6 +13,8 @@ from typing import Any
 import numpy
 import torch
 
+from lmdeploy_vico.host_memory import total_memory
+
 from . import memory
 
 
@@ -89,7 +91,7 @@ class CudaView:
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         """Return the bytes that the KV cache may be sized from, and the host's memory."""
         del device
-        return memory.cache_budget(), memory.total_memory()
+        return memory.cache_budget(), total_memory()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)

@@ -72,7 +72,11 @@ class StageMemory:
         return self._tiles.owns(patches)
 
     def close(self) -> None:
-        """Lend nothing more, and have the memory go with the last piece."""
+        """Lend nothing more, and give the host back the blocks of which no piece is lent.
+
+        To be called when the cache has been cleared. A block with a piece that somebody still has, visual tokens that
+        were handed on, is left to PyTorch, which keeps it for what is pinned next.
+        """
         self._tiles.close()
         self._rows.close()
         # PyTorch keeps pinned memory that is free. Older versions have no such function; a device may have failed for

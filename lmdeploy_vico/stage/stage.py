@@ -167,15 +167,19 @@ class VisionStage:
         return prompt.future
 
     def close(self) -> None:
-        """Stop the threads; what is queued is cancelled, what is on a device is finished first."""
+        """Stop the threads and let go of the memory.
+
+        What is queued is cancelled, what is on a device is finished first.
+        """
         self._queue.close()
         self._prepare.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
             thread.join()
-        for prompt in self._queue.close():
-            prompt.future.cancel()
+        for future in [prompt.future for prompt in self._queue.give_up()]:  # no name keeps a prompt and its tiles
+            future.cancel()
         for encoder in self._encoders:
             encoder.use_memory(None)
+        self._cache.clear()
         if self._memory is not None:
             self._memory.close()
 

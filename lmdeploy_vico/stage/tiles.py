@@ -113,6 +113,13 @@ class TileCache:
             self._metrics.cache_bytes.set(self._bytes)
             return True
 
+    def clear(self) -> None:
+        """Let go of all that is kept."""
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+            self._metrics.cache_bytes.set(0)
+
     def _evict(self, digest: bytes) -> None:
         self._bytes -= self._kept.pop(digest).patches.nbytes
         self._metrics.cache_evictions.inc()

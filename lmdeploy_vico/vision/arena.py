@@ -37,7 +37,8 @@ class PinnedArena:
     piece holds it until the host has waited for that copy.
 
     PyTorch rounds pinned memory up to powers of two. So blocks are powers of two, and each but the last of as many
-    bytes as can be filled: what is lost is less than a piece for each block.
+    bytes as can be filled: what is lost is less than a piece for each block. Where the host refuses a block, half of it
+    is tried, down to the size of a piece.
 
     Args:
         count: how many pieces there shall be room for.
@@ -47,7 +48,7 @@ class PinnedArena:
     """
 
     def __init__(self, count: int, piece: int, device: torch.device, name: str) -> None:
-        self._plan, self._device, self._name = list(block_sizes(count, _aligned(piece))), device, name
+        self._count, self._piece, self._device, self._name = count, _aligned(piece), device, name
         self._changed = threading.Condition()
         self._pinning, self._closed = True, False
         self._blocks: list[np.ndarray] = []
@@ -93,13 +94,7 @@ class PinnedArena:
         began = time.perf_counter()
         try:
             with torch.cuda.device(self._device):
-                for size in self._plan:
-                    if self._closed:
-                        break
-                    block = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-                    with self._changed:
-                        self._add(block)
-                        self._changed.notify_all()
+                self._pin_blocks()
             logger.info(
                 '%.2f GiB of host memory pinned for %s in %.1f s',
                 *(self._pinned_bytes() / 2**30, self._name, time.perf_counter() - began),
@@ -114,6 +109,22 @@ class PinnedArena:
             with self._changed:
                 self._pinning = False
                 self._changed.notify_all()
+
+    def _pin_blocks(self) -> None:
+        missing, largest = self._count, LARGEST_BLOCK
+        while missing > 0 and not self._closed:
+            size = next(block_sizes(missing, self._piece, largest))
+            try:
+                block = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+            except RuntimeError:
+                largest = size // 2
+                if largest < self._piece:
+                    raise
+                continue
+            with self._changed:
+                self._add(block)
+                self._changed.notify_all()
+            missing -= size // self._piece
 
     def _pinned_bytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
@@ -144,10 +155,13 @@ class PinnedArena:
         self._free.insert(index, (start, end))
 
 
-def block_sizes(count: int, piece: int) -> Iterator[int]:
-    """The powers of two whose blocks have room for ``count`` pieces, and for hardly any more."""
+def block_sizes(count: int, piece: int, largest: int = LARGEST_BLOCK) -> Iterator[int]:
+    """The powers of two whose blocks have room for ``count`` pieces, and for hardly any more.
+
+    None is larger than ``largest``, a power of two, unless a piece is.
+    """
     while count > 0:
-        size = min(1 << ((count * piece).bit_length() - 1), LARGEST_BLOCK)
+        size = min(1 << ((count * piece).bit_length() - 1), largest)
         if size < piece:
             size = 1 << (piece - 1).bit_length()
         yield size

@@ -7,7 +7,6 @@ import sys
 import textwrap
 import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from waiting import HANG
@@ -115,25 +114,6 @@ def test_cache_memory_is_small_and_shared(monkeypatch):
     assert memory.cache_budget() == memory.GIB // 2
     monkeypatch.setattr(memory, '_ranks', 2)
     assert memory.cache_budget() == memory.GIB // 4
-
-
-@pytest.mark.parametrize('version', [1, 2])
-def test_files_that_a_control_group_keeps_are_no_lack_of_memory(monkeypatch, tmp_path, version):
-    """They fill it on every host that has read much; an engine that counted them would find no room for its cache."""
-    folder = tmp_path if version == 2 else tmp_path / 'memory'
-    folder.mkdir(exist_ok=True)
-    limit, used, key = {
-        1: ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'),
-        2: ('memory.max', 'memory.current', 'inactive_file'),
-    }[version]
-    total = memory.psutil.virtual_memory().total
-    (folder / limit).write_text(f'{total}\n')
-    (folder / used).write_text(f'{total}\n')
-    monkeypatch.setattr(memory, 'CGROUP', str(tmp_path))
-    monkeypatch.setattr(memory.psutil, 'virtual_memory', lambda: SimpleNamespace(total=total, available=total))
-    assert memory.available_memory() == 0
-    (folder / 'memory.stat').write_text(f'inactive_file 5\n{key} {total // 2}\n')
-    assert memory.available_memory() == total // 2
 
 
 def test_api_server_starts_and_answers(dense_checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """The pinned memory of a stage whose devices are stand-ins: taken once, and back as soon as nobody has it."""
 
+import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,16 +214,56 @@ def test_cancelled_prompts_leave_nothing_behind(start, pictures, monkeypatch):
     assert lent(stage._memory._tiles) == lent(stage._memory._rows) == 0
 
 
-def test_closing_gives_the_memory_back(make_checkpoint, pictures, cuda):
-    encoder = cuda.encoder(VisionEncoder.from_pretrained(make_checkpoint()))
-    stage = VisionStage([encoder], torch.float32, threads=1)
+def blocks_left_by_closing(stage, monkeypatch):
+    """Whether each pinned block, of tiles and of prompts, is still there when PyTorch is told to give memory back."""
+    blocks, left = [], []
+    for arena in (stage._memory._tiles, stage._memory._rows):
+        arena._thread.join()
+        blocks.append([weakref.ref(block) for block in arena._blocks])
+    monkeypatch.setattr(
+        *(torch.accelerator, 'empty_host_cache'),
+        lambda: left.append([[block() is not None for block in some] for some in blocks]),
+    )
+    stage.close()
+    [(tiles, rows)] = left
+    assert tiles and rows
+    return tiles, rows
+
+
+def test_closing_gives_the_memory_back(start, pictures, monkeypatch):
+    stage = start(cache_bytes=2**24)
+    ask(stage, pictures['astronaut'], max_tiles=1)
+    assert stage._cache._kept
+    tiles, rows = blocks_left_by_closing(stage, monkeypatch)
+    assert not any(tiles) and not any(rows)
+    assert stage.encoder._memory is None and stage.encoder._batches.memory is None
+    assert REGISTRY.get_sample_value('vico:embedding_cache_current_bytes') == 0
+
+
+def test_closing_gives_back_the_tiles_of_prompts_that_wait(start, pictures, monkeypatch):
+    stage = start(cache_bytes=2**24)
+    ask(stage, pictures['astronaut'], max_tiles=1)
+    cut, known = stage._cut, threading.Event()
+
+    def cut_first_only(prompt, index, job):
+        if index == 0:
+            cut(prompt, index, job)
+            known.set()
+
+    monkeypatch.setattr(stage, '_cut', cut_first_only)
+    future = stage.submit([ImageJob(pictures['astronaut'], max_tiles=1), ImageJob(pictures['page'])], 'auto')
+    assert known.wait(HANG)
+    tiles, _ = blocks_left_by_closing(stage, monkeypatch)
+    assert future.cancelled() and not any(tiles)
+
+
+def test_what_is_handed_on_outlives_the_stage(start, pictures, monkeypatch):
+    stage = start()
     tokens = ask(stage, pictures['astronaut'], max_tiles=1)
     expected = tokens.embeddings.clone()
-    stage.close()
-    assert encoder._memory is None and encoder._batches.memory is None
-    assert ('empty_host_cache', 'cuda:0') in cuda.calls
-    again = encoder.encode([pictures['astronaut'].resize((448, 448))])
-    assert len(again) == 1 and torch.equal(tokens.embeddings, expected)
+    tiles, rows = blocks_left_by_closing(stage, monkeypatch)
+    assert not any(tiles) and any(rows)
+    assert len(stage.encoder.encode([pictures['coffee']])) == 1 and torch.equal(tokens.embeddings, expected)
 
 
 @pytest.mark.parametrize('devices', [1, 8])

@@ -82,6 +82,19 @@ def test_the_same_tile_twice_in_an_image():
     assert first is second
 
 
+def test_cleared_it_keeps_nothing_and_goes_on():
+    cache = TileCache(2 * PATCHES.nbytes)
+    for name in 'ab':
+        encode(cache, name)
+    evictions = read('evictions_total')
+    cache.clear()
+    assert kept(cache, 'ab') == [] and read('current_bytes') == 0 and read('evictions_total') == evictions
+    assert not get(cache, 'a').encoded
+    for name in 'cd':
+        encode(cache, name)
+    assert kept(cache, 'cd') == ['c', 'd'] and read('current_bytes') == 2 * PATCHES.nbytes
+
+
 def test_kept_once_however_often():
     cache = TileCache(1000)
     tile = get(cache, 'a')

@@ -129,6 +129,40 @@ def test_what_cannot_be_pinned_is_said_and_done_without(cuda, caplog):
     arena.close()
 
 
+@pytest.mark.parametrize('largest', [1, 2, 3, 4, 15])
+def test_where_large_blocks_are_refused_smaller_ones_make_up_for_them(cuda, caplog, largest):
+    cuda.largest = largest * PIECE
+    arena = PinnedArena(19, PIECE, CPU, 'tiles')
+    assert len(take_all(arena)) == 19
+    size = 1 << (largest.bit_length() - 1)
+    assert cuda.pinned[: 19 // size] == [size * PIECE] * (19 // size) and sum(cuda.pinned) == 19 * PIECE
+    tried = [one * PIECE for one in (16, 8, 4, 2) if one > size]
+    assert cuda.refused == tried
+    assert 'could be pinned' not in caplog.text
+    arena.close()
+
+
+def test_a_host_that_refuses_a_block_gives_what_it_has(cuda, caplog):
+    """Of the room for 27 pieces, blocks of 16, 8, 2 and 1 fill all."""
+    cuda.room = 27 * PIECE
+    arena = PinnedArena(100, PIECE, CPU, 'tiles')
+    assert len(take_all(arena)) == 27
+    assert cuda.pinned == [16 * PIECE, 8 * PIECE, 2 * PIECE, PIECE]
+    assert cuda.refused == [size * PIECE for size in (64, 32, 16, 8, 4, 2, 1)]
+    assert 'option cache_bytes' in caplog.text
+    arena.close()
+
+
+@pytest.mark.parametrize('piece', [PIECE, 3 * PIECE])
+def test_gives_up_when_not_even_a_piece_can_be_pinned(cuda, caplog, piece):
+    cuda.room = 0
+    arena = PinnedArena(8, piece, CPU, 'tiles')
+    assert arena.take((piece,), torch.uint8) is None
+    assert min(cuda.refused) == 1 << (piece - 1).bit_length() and len(cuda.refused) == len(set(cuda.refused))
+    assert 'only 0.00 GiB of host memory could be pinned for tiles' in caplog.text
+    arena.close()
+
+
 def test_after_closing_what_is_lent_stays_and_nothing_more_is(arena):
     piece = arena.take((PIECE,), torch.uint8).fill_(7)
     arena.close()

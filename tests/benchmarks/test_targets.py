@@ -101,6 +101,18 @@ def test_what_counts_and_what_does_not(tmp_path, capsys):
     assert rows(capsys, tmp_path)['ViT-300M, stage'][0] == 'met, disturbed by others'
 
 
+def test_a_run_beside_a_baseline_does_not_replace_one_without(tmp_path, capsys):
+    title = '8B, images, 50% removed'
+    baseline = cell(None, 'image', share=None, server='lmdeploy-flash')
+    first_token(tmp_path, 'baselines-1', cell(1.7, 'image'), baseline)
+    first_token(tmp_path, 'baselines-2', cell(1.6, 'image'), baseline)
+    assert rows(capsys, tmp_path)[title] == ('met', 'baselines-2.json'), 'where there is no other'
+    first_token(tmp_path, 'image-1', cell(1.2, 'image'))
+    assert rows(capsys, tmp_path)[title] == ('MISSED', 'image-1.json')
+    first_token(tmp_path, 'later', cell(1.8, 'image'), baseline)
+    assert rows(capsys, tmp_path)[title] == ('MISSED', 'image-1.json')
+
+
 def test_devices_have_tables_of_their_own(tmp_path, capsys):
     first_token(tmp_path, 'one', cell(2.0))
     first_token(tmp_path, 'two', cell(1.0), device='NVIDIA H100 80GB HBM3 x 1')

@@ -146,7 +146,8 @@ def _first_token(content: Mapping[str, Any], file: str) -> Iterator[tuple[Key, M
     model, note = content['paper_model'], '' if content['complete'] else 'not run to its end'
     if content['arguments']['tiles'] != TILES:
         return
-    beside = any(cell['server'] != 'none' for cell in content['cells'])
+    servers = {cell['server'] for cell in content['cells']}  # a run that was cut off has fewer than it was asked for
+    beside = bool(servers.union(content['arguments'].get('baseline', ())) - {'none'})
     lowest: dict[Key, Measured] = {}
     for cell in content['cells']:
         if cell['server'] != 'none' or cell['speedup'] is None:

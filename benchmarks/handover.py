@@ -50,6 +50,7 @@ from lmdeploy_vico.adapter import handover
 from lmdeploy_vico.adapter.handover import PackedRows
 
 WIDTHS = (2048, 4096, 5120)  # of the published language models of 2B, 8B and 38B
+IN_FLIGHT = (1, 8)  # requests sent at a time
 PHASES = ('prepare', 'send', 'transport', 'receive')
 LOOPS = ('send', 'receive')  # the phases in which an event loop does nothing else
 TIMEOUT = 60_000  # ms without an answer
@@ -115,7 +116,8 @@ def dump_handles(value: Any) -> bytes:
     return bytes(ForkingPickler.dumps(value))
 
 
-def ways() -> dict[str, Way]:
+def ways(cuda: bool | None = None) -> dict[str, Way]:
+    """Return the ways by name; ``cuda``: with those of a GPU or without, by default as this machine has one."""
     made = {
         'tensors': Way(spans, list),
         'spans': Way(packed, unpacked),
@@ -123,7 +125,7 @@ def ways() -> dict[str, Way]:
         'spans, heap': Way(packed, unpacked, keep=handover.keep_freed_memory),
         'shared memory': Way(share, take),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if cuda is None else cuda:
         made['CUDA IPC'] = Way(lambda image: image.cuda(), lambda whole: spans(whole), dump_handles)
     return made
 
@@ -212,6 +214,11 @@ class Pair:
             process.join()
 
 
+def turns(rounds: int, number: int) -> int:
+    """How often so many requests are sent at a time, with a first time for memory that is taken once."""
+    return 1 + max(3, rounds // number)
+
+
 def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> list[dict[str, Any]]:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['benchmarks.prompt_tokens', 'zmq'])  # so that its children have torch
@@ -221,10 +228,10 @@ def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> lis
         pair.send(shape, 1, check=True)
     for number in in_flight:
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
-        for turn in range(1 + max(3, rounds // number)):
+        for turn in range(turns(rounds, number)):
             for name, pair in pairs.items():
                 times = pair.send(shape, number)
-                taken[name] += times if turn else []  # a first one, for memory that is taken once
+                taken[name] += times if turn else []
         rows += [{'case': case, 'width': width, 'in_flight': number, **row(name, taken[name])} for name in pairs]
     for pair in pairs.values():
         pair.stop()
@@ -263,7 +270,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=100, help='requests for each way and number in flight')
-    parser.add_argument('--in-flight', type=int, nargs='+', default=[1, 8], help='requests sent at a time')
+    parser.add_argument('--in-flight', type=int, nargs='+', default=list(IN_FLIGHT), help='requests sent at a time')
     parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='values of a visual token')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()

@@ -38,6 +38,7 @@ SPARE = 8.0  # GiB beside the weights for KV blocks, activations and the context
 GIB, GB = 2**30, 1e9
 IMAGE_SHARES, BASELINE_SHARES, LLM_SHARES = (0.0, 0.5, 0.75), (0.0, 0.75), (0.0, 0.25, 0.5, 0.75)
 WARM_UP = 5 + 2 * CLIENTS  # requests of a cell before it is measured: every number of compressed tiles, then many
+HANDOVERS = 24  # rounds of benchmarks/handover.py
 COUNTED = (1 + 4) * CLIENTS  # requests of a cell whose prefill steps are counted: lmdeploy_vico/bench/prefills.py
 
 
@@ -147,13 +148,39 @@ def vision(vit: str) -> list[Item]:
     return made
 
 
+def vit_speed(vit: str) -> list[Item]:
+    from benchmarks.vit_speed import SECONDS, plan  # takes seconds to import
+
+    total, _ = plan(vit, 'cuda', SECONDS)
+    return [Item('start', SESSION), Item('variants in turns, set-up and checks: the plan of vit_speed.py', total)]
+
+
+def handover() -> list[Item]:
+    from benchmarks import handover as run
+    from benchmarks.prompt_tokens import TOKENS
+
+    shapes, ways = len(run.WIDTHS) * len(TOKENS), len(run.ways(cuda=True))
+    sent = 1 + sum(number * run.turns(HANDOVERS, number) for number in run.IN_FLIGHT)
+    return [
+        Item('start with LMDeploy, Ray and a worker', SESSION + 30),
+        Item('a prompt to a worker, by four ways for a width', 0.05, len(run.WIDTHS) * 4 * (3 + HANDOVERS)),
+        Item(f'two processes of each of {ways} ways, for a width and a size', 3.0 * ways, shapes),
+        Item('a prompt to the engine, and its part of a copy', 0.03, shapes * ways * sent),
+    ]
+
+
 def fixed(*items: Item) -> Callable[[], list[Item]]:
     return lambda: list(items)
 
 
 PARTS: dict[str, Callable[..., list[Item]]] = {
-    # Kernels: every test compiles for its own sizes.
-    'checks-kernels': fixed(Item('start', SESSION), Item('a test of a Triton kernel, compiling included', 2.5, 180)),
+    # Kernels: every test compiles for its own sizes, two or three times. The counts are checked by pytest's collection.
+    'checks-kernels': fixed(
+        Item('start', SESSION),
+        Item('a test of a Triton kernel, compiling included', 2.0, 184),
+        Item('random sizes for a Triton kernel, 30 of them', 15, 6),
+        Item('a test that compiles nothing', 0.1, 395),
+    ),
     'checks-vision': fixed(
         Item('start', SESSION),
         Item('encoders made, warmed up and captured', 15, 6),
@@ -167,7 +194,7 @@ PARTS: dict[str, Callable[..., list[Item]]] = {
         Item('twelve answers judged by the reference on the CPU', 40, 1),
         Item('answers', 1.0, 3 * 2 * 12),
     ],
-    'memcheck': fixed(Item('start under the memory checker', 2 * SESSION), Item('a test, twenty times slower', 8, 50)),
+    'memcheck': fixed(Item('start under the memory checker', 2 * SESSION), Item('a test, twenty times slower', 8, 57)),
     'kernels': fixed(
         Item('start, measured ceilings', SESSION + 5),
         Item('a row: five competitors for 0.3 s, checked, compiled', 5 * 0.3 + 5, 40),
@@ -175,11 +202,8 @@ PARTS: dict[str, Callable[..., list[Item]]] = {
     ),
     'flips': fixed(Item('start', SESSION, 2), Item('a prompt in float64, bfloat16 and ours', 0.4, 2 * 4 * 32)),
     'vision': vision,
-    'vit-speed': lambda vit: [Item('start', SESSION), Item('A/B of the switches', 60 if vit == '300M' else 90, 4)],
-    'handover': fixed(
-        Item('two processes of each of ten ways, for a width and a size', 10 * 3, 6),
-        Item('a request of a way', 0.015, 6 * 10 * (25 + 4 * 32)),
-    ),
+    'vit-speed': vit_speed,
+    'handover': handover,
     'placement': placement,
     'placement-mps': placement,
     'llm': llm,

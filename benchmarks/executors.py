@@ -6,7 +6,8 @@
     Ray       as the Ray executor does: put into the object store, taken out by an actor
 
 send: in the engine's loop, until the value is pickled or in the store; receive: in the worker's loop, until there are
-tensors. Before anything is timed the worker compares the values once. Part of benchmarks/handover.py.
+tensors; one copy: what the worker's process then takes to copy as many bytes as the tokens have. Before anything is
+timed the worker compares the values once. Part of benchmarks/handover.py.
 """
 
 import logging
@@ -25,13 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.prompt_tokens import TOKENS as CASES
-from benchmarks.prompt_tokens import Meter, cuts, embeddings
+from benchmarks.prompt_tokens import Copier, Meter, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter.chat_model import MODALITY, SpanProcessor
 from lmdeploy_vico.adapter.handover import PackedRows, keep_freed_memory
 
 TOKENS = CASES['ten tiles']
 PHASES = ('send', 'receive')
-Send = Callable[[list[MultiModalData], bool], dict[str, dict[str, float]]]
+Send = Callable[[list[MultiModalData], bool], dict[str, Any]]
 
 
 def tensors(image: torch.Tensor) -> list[MultiModalData]:
@@ -51,21 +52,22 @@ def spans(image: torch.Tensor) -> list[MultiModalData]:
 
 
 class Worker:
-    """The receiving side: what taking a value took, after comparing it if that is asked for."""
+    """The receiving side: what taking a value took, and a copy of it, after comparing it if that is asked for."""
 
     def __init__(self) -> None:
         keep_freed_memory()
+        self.copier = Copier()
 
-    def take(self, load: Callable[[], list[MultiModalData]], check: bool) -> dict[str, float]:
+    def take(self, load: Callable[[], list[MultiModalData]], check: bool) -> dict[str, Any]:
         meter = Meter()
         value = load()
         used = meter()
         if check:
             got = torch.cat([span.data for span in value])
             assert torch.equal(got, embeddings(*got.shape)), 'the worker got other values'
-        return used
+        return {'receive': used, 'copy': self.copier(sum(span.data.nbytes for span in value))}
 
-    def take_from_ray(self, held: list[Any], check: bool) -> dict[str, float]:
+    def take_from_ray(self, held: list[Any], check: bool) -> dict[str, Any]:
         """The reference comes in a list, or Ray would take the value before this method begins."""
         return self.take(lambda: ray.get(held[0]), check)
 
@@ -87,12 +89,12 @@ def by_pickle(stack: ExitStack) -> Send:
     stack.callback(process.join)
     stack.callback(ours.send, None)
 
-    def send(value: list[MultiModalData], check: bool) -> dict[str, dict[str, float]]:
+    def send(value: list[MultiModalData], check: bool) -> dict[str, Any]:
         meter = Meter()
         data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
         sent = meter()
         ours.send((data, check))
-        return {'send': sent, 'receive': ours.recv()}
+        return {'send': sent, **ours.recv()}
 
     return send
 
@@ -102,11 +104,11 @@ def by_ray(stack: ExitStack) -> Send:
     stack.callback(ray.shutdown)
     receiver = ray.remote(Worker).remote()
 
-    def send(value: list[MultiModalData], check: bool) -> dict[str, dict[str, float]]:
+    def send(value: list[MultiModalData], check: bool) -> dict[str, Any]:
         meter = Meter()
         held = ray.put(value)
         sent = meter()
-        return {'send': sent, 'receive': ray.get(receiver.take_from_ray.remote([held], check))}
+        return {'send': sent, **ray.get(receiver.take_from_ray.remote([held], check))}
 
     return send
 
@@ -129,7 +131,7 @@ def measure(widths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def row(form: str, times: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def row(form: str, times: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def summary(unit: str, summarise: Callable[[list[float]], float]) -> dict[str, float]:
         return {phase: round(summarise([one[phase][unit] for one in times]) * 1e3, 2) for phase in PHASES}
 
@@ -138,12 +140,13 @@ def row(form: str, times: Sequence[dict[str, dict[str, float]]]) -> dict[str, An
         'milliseconds': summary('clock', statistics.median),
         'processor_milliseconds': summary('processor', statistics.median),
         'least_processor_milliseconds': summary('processor', min),
+        'copy_milliseconds': copy_milliseconds([one['copy'] for one in times]),
         'sent': len(times),
     }
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table('H', 'executor', 'form', *PHASES, 'computing', 'at least')
+    table = Table('H', 'executor', 'form', *PHASES, 'computing', 'at least', 'one copy')
     table.title = 'Ten tiles from the engine to a worker: medians in milliseconds; processor time of send and receive'
     for one in rows:
         times = [f'{one["milliseconds"][phase]:.2f}' for phase in PHASES]
@@ -151,5 +154,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             ' + '.join(f'{one[unit][phase]:.2f}' for phase in PHASES)
             for unit in ('processor_milliseconds', 'least_processor_milliseconds')
         ]
-        table.add_row(str(one['width']), one['executor'], one['form'], *times, *computing)
+        copy = f'{one["copy_milliseconds"]["median"]:.2f}'
+        table.add_row(str(one['width']), one['executor'], one['form'], *times, *computing, copy)
     Console(width=140).print(table)

@@ -17,7 +17,8 @@ the values once for each way before anything is timed.
 
 Each way has two processes of its own, since what one leaves of memory makes the next faster or slower; they take turns.
 Beside the time by the clock, which other programs on the machine lengthen, stands what the two loops' threads were
-computing, and how often they had to wait for a page of memory.
+computing, and how often they had to wait for a page of memory. One copy: what the engine's process takes to copy as
+many bytes as the tokens have, once a turn, when nothing else is to be received; the unit to read "receive" in.
 
 Where several processes serve the model, the engine's loop then sends the tensors on to each: benchmarks/executors.py.
 
@@ -45,11 +46,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.facts import facts
-from benchmarks.prompt_tokens import DTYPE, TOKENS, Meter, cuts, embeddings
+from benchmarks.prompt_tokens import DTYPE, TOKENS, Copier, Meter, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter import handover
 from lmdeploy_vico.adapter.handover import PackedRows
 
 WIDTHS = (2048, 4096, 5120)  # of the published language models of 2B, 8B and 38B
+IN_FLIGHT = (1, 8)  # requests sent at a time
 PHASES = ('prepare', 'send', 'transport', 'receive')
 LOOPS = ('send', 'receive')  # the phases in which an event loop does nothing else
 TIMEOUT = 60_000  # ms without an answer
@@ -115,7 +117,8 @@ def dump_handles(value: Any) -> bytes:
     return bytes(ForkingPickler.dumps(value))
 
 
-def ways() -> dict[str, Way]:
+def ways(cuda: bool | None = None) -> dict[str, Way]:
+    """Return the ways by name; ``cuda``: with those of a GPU or without, by default as this machine has one."""
     made = {
         'tensors': Way(spans, list),
         'spans': Way(packed, unpacked),
@@ -123,7 +126,7 @@ def ways() -> dict[str, Way]:
         'spans, heap': Way(packed, unpacked, keep=handover.keep_freed_memory),
         'shared memory': Way(share, take),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if cuda is None else cuda:
         made['CUDA IPC'] = Way(lambda image: image.cuda(), lambda whole: spans(whole), dump_handles)
     return made
 
@@ -132,7 +135,7 @@ def engine(name: str, ports: Connection) -> None:
     """The receiving process: answers each message with when it arrived and what it took until tensors were there."""
     way = ways()[name]
     way.enter_process()
-    socket = zmq.Context().socket(zmq.ROUTER)
+    socket, copier = zmq.Context().socket(zmq.ROUTER), Copier()
     ports.send(socket.bind_to_random_port('tcp://localhost'))
     while True:
         client, data = socket.recv_multipart()
@@ -141,15 +144,17 @@ def engine(name: str, ports: Connection) -> None:
         message = pickle.loads(data)
         if message is None:
             return
-        value, check = message
+        value, check, last = message
         tensors = way.tensors(value)
         if name == 'CUDA IPC':
             torch.cuda.synchronize()
-        used, right = meter(), None
+        used, right, copy = meter(), None, None
         if check:
             expected = embeddings(sum(map(len, tensors)), tensors[0].shape[1])
             right = torch.equal(torch.cat(tensors).cpu(), expected)
-        socket.send_multipart([client, pickle.dumps((arrived, used, right))])
+        if last:
+            copy = copier(sum(tensor.nbytes for tensor in tensors))
+        socket.send_multipart([client, pickle.dumps((arrived, used, right, copy))])
 
 
 def api(name: str, port: int, orders: Connection) -> None:
@@ -170,20 +175,20 @@ def api(name: str, port: int, orders: Connection) -> None:
 def send(socket: Any, way: Way, image: torch.Tensor, number: int, check: bool) -> list[dict[str, Any]]:
     """Send requests without waiting for answers in between; what each phase used, for each request."""
     took, sent = [], []
-    for _ in range(number):
+    for left in reversed(range(number)):
         meter = Meter()
         value = way.prepare(image)
         prepare = meter()
-        message = way.dumps((value, check))
+        message = way.dumps((value, check, not left))
         size = len(message)
         socket.send(message)
         sent.append(time.perf_counter())
         took.append({'prepare': prepare, 'send': meter(), 'message_bytes': size})
         del value, message
     for phases, end in zip(took, sent, strict=True):
-        arrived, used, right = pickle.loads(socket.recv())
+        arrived, used, right, copy = pickle.loads(socket.recv())
         assert right is not False, 'the engine got other values'
-        phases |= {'transport': {'clock': max(0.0, arrived - end)}, 'receive': used}
+        phases |= {'transport': {'clock': max(0.0, arrived - end)}, 'receive': used, 'copy': copy}
     return took
 
 
@@ -212,6 +217,11 @@ class Pair:
             process.join()
 
 
+def turns(rounds: int, number: int) -> int:
+    """How often so many requests are sent at a time, with a first time for memory that is taken once."""
+    return 1 + max(3, rounds // number)
+
+
 def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> list[dict[str, Any]]:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['benchmarks.prompt_tokens', 'zmq'])  # so that its children have torch
@@ -221,10 +231,10 @@ def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> lis
         pair.send(shape, 1, check=True)
     for number in in_flight:
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
-        for turn in range(1 + max(3, rounds // number)):
+        for turn in range(turns(rounds, number)):
             for name, pair in pairs.items():
                 times = pair.send(shape, number)
-                taken[name] += times if turn else []  # a first one, for memory that is taken once
+                taken[name] += times if turn else []
         rows += [{'case': case, 'width': width, 'in_flight': number, **row(name, taken[name])} for name in pairs]
     for pair in pairs.values():
         pair.stop()
@@ -242,6 +252,7 @@ def row(name: str, times: Sequence[dict[str, Any]]) -> dict[str, Any]:
         'least_processor_milliseconds': {
             phase: round(min(one[phase]['processor'] for one in times) * 1e3, 2) for phase in LOOPS
         },
+        'copy_milliseconds': copy_milliseconds([one['copy'] for one in times if one['copy'] is not None]),
         'page_faults': {phase: round(median(phase, 'faults')) for phase in LOOPS},
         'requests': len(times),
         'message_bytes': times[0]['message_bytes'],
@@ -249,21 +260,21 @@ def row(name: str, times: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table('case', 'H', 'in flight', 'way', *PHASES, 'computing', 'page faults')
+    table = Table('case', 'H', 'in flight', 'way', *PHASES, 'computing', 'one copy', 'page faults')
     table.title = 'Medians in milliseconds for one request; computing: processor time of send and receive'
     for one in rows:
         place = [one['case'], str(one['width']), str(one['in_flight']), one['way']]
         times = [f'{one["milliseconds"][phase]:.2f}' for phase in PHASES]
         computing = ' + '.join(f'{one["processor_milliseconds"][phase]:.2f}' for phase in LOOPS)
         faults = ' + '.join(str(one['page_faults'][phase]) for phase in LOOPS)
-        table.add_row(*place, *times, computing, faults)
+        table.add_row(*place, *times, computing, f'{one["copy_milliseconds"]["median"]:.2f}', faults)
     Console(width=140).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=100, help='requests for each way and number in flight')
-    parser.add_argument('--in-flight', type=int, nargs='+', default=[1, 8], help='requests sent at a time')
+    parser.add_argument('--in-flight', type=int, nargs='+', default=list(IN_FLIGHT), help='requests sent at a time')
     parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='values of a visual token')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args()

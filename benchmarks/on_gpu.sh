@@ -178,7 +178,8 @@ first_token() {
 
 part_checks() {
     case $1 in
-        kernels) step 'kernels against float64' "$python" -m pytest -q tests/kernels ;;
+        # test_compiled.py compiles ahead of time, for which it needs no GPU.
+        kernels) step 'kernels against float64' "$python" -m pytest -q tests/kernels --ignore tests/kernels/test_compiled.py ;;
         vision) step 'vision side' "$python" -m pytest -q -m gpu tests/gpu -k 'not engine' ;;
         engine-*) step "engine, ${1#engine-}" "$python" -m pytest -q -m gpu tests/gpu -k "engine and ${1#engine-}" ;;
     esac
@@ -188,7 +189,7 @@ part_memcheck() {
     if on_gpu && command -v compute-sanitizer >/dev/null; then
         # Without PyTorch's cache every tensor is an allocation of its own, so that a wrong access meets no neighbour's.
         step 'memory checker' env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-            "$python" -m pytest -q tests/kernels -k 'triton and (sizes_of_models or heads or extreme or many)'
+            "$python" -m pytest -q tests/kernels -k 'triton and (sizes_of_models or heads or many)'
     else
         say '==> memory checker: skipped, it needs a CUDA device and compute-sanitizer'
     fi
@@ -227,7 +228,10 @@ part_vit_speed() {
 }
 
 part_handover() {
-    step 'hand-over to the engine' "$python" -m benchmarks.handover --rounds $handovers --output "$prefix-handover.json"
+    local widths=()
+    on_gpu || widths=(--widths 2048)
+    step 'hand-over to the engine' "$python" -m benchmarks.handover --rounds $handovers "${widths[@]}" \
+        --output "$prefix-handover.json"
 }
 
 # part_placement [mps]

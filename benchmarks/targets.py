@@ -6,14 +6,14 @@ Targets are those of an H200. Vision side: tiles/s through the stage, and the ti
 model alone: in each cell of the paper's Table 4 the paper's speed-up for the same model; where the ratio of the FLOP,
 which no engine can beat, lies below that, 98 % of the ratio. With images (8B): 1.5x at half of the visual tokens and
 2.15x at a quarter of them. A number with failed requests misses its target, whatever it is. Of several results for a
-device, the last by the file's name counts.
+device, the last by the file's name counts; with images, one that was taken beside a baseline only where no other is.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """A number from a result: ``failed`` requests, ``note`` whether the run ended."""
+    """A number from a result: ``failed`` requests, ``note`` whether the run ended, ``beside`` a baseline or alone."""
 
     value: float
     file: str
     failed: int = 0
     note: str = ''
+    beside: bool = False
 
 
 def targets() -> list[Target]:
@@ -116,7 +117,9 @@ def measured(folder: Path) -> dict[str, dict[Key, Measured]]:
             continue
         reader = _first_token if content.get('benchmark') == 'first_token' else _vision if 'rates' in content else None
         for key, number in reader(content, file.name) if reader else ():
-            found.setdefault(_device(content), {})[key] = number
+            numbers = found.setdefault(_device(content), {})
+            if not number.beside or key not in numbers or numbers[key].beside:
+                numbers[key] = number
     return found
 
 
@@ -143,6 +146,8 @@ def _first_token(content: Mapping[str, Any], file: str) -> Iterator[tuple[Key, M
     model, note = content['paper_model'], '' if content['complete'] else 'not run to its end'
     if content['arguments']['tiles'] != TILES:
         return
+    servers = {cell['server'] for cell in content['cells']}  # a run that was cut off has fewer than it was asked for
+    beside = bool(servers.union(content['arguments'].get('baseline', ())) - {'none'})
     lowest: dict[Key, Measured] = {}
     for cell in content['cells']:
         if cell['server'] != 'none' or cell['speedup'] is None:
@@ -152,6 +157,7 @@ def _first_token(content: Mapping[str, Any], file: str) -> Iterator[tuple[Key, M
             yield ('llm', model, cell['text_tokens'], cell['token_compression']), number
         else:
             key = ('image', model, ANY, cell['token_compression'])
+            number = replace(number, beside=beside)
             lowest[key] = min(lowest.get(key, number), number, key=lambda one: one.value)
     yield from lowest.items()
 

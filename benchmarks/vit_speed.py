@@ -39,6 +39,7 @@ NONE, CONTROL, ALL = 'none', 'none again', 'all'
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # relative norm error of the plain operations
 ERROR_RATIO = 1.5  # of a variant's error to theirs
 LEAST_GAIN = 1.0  # percent
+SECONDS = 5.0  # of timing for each variant
 LIMIT = 540  # seconds of a run, below the ten minutes that some machines give a command
 # Seconds for weights, reference, captures, kernels and checks: estimates, on a CPU for few layers.
 SET_UP = {('300M', 'cuda'): 90, ('6B', 'cuda'): 180, ('tiny', 'cuda'): 60, ('tiny', 'cpu'): 60}
@@ -242,7 +243,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument('--like', choices=models.SIZES, default='300M' if cuda else 'tiny', help='size of the ViT')
     parser.add_argument('--layers', type=int, help='make the ViT this deep instead')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda' if cuda else 'cpu')
-    parser.add_argument('--seconds', type=float, default=5.0, help='of timing for each variant')
+    parser.add_argument('--seconds', type=float, default=SECONDS, help='of timing for each variant')
     parser.add_argument('--output', type=Path, required=True, help='write the results, as JSON, to this file')
     arguments = parser.parse_args(given)
     total, arithmetic = plan(arguments.like, arguments.device, arguments.seconds)

@@ -2,15 +2,18 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
-from benchmarks import budget
+from benchmarks import budget, vit_speed
 
-SCRIPT = Path(__file__).parents[2] / 'benchmarks' / 'on_gpu.sh'
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / 'benchmarks' / 'on_gpu.sh'
 
 
 PARTS = re.search(r'^parts=\((.*?)\)$', SCRIPT.read_text(), re.MULTILINE | re.DOTALL)[1].split()
@@ -183,7 +186,7 @@ def test_what_a_gpu_would_run(recorded):
     expected = ('tests/kernels', 'tests/gpu -k not engine', 'engine and moe', '--like 6B', '--width 3200')
     expected += (
         'benchmarks.vit_speed --like 300M --device cuda --output ',
-        'benchmarks.handover --rounds 24 --output ',
+        f'benchmarks.handover --rounds {budget.HANDOVERS} --output ',
     )
     expected += ('benchmarks.placement', '--requests 2000', 'benchmarks.check --update')
     places = [next(index for index, line in enumerate(ran) if words in line) for words in expected]
@@ -214,6 +217,41 @@ def test_every_part_fits_ten_minutes(part):
     said = int(re.search(r'at most (\d+) s', total)[1])
     assert abs(said - added) <= len(rows) and said + budget.RESERVE <= budget.LIMIT
     assert budget.FEWEST <= int(number) <= budget.MANY
+
+
+def collected(arguments: str) -> list[str]:
+    """The tests that pytest would run, with the Triton kernels for which a GPU is made up."""
+    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', *shlex.split(arguments)]
+    variables = {**os.environ, 'TRITON_INTERPRET': '1', 'VICO_TEST_DEVICE': 'cpu'}
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if '::' in line]
+
+
+def count(part: str, what: str) -> float:
+    [item] = [item for item in budget.items(part) if item.what.startswith(what)]
+    return item.count
+
+
+def test_kernel_tests_are_as_many_as_the_arithmetic_says():
+    checks, memcheck = re.findall(r'-m pytest -q (tests/kernels [^;\n]*)', SCRIPT.read_text())
+    tests = collected(checks)
+    assert not [test for test in tests if 'test_compiled' in test], 'compiled ahead of time, which needs no GPU'
+    triton = [test for test in tests if 'triton' in test and 'bad_argument' not in test]
+    drawn = [test for test in triton if 'random' in test]
+    assert drawn and 0 < len(triton) - len(drawn) <= count('checks-kernels', 'a test of a Triton kernel')
+    assert len(drawn) <= count('checks-kernels', 'random sizes')
+    assert len(tests) - len(triton) <= count('checks-kernels', 'a test that compiles nothing')
+    assert 0 < len(collected(memcheck)) <= count('memcheck', 'a test')
+
+
+def test_the_arithmetic_is_that_of_the_measurements():
+    for vit in ('300M', '6B'):
+        assert sum(item.seconds for item in budget.items(f'vit-speed-{vit}')[1:]) == vit_speed.plan(vit, 'cuda', 5.0)[0]
+    *_, processes, sent = budget.items('handover')
+    assert processes.what.startswith('two processes of each of 6 ways') and processes.count == 9
+    assert sent.count == 9 * 6 * (1 + 25 + 4 * 8)
+    assert f' handovers={budget.HANDOVERS} ' in SCRIPT.read_text()
 
 
 def test_requests_are_as_many_as_fit():

@@ -18,8 +18,9 @@ def cell(speedup, mode='llm', text=64, share=0.5, server='none', failed=0):
     return entry | {'failed': failed}
 
 
-def first_token(folder, name, *cells, model='8B', device=f'{H200} x 1', complete=True, tiles=10):
-    content = {'benchmark': 'first_token', 'complete': complete, 'arguments': {'tiles': tiles}, 'paper_model': model}
+def first_token(folder, name, *cells, model='8B', device=f'{H200} x 1', complete=True, **arguments):
+    content = {'benchmark': 'first_token', 'complete': complete, 'paper_model': model}
+    content['arguments'] = {'tiles': 10, 'baseline': ['none'], **arguments}
     content |= {'environment': {'device': device}, 'cells': cells}
     (folder / f'{name}.json').write_text(json.dumps(content))
 
@@ -99,6 +100,19 @@ def test_what_counts_and_what_does_not(tmp_path, capsys):
     assert found['ViT-300M, stage'][0] == 'not measured'
     vision(tmp_path, '300M', 601.0, 61.0, disturbed=True)
     assert rows(capsys, tmp_path)['ViT-300M, stage'][0] == 'met, disturbed by others'
+
+
+def test_a_run_beside_a_baseline_does_not_replace_one_without(tmp_path, capsys):
+    title = '8B, images, 50% removed'
+    baseline = cell(None, 'image', share=None, server='lmdeploy-flash')
+    first_token(tmp_path, 'baselines-1', cell(1.7, 'image'), baseline)
+    first_token(tmp_path, 'baselines-2', cell(1.6, 'image'), baseline)
+    assert rows(capsys, tmp_path)[title] == ('met', 'baselines-2.json'), 'where there is no other'
+    first_token(tmp_path, 'image-1', cell(1.2, 'image'))
+    assert rows(capsys, tmp_path)[title] == ('MISSED', 'image-1.json')
+    first_token(tmp_path, 'later', cell(1.8, 'image'), baseline)
+    first_token(tmp_path, 'later-cut-off', cell(1.9, 'image'), complete=False, baseline=['lmdeploy-flash'])
+    assert rows(capsys, tmp_path)[title] == ('MISSED', 'image-1.json')
 
 
 def test_devices_have_tables_of_their_own(tmp_path, capsys):

@@ -88,7 +88,9 @@ def test_alone_and_in_random_company(kind, request):
     order = random.Random(kind)
     beginnings = [f'{kind} {i}: ' + TEXT.format(i) * 6 for i in range(3)]
     lengths = [0, 1, 2, 3, 5, 9, 16, 40, 130, 700]
-    asked = [order.choice(beginnings)[: 2 + i % 5 * 60] + 'fox ' * order.choice(lengths) + str(i) for i in range(MOST + 2)]
+    asked = [
+        order.choice(beginnings)[: 2 + i % 5 * 60] + 'fox ' * order.choice(lengths) + str(i) for i in range(MOST + 2)
+    ]
     tokens = [1 + order.randrange(16) for _ in asked]
     alone = {}
     for size in (MOST + 2, 2, 7):  # the first time in company: nothing of it is cached

@@ -9,7 +9,7 @@ TEST_ENV := OMP_WAIT_POLICY=PASSIVE
 ON_CPU := $(TEST_ENV) CUDA_VISIBLE_DEVICES= VICO_TEST_DEVICE=cpu
 ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 # The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
-INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/test_chat_model.py
+INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/test_chat_model.py
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help

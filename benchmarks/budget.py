@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.targets import prefill_flop
-from lmdeploy_vico.testing.published import MODELS, weight_bytes
+from lmdeploy_vico.checkpoints.random.published import MODELS, weight_bytes
 
 LIMIT = 600  # seconds of a part
 RESERVE = 60  # of them for on_gpu.sh itself, and to stop servers and write what there is

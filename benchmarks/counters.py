@@ -40,8 +40,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
-from lmdeploy_vico.testing.tiny import TINY_ENGINE
 
 RESULTS = Path(__file__).parent / 'results' / 'counters.json'
 TILE_BATCH = 4  # as on a GPU, several tiles share a batch
@@ -188,7 +188,7 @@ class Prefill(NamedTuple):
 @contextmanager
 def recorded_prefills() -> Iterator[list[Prefill]]:
     """Record the engine's prefills, those of this process."""
-    from lmdeploy_vico.adapter.chat_model import VisualTokensMixin
+    from lmdeploy_vico.adapter.engine.chat_model import VisualTokensMixin
 
     prepare = VisualTokensMixin.prepare_inputs_for_generation
     prefills: list[Prefill] = []
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if torch.cuda.is_available():
         parser.error('The counters are those of a CPU: set CUDA_VISIBLE_DEVICES= in the environment.')
-    from lmdeploy_vico.testing import make_tiny_checkpoint
+    from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
 
     console = Console(width=150)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """What it costs to send a prompt's visual tokens on from the engine's process to a worker, as LMDeploy's executors do.
 
     tensors   LMDeploy's multimodal data holding a tensor for each span, as pickle takes them
-    spans     the plugin's (lmdeploy_vico/adapter/spans.py)
+    spans     the plugin's (lmdeploy_vico/adapter/engine/spans.py)
     pickle    as the mp executor does: one piece of bytes, here through a pipe, whose time does not count
     Ray       as the Ray executor does: put into the object store, taken out by an actor
 
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.prompt_tokens import TOKENS as CASES
 from benchmarks.prompt_tokens import Copier, Meter, copy_milliseconds, cuts, embeddings
-from lmdeploy_vico.adapter.chat_model import MODALITY, SpanProcessor
+from lmdeploy_vico.adapter.engine.chat_model import MODALITY, SpanProcessor
 from lmdeploy_vico.adapter.handover import PackedRows, keep_freed_memory
 
 TOKENS = CASES['ten tiles']

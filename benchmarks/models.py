@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lmdeploy_vico.checkpoints.random import configuration
 from lmdeploy_vico.config import ARCHITECTURE, VicoConfig
-from lmdeploy_vico.testing import configuration
 from lmdeploy_vico.vision.encoder import VisionEncoder
 
 # Name: ViT width, layers, heads, MLP width, norm type, language model width.

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from benchmarks.facts import facts
 from lmdeploy_vico import cli
-from lmdeploy_vico.testing.server import ApiServer, ServerError
+from lmdeploy_vico.launch import ApiServer, ServerError
 
 TWO, MPS, ONE = 'two processes', 'two processes, MPS', 'one process'
 AGAINST = {'one': ONE, 'mps': MPS}

@@ -46,8 +46,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lmdeploy_vico.testing import make_tiny_checkpoint
-from lmdeploy_vico.testing.server import ApiServer, ServerError
+from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
+from lmdeploy_vico.launch import ApiServer, ServerError
 
 MAX_TOKENS = 4
 SIDES = (48, 192)  # of a picture, each drawn by itself: hardly two have the same size

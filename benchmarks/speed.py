@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import images, models
 from benchmarks.timing import Neighbours
-from lmdeploy_vico.adapter import prompt
+from lmdeploy_vico.adapter.server import prompt
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
 from lmdeploy_vico.vision import tiling

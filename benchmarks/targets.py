@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS, TILES
+from lmdeploy_vico.checkpoints.random.configuration import Size
+from lmdeploy_vico.checkpoints.random.published import MODELS
 from lmdeploy_vico.config import TOKENS_FULL
-from lmdeploy_vico.testing.configuration import Size
-from lmdeploy_vico.testing.published import MODELS
 
 RESULTS = Path(__file__).parent / 'results'
 LANGUAGE_MODELS = {'8B': '8B', '30B': '30B-A3B', '38B': '38B'}  # the paper's names and ours

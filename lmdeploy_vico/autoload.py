@@ -48,7 +48,7 @@ def switch() -> str:
 def _on_lmdeploy_import(module: ModuleType, mode: str) -> None:
     del module
     try:
-        from lmdeploy_vico.adapter import registration
+        from lmdeploy_vico.adapter.patches import registration
 
         registration.register(cpu_only=mode == 'cpu')
     except Exception:

@@ -21,7 +21,7 @@ if os.environ.get('VICO_TEST_DEVICE') != 'cuda':
 @pytest.fixture(scope='session')
 def make_checkpoint(tmp_path_factory) -> MakeCheckpoint:
     """``make_checkpoint(llm=..., vit=..., flash=..., dtype=...)``: a tiny checkpoint, shared and not to be changed."""
-    from lmdeploy_vico.testing import make_tiny_checkpoint
+    from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
 
     made: dict[tuple, Path] = {}
 

@@ -37,7 +37,7 @@ from lmdeploy_vico.bench.workload import (
     cells,
     visual_tokens,
 )
-from lmdeploy_vico.testing.server import ApiServer, ServerError
+from lmdeploy_vico.launch import ApiServer, ServerError
 
 # A round of a cell has so many requests for each that is on its way at a time: its end, when fewer and fewer are left,
 # is short against it, and there are still rounds enough for the cells to take turns.

@@ -12,7 +12,7 @@ from pathlib import Path
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.client import Client
 from lmdeploy_vico.bench.workload import Cell, Requests
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.launch import ApiServer
 
 DEBUG = ('--log-level', 'DEBUG')  # what a server has to be started with
 COUNTED = 4  # requests of a cell for each that is on its way at a time

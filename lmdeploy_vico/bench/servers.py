@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS, TURBOMIND
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.launch import ApiServer
 
 FLASH_KEYS = ('flash_mode', 'flash_relative_threshold', 'flash_absolute_threshold')
 ROUTER_WEIGHTS = ('mlp2.', 'pooling_before_gating.', 'gating.')

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lmdeploy_vico.checkpoints.files import Checkpoint, Weights
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, VicoConfig
 from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.kernels.pack import pack
@@ -19,7 +20,6 @@ from lmdeploy_vico.vision.routing import Compression, parse_compression, route
 from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, require_speedups
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
 from lmdeploy_vico.vision.tower import VisionTower
-from lmdeploy_vico.vision.weights import Checkpoint, Weights
 
 # Tiles per device batch, by ViT width: enough to fill the device, small enough that padding one tile is cheap. On a
 # CPU a single tile already keeps every core busy.

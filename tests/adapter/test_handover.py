@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lmdeploy_vico.adapter import handover
-from lmdeploy_vico.adapter.chat_model import MODALITY, SpanProcessor
+from lmdeploy_vico.adapter.engine.chat_model import MODALITY, SpanProcessor
+from lmdeploy_vico.adapter.engine.spans import VisualSpan
 from lmdeploy_vico.adapter.handover import PackedRows
-from lmdeploy_vico.adapter.spans import VisualSpan
 
 pytestmark = pytest.mark.filterwarnings('error')
 

@@ -34,8 +34,8 @@ def test_import_torch_loads_only_autoload():
 
 def test_importing_lmdeploy_loads_no_heavy_module_of_ours():
     out, _ = run(f'import sys, lmdeploy; print({OUR_MODULES})')
-    assert "'lmdeploy_vico.adapter.registration'" in out
-    for module in ('vision', 'stage', 'adapter.vision_model', 'adapter.chat_model', 'cpu.engine'):
+    assert "'lmdeploy_vico.adapter.patches.registration'" in out
+    for module in ('vision', 'stage', 'adapter.server', 'adapter.engine', 'cpu.engine'):
         assert f'lmdeploy_vico.{module}' not in out
 
 
@@ -82,7 +82,7 @@ def test_vision_models_are_imported_without_the_engine():
     """A process that serves another model, with TurboMind perhaps, does not need the engine's many modules."""
     code = """
     import sys, lmdeploy.vl.model.builder
-    print('lmdeploy_vico.adapter.vision_model' in sys.modules,
+    print('lmdeploy_vico.adapter.server.vision_model' in sys.modules,
           [name for name in sys.modules if name.startswith('lmdeploy.pytorch.engine')])
     """
     assert run(code)[0] == 'True []'
@@ -122,7 +122,7 @@ def test_a_failing_plugin_does_not_break_torch():
     [('0.18.0', True), ('0.18.3rc1', True), ('0.17.9', False), ('0.19.0', False), ('1.18.0', False), ('0.18', True)],
 )
 def test_supported_versions(version, supported):
-    from lmdeploy_vico.adapter.registration import lmdeploy_version_supported
+    from lmdeploy_vico.adapter.patches.registration import lmdeploy_version_supported
 
     assert lmdeploy_version_supported(version) == supported
 
@@ -160,7 +160,7 @@ def test_hooks_are_idempotent(make_checkpoint):
         import lmdeploy.pytorch.weight_loader.model_weight_loader
         import lmdeploy.serve.openai.errors, lmdeploy.serve.anthropic.errors, lmdeploy.serve.openai.api_server
         import lmdeploy.serve.processors.multimodal
-        from lmdeploy_vico.adapter.hooks import HOOKS
+        from lmdeploy_vico.adapter.patches.hooks import HOOKS
         def state():
             m = sys.modules
             return (m['lmdeploy.hf_configs'].config_from_pretrained,

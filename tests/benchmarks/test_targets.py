@@ -8,7 +8,7 @@ from benchmarks import targets
 from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS
 from lmdeploy_vico.bench.results import CellResult
 from lmdeploy_vico.bench.workload import Cell
-from lmdeploy_vico.testing.published import MODELS
+from lmdeploy_vico.checkpoints.random.published import MODELS
 
 H200 = 'NVIDIA H200'
 

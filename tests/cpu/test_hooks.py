@@ -12,7 +12,7 @@ import pytest
 from waiting import HANG
 
 from lmdeploy_vico.cpu import hooks, memory, selection
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.launch import ApiServer
 
 
 def run(code: str, **environment: str) -> str:

@@ -12,7 +12,7 @@ from parity.conversations import on_the_wire
 from parity.judge import TOKENS, Answer
 from waiting import HANG
 
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.launch import ApiServer
 
 
 class Client:

@@ -8,8 +8,8 @@ from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS, Answer
 from serving.conftest import Client
 
+from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.stage.metrics import stage_metrics
-from lmdeploy_vico.testing.tiny import TINY_ENGINE
 
 BLOCK = 64  # tokens of a KV block
 CLIENTS = 8

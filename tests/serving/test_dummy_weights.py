@@ -4,9 +4,9 @@ import pytest
 from parity.conversations import on_the_wire
 from serving.conftest import Client
 
-from lmdeploy_vico.testing import make_checkpoint_without_weights
-from lmdeploy_vico.testing.configuration import SIZES
-from lmdeploy_vico.testing.published import VOCABULARY, Model
+from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
+from lmdeploy_vico.checkpoints.random.configuration import SIZES
+from lmdeploy_vico.checkpoints.random.published import VOCABULARY, Model
 
 OVERRIDES = ('--hf-overrides', '{"vico": {"dummy_weights": true}}')
 SMALL = {

@@ -19,7 +19,7 @@ from PIL import Image
 from serving.conftest import Client
 from waiting import HANG
 
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.launch import ApiServer
 
 CLIENTS = 16
 PATIENCE = 10  # the official client waits as it is told, and tries again

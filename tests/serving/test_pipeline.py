@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from serving.test_server import KINDS
 from waiting import HANG
 
-from lmdeploy_vico.testing.tiny import TINY_ENGINE
+from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 
 GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
 SHORT = ('a scanned page', 'two images with text between', 'text only')

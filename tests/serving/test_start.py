@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from waiting import HANG
 
-from lmdeploy_vico.testing import make_checkpoint_without_weights
-from lmdeploy_vico.testing.server import ApiServer
+from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
+from lmdeploy_vico.launch import ApiServer
 
 
 def refusal(checkpoint, tmp_path, *arguments, **environment):

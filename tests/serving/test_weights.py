@@ -3,9 +3,9 @@
 import pytest
 from serving.conftest import Client
 
-from lmdeploy_vico.testing import make_checkpoint_with_weights
-from lmdeploy_vico.testing.configuration import SIZES
-from lmdeploy_vico.testing.published import Model
+from lmdeploy_vico.checkpoints.random import make_checkpoint_with_weights
+from lmdeploy_vico.checkpoints.random.configuration import SIZES
+from lmdeploy_vico.checkpoints.random.published import Model
 
 LMDEPLOY = (('--trust-remote-code',), {'LMDEPLOY_VICO': 'cpu'})
 

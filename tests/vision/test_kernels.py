@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels import attention_pool, implementation, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.speedups import Speedups
-from lmdeploy_vico.vision.weights import Checkpoint
 
 REFERENCES = (
     (attention_pool, 'attention_pool_torch'),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD, InternViTConfig, VicoConfig
 from lmdeploy_vico.kernels import implementation
 from lmdeploy_vico.vision import intern_vit, speedups
@@ -21,7 +22,6 @@ from lmdeploy_vico.vision.speedups import (
     parse_speedups,
     require_speedups,
 )
-from lmdeploy_vico.vision.weights import Checkpoint
 
 CUDA = torch.device('cuda:0')
 BIG = InternViTConfig(3200, 45, 25, 12800, 'rms_norm', True, False, 1e-6)

@@ -1,0 +1,1 @@
+"""The engine process: LMDeploy's language models, which accept visual tokens at given positions."""

@@ -1,0 +1,34 @@
+"""LMDeploy's model config of a ViCO checkpoint."""
+
+from typing import Any
+
+from lmdeploy.pytorch.configurations.builder import AutoModelConfigBuilder
+
+from lmdeploy_vico.adapter.engine.architectures import vico_architecture
+from lmdeploy_vico.adapter.hf_config import VicoChatConfig
+from lmdeploy_vico.adapter.patches.registration import require_all_hooks
+from lmdeploy_vico.options import OVERRIDES_KEY, environment_options
+
+
+class VicoModelConfigBuilder(AutoModelConfigBuilder):
+    """The language model's config; the architecture is renamed for the engine alone.
+
+    The API process keeps seeing InternVLChatModel, by which LMDeploy knows that the model takes images.
+    """
+
+    @classmethod
+    def condition(cls, hf_config: Any) -> bool:
+        """Only configs that our own loader made, which are those of ViCO checkpoints."""
+        return isinstance(hf_config, VicoChatConfig)
+
+    @classmethod
+    def build(cls, hf_config: VicoChatConfig, model_path: str | None = None, **kwargs: Any) -> Any:
+        """Build LMDeploy's ModelConfig."""
+        require_all_hooks()
+        config = AutoModelConfigBuilder.build(hf_config.llm_config, model_path, **kwargs)
+        hf_config.architectures = [vico_architecture(hf_config.llm_config.architectures[0])]
+        # Worker processes of an existing Ray cluster have an environment of their own. What --hf-overrides says is put
+        # on top of it by LMDeploy, after this.
+        hf_config.update({OVERRIDES_KEY: environment_options()})
+        config.hf_config = hf_config
+        return config

@@ -1,0 +1,210 @@
+"""What the vision side's place costs the language model's KV cache: an estimate at start, by LMDeploy's own formulas.
+
+LMDeploy sizes the KV cache of all ranks by the poorest (``ExecutorBase._get_min_num_gpu_blocks``), so a vision side on
+one of the ranks' devices costs every rank its memory, and one on each of them costs no more. The estimate knows the
+weights' bytes; what a rank takes besides has been measured on no GPU yet.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lmdeploy.messages import PytorchEngineConfig
+from lmdeploy.utils import get_max_batch_size
+
+from lmdeploy_vico.adapter.server.placement.devices import UnknownDevicesError, engine_devices, parallelism
+from lmdeploy_vico.adapter.server.placement.replicas import GIB, FreeMemory, free_memory
+from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes
+from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL
+from lmdeploy_vico.log import get_logger
+
+if TYPE_CHECKING:
+    from lmdeploy.pytorch.config import DistConfig
+
+CUDA_CONTEXT = GIB // 2  # what a process takes of a device by using it; an estimate
+RANK_OVERHEAD = GIB  # a rank's CUDA context, NCCL's buffers and workspaces; an estimate
+FEW_BLOCKS = 16  # below, LMDeploy halves the prefill budget
+TOO_FEW_BLOCKS = 2  # with so many it does not start
+WARN_FROM = 0.25  # of the KV cache
+
+
+@dataclass(frozen=True)
+class CacheSizing:
+    """What LMDeploy sizes the KV cache of a rank by.
+
+    Attributes:
+        weights: bytes of the language model on a rank.
+        vocab_size: of the logits, for which LMDeploy reserves memory.
+        max_batches, max_prefill_tokens: which decide how many.
+        share: of what is free then that becomes KV cache, ``cache_max_entry_count``.
+        block: bytes of a KV block.
+    """
+
+    weights: int
+    vocab_size: int
+    max_batches: int
+    max_prefill_tokens: int
+    share: float
+    block: int
+
+    def kv_bytes(self, free: int) -> int:
+        """KV cache of a rank, on a device that has ``free`` bytes before the engine starts; 0 if it cannot start.
+
+        As ``ExecutorBase._get_runtime_size`` and ``_update_num_gpu_blocks`` of LMDeploy 0.18.
+        """
+        left, tokens = free - self.weights - RANK_OVERHEAD, self.max_prefill_tokens
+        while tokens > 0:
+            runtime = (tokens + self.max_batches * 2) * self.vocab_size * 2
+            blocks = int((left - runtime) * self.share) // self.block
+            if blocks <= TOO_FEW_BLOCKS:
+                break
+            if blocks >= FEW_BLOCKS:
+                return blocks * self.block
+            tokens //= 2
+        return 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Free memory of the poorest device that the engine uses, in bytes: as it is, and without the vision side."""
+
+    here: int
+    elsewhere: int
+
+
+def report_kv_cache(
+    model_path: str,
+    hf_config: Any,
+    engine: PytorchEngineConfig,
+    before: Mapping[torch.device, FreeMemory],
+) -> None:
+    """Log the KV cache per rank with the vision side where it is and elsewhere; a warning where the place costs much.
+
+    Never fails: where the estimate is not possible the log says why.
+
+    Args:
+        model_path: of the checkpoint.
+        hf_config: of the checkpoint.
+        engine: LMDeploy's config.
+        before: what the vision side's devices had free before it was loaded.
+    """
+    logger = get_logger()
+    try:
+        devices = engine_devices(engine)
+        if devices[0].type == 'cpu':
+            return
+        if engine.num_gpu_blocks:
+            logger.info('KV cache: %d blocks a rank, as --num-gpu-blocks says', engine.num_gpu_blocks)
+            return
+        sizing = cache_sizing(model_path, hf_config, engine)
+        place = placement(devices, before)
+        here, elsewhere = sizing.kv_bytes(place.here), sizing.kv_bytes(place.elsewhere)
+    except UnknownDevicesError as error:
+        logger.info('KV cache: no estimate, since %s', error)
+    except Exception as error:
+        logger.info('KV cache: no estimate (%s: %s)', type(error).__name__, error)
+    else:
+        _log(here, elsewhere, shared=any(device in before for device in devices), engine=engine)
+
+
+def _log(here: int, elsewhere: int, shared: bool, engine: PytorchEngineConfig) -> None:
+    logger = get_logger()
+    if not shared:
+        logger.info('KV cache: about %.1f GiB a rank (estimate); the vision side is on other devices', here / GIB)
+        return
+    logger.info(
+        'KV cache: about %.1f GiB a rank, %.1f GiB if the vision side were on other devices (estimates)',
+        *(here / GIB, elsewhere / GIB),
+    )
+    if not elsewhere:
+        logger.warning('the language model leaves no memory for a KV cache: serve it on more devices (--tp).')
+    elif here < elsewhere * (1 - WARN_FROM):
+        logger.warning(
+            'the place of the vision side costs about %.0f %% of the KV cache, and on every rank, since LMDeploy sizes '
+            'them all by the poorest. Set vision_device to devices that the language model does not use, serve it on '
+            'more devices (--tp), or give the KV cache a larger share of the free memory '
+            '(--cache-max-entry-count, %g now).',
+            *(100 * (1 - here / elsewhere), engine.cache_max_entry_count),
+        )
+
+
+def placement(devices: Sequence[torch.device], before: Mapping[torch.device, FreeMemory]) -> Placement:
+    """What the poorest of the engine's ``devices`` has free; ``before`` as in :func:`report_kv_cache`.
+
+    A device without a vision side is taken to be empty: to ask it would make a context on it, at the cost of its KV.
+    """
+    here, elsewhere = [], []
+    for device in devices:
+        if device in before:
+            here.append(free_memory(device).free)
+            elsewhere.append(before[device].free + CUDA_CONTEXT)
+        else:
+            empty = torch.cuda.get_device_properties(device).total_memory
+            here.append(empty)
+            elsewhere.append(empty)
+    return Placement(min(here), min(elsewhere))
+
+
+def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -> CacheSizing:
+    """What LMDeploy will size the KV cache by; raises ValueError or OSError where the weights' size is not known."""
+    if engine.model_format:
+        raise ValueError(f'what the weights take as {engine.model_format} is not known')
+    llm, dist = hf_config.llm_config, parallelism(engine)
+    shapes = {} if is_quantised(llm, hf_config) else language_model_shapes(llm, hf_config)
+    # Of a checkpoint in float32 LMDeploy serves 16 bits too; other and quantised ones are taken as they are stored.
+    sizes = {name: 2 * prod(shape) for name, shape in shapes.items()} or stored_sizes(model_path)
+    head_dim = getattr(llm, 'head_dim', None) or llm.hidden_size // llm.num_attention_heads
+    kv_heads = max(llm.num_key_value_heads // dist.attn_tp, 1)
+    return CacheSizing(
+        weights=rank_bytes(sizes, dist, llm.num_key_value_heads),
+        vocab_size=llm.vocab_size,
+        max_batches=engine.max_batch_size or get_max_batch_size(engine.device_type),
+        max_prefill_tokens=engine.max_prefill_token_num,
+        share=engine.cache_max_entry_count,
+        block=2 * 2 * llm.num_hidden_layers * kv_heads * head_dim * engine.block_size,
+    )
+
+
+def rank_bytes(sizes: Mapping[str, int], dist: 'DistConfig', kv_heads: int) -> int:
+    """Bytes of the language model on one rank, of its tensors' ``sizes`` by name.
+
+    Embeddings, head, norms and routers of experts stand on every rank; keys and values where there are fewer heads than
+    ranks on several.
+    """
+    return sum(-(-size // _ranks(name, dist, kv_heads)) for name, size in sizes.items())
+
+
+def _ranks(name: str, dist: 'DistConfig', kv_heads: int) -> int:
+    """Among how many ranks LMDeploy's Qwen3 models share a tensor out."""
+    if '.mlp.experts.' in name:
+        return int(dist.ep * dist.moe_tp)
+    if '.k_proj.' in name or '.v_proj.' in name:
+        return min(dist.attn_tp, kv_heads)
+    if '.self_attn.' in name and '_norm.' not in name:
+        return int(dist.attn_tp)
+    if '.mlp.' in name and '.mlp.gate.' not in name:
+        return int(dist.mlp_tp)
+    return 1
+
+
+def stored_sizes(model_path: str) -> dict[str, int]:
+    """Bytes of each tensor of the language model, by the headers of a checkpoint's safetensors shards.
+
+    Raises:
+        OSError, ValueError: there are none, or one cannot be read.
+    """
+    sizes: dict[str, int] = {}
+    for shard in sorted(Path(model_path).glob('*.safetensors')):
+        with shard.open('rb') as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
+        for name, tensor in header.items():
+            if name.startswith(LANGUAGE_MODEL):
+                start, end = tensor['data_offsets']
+                sizes[name] = end - start
+    if not sizes:
+        raise ValueError('the size of the weights is not known')
+    return sizes

@@ -1,0 +1,144 @@
+"""The vision side on each of its devices: weights read once and copied, and a clear word where one does not fit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lmdeploy_vico.checkpoints.files import Shape, Weights
+from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.options import OptionError, Options
+from lmdeploy_vico.stage.stage import DeviceStartError
+from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tower import VisionTower
+
+GIB = 2**30
+WEIGHT_BYTES = 2  # of a value on a CUDA device: bfloat16 or float16
+# How CUDA's libraries and Triton say it; PyTorch's own allocations raise OutOfMemoryError.
+OUT_OF_MEMORY = ('out of memory', 'ALLOC_FAILED')
+
+
+class CopiedWeights:
+    """The weights of a vision side that is in place already, copied from its device, bit for bit.
+
+    Some of its parameters are in float32 by then (``VisionTower.prepare``), with the values that they were loaded with.
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        self._source = source
+
+    def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
+        """Nothing to check: the source has been."""
+
+    @torch.no_grad()
+    def load_into(self, module: nn.Module) -> None:
+        """Fill every parameter of ``module``, which is in the dtype that the source was loaded in."""
+        source = dict(self._source.named_parameters())
+        for name, parameter in module.named_parameters():
+            if source[name].shape != parameter.shape:  # else it would be broadcast
+                raise ValueError(f'{name} is {list(source[name].shape)} in the source, not {list(parameter.shape)}')
+            parameter.copy_(source[name])
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Of a device, in bytes."""
+
+    free: int
+    total: int
+
+
+class Replicas:
+    """The vision side on each of ``devices``, loaded and ready for a stage.
+
+    The checkpoint is read for the first device, the others copy from it.
+
+    Attributes:
+        encoders: one for each device.
+        before: what each device had free before its vision side was loaded.
+
+    Args:
+        weights: of the checkpoint.
+        config: the vision side's.
+        devices: all of one kind.
+        options: the server's; ``tile_batch`` and ``vit_speedups`` count here.
+        graph: whether a CUDA graph is captured on each device.
+
+    Raises:
+        OptionError: a device has too little memory.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: VicoConfig,
+        devices: Sequence[torch.device],
+        options: Options,
+        graph: bool,
+    ) -> None:
+        self._config, self._options = config, options
+        self._devices = devices
+        self.encoders: list[VisionEncoder] = []
+        self.before: dict[torch.device, FreeMemory] = {}
+        for device in devices:
+            with self.fitting(device):
+                self.before[device] = free_memory(device)
+                encoder = VisionEncoder.load(
+                    CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
+                    *(config, device, None, options.tile_batch or None, graph, options.vit_speedups),
+                )
+                self.encoders.append(encoder)
+
+    @contextmanager
+    def fitting(self, device: torch.device | None = None) -> Iterator[None]:
+        """Turn running out of memory on a device inside the block into an OptionError that says what to set.
+
+        Args:
+            device: by default the one that a :class:`DeviceStartError` names.
+        """
+        try:
+            yield
+        except Exception as error:
+            where = error.device if isinstance(error, DeviceStartError) else device
+            if where is None or where.type != 'cuda' or not is_out_of_memory(error):
+                raise
+            raise OptionError(self._does_not_fit(where)) from error
+
+    def _does_not_fit(self, device: torch.device) -> str:
+        with torch.device('meta'):
+            weights = sum(weight.numel() for weight in VisionTower(self._config).parameters())
+        needed = weights * WEIGHT_BYTES
+        memory = self.before.get(device)
+        there = (
+            'no memory at all was free'
+            if memory is None
+            else f'{memory.free / GIB:.1f} of its {memory.total / GIB:.1f} GiB were free'
+        )
+        return (
+            f'The vision side does not fit on {device}: its weights take {needed / GIB:.1f} GiB, besides working '
+            f'memory, and {there}: set vision_device to devices with more free memory (it is '
+            f'{self._options.vision_device!r} now, which is {", ".join(map(str, self._devices))}), or make tile_batch '
+            'smaller.'
+        )
+
+
+def free_memory(device: torch.device) -> FreeMemory:
+    """What a device has free now; on a CPU, 0 of 0.
+
+    Asking a CUDA device makes a context on it, some hundred MiB: ask only where the vision side runs.
+    """
+    return FreeMemory(*torch.cuda.mem_get_info(device)) if device.type == 'cuda' else FreeMemory(0, 0)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that a device's memory is used up.
+
+    When an allocation fails while a graph is captured, what arrives is the capture's own failure.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,55 @@
+"""Serving without weights, to size a deployment: which weights a start uses, and what cannot be made up."""
+
+from copy import deepcopy
+from typing import Any
+
+from lmdeploy_vico.checkpoints.files import Checkpoint, DummyWeights, NoWeightsError, Weights
+from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes, quantised_shapes
+from lmdeploy_vico.config import UnsupportedCheckpointError
+from lmdeploy_vico.log import get_logger
+from lmdeploy_vico.options import PREFIX, Options
+
+SWITCH = f'{PREFIX}DUMMY_WEIGHTS=1'
+
+
+def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: Options) -> Weights:
+    """The checkpoint's weights, complete for both sides; or made-up ones, if the option says so.
+
+    Raises:
+        UnsupportedCheckpointError: tensors are missing or misshapen, or are quantised and cannot be made up or served.
+    """
+    if not options.dummy_weights:
+        return _open_checkpoint(model_path, _as_served(hf_config, backend_config))
+    if backend_config.model_format or is_quantised(hf_config.llm_config, hf_config):
+        raise UnsupportedCheckpointError('dummy_weights cannot make up quantised weights: serve without quantisation.')
+    get_logger().warning(
+        'DUMMY WEIGHTS: all weights are made up, none of %s is read. The answers are random; for sizing only.',
+        model_path,
+    )
+    return DummyWeights()
+
+
+def _as_served(hf_config: Any, backend_config: Any) -> Any:
+    """The config as the engine sees it: with ``--hf-overrides`` applied."""
+    # Here, as in devices.py: LMDeploy's vision models, and with them this module, are imported before its engine.
+    from lmdeploy.pytorch.config import override_hf_config
+
+    config = deepcopy(hf_config)
+    override_hf_config(config, backend_config.hf_overrides or {})
+    return config
+
+
+def _open_checkpoint(model_path: str, hf_config: Any) -> Checkpoint:
+    try:
+        checkpoint = Checkpoint(model_path)
+    except NoWeightsError as error:
+        raise UnsupportedCheckpointError(f'{error} To size a deployment without weights, set {SWITCH}.') from error
+    language_model = hf_config.llm_config
+    if is_quantised(language_model, hf_config):
+        from lmdeploy_vico.adapter.engine.chat_model import vico_class
+        from lmdeploy_vico.adapter.engine.quantisation import check_quantisation
+
+        check_quantisation(hf_config, vico_class(language_model.architectures[0]).packed_modules_mapping)
+    checkpoint.require(language_model_shapes(language_model, hf_config), 'language model')
+    checkpoint.require_shapes(quantised_shapes(language_model, hf_config, checkpoint.dtypes))
+    return checkpoint

@@ -1,0 +1,58 @@
+"""Which modules a quantised checkpoint has left unquantised, by the names that its tensors have."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lmdeploy_vico.config import UnsupportedCheckpointError
+
+LANGUAGE_MODEL = 'language_model.'
+_PATTERN = 're:'
+# Where each kind of checkpoint lists them; LMDeploy reads the same keys.
+_LISTS = ('ignored_layers', 'modules_to_not_convert')
+
+
+class SkippedModules:
+    """The modules named by the list in a ``quantization_config``; ask with ``name in modules``.
+
+    An entry is a name, or a regular expression that matches from a name's beginning (``re:...``). In a
+    compressed-tensors checkpoint a name is a whole one. Elsewhere it can be a part, from dot to dot: a module stands
+    for all below it, and ``lm_head`` for itself wherever it is. Names with and without ``language_model.`` mean the
+    same, as some quantisers have seen the language model alone. What is said about the vision side matches nothing.
+
+    Raises:
+        UnsupportedCheckpointError: an entry is neither.
+    """
+
+    def __init__(self, quantization_config: Mapping[str, Any]) -> None:
+        self._whole = quantization_config.get('quant_method') == 'compressed-tensors'
+        lists = ('ignore',) if self._whole else _LISTS
+        entries: Any = next((found for key in lists if (found := quantization_config.get(key))), [])
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise UnsupportedCheckpointError(f'quantization_config lists skipped modules as {entries!r}, not by name.')
+        self._patterns = [_compile(entry) for entry in entries if entry.startswith(_PATTERN)]
+        names = (entry.removesuffix('.weight').strip('.') for entry in entries if not entry.startswith(_PATTERN))
+        self._names = {name.removeprefix(LANGUAGE_MODEL) for name in names}
+
+    def __contains__(self, module: str) -> bool:
+        """Whether the module of this name in the checkpoint, which begins with ``language_model.``, is skipped."""
+        bare = module.removeprefix(LANGUAGE_MODEL)
+        # An expression that speaks of the language model, if only to exclude it, has been written for whole names.
+        if any(p.match(module) or ('language' not in p.pattern and p.match(bare)) for p in self._patterns):
+            return True
+        return bare in self._names or (not self._whole and any(part in self._names for part in _parts(module)))
+
+
+def _parts(name: str) -> list[str]:
+    """Every run of a dotted name's words."""
+    words = name.split('.')
+    return ['.'.join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
+
+
+def _compile(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(entry.removeprefix(_PATTERN))
+    except re.error as error:
+        raise UnsupportedCheckpointError(
+            f'quantization_config skips {entry!r}, which is not a regular expression: {error}.'
+        ) from error

@@ -1,0 +1,182 @@
+"""Runs the unmodified ``lmdeploy serve api_server`` as a user would, on a free port, and stops it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from lmdeploy_vico.checkpoints.random.limits import server_arguments
+from lmdeploy_vico.ports import hold_port
+
+LOOPBACK = '127.0.0.1'
+POLL = 0.1  # seconds between two looks at the server's health
+LOOK = 10  # seconds for such a look
+STOPPING = 20  # seconds that a server is given to end by itself
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or has died; the message ends with its log."""
+
+
+class ApiServer:
+    """A context manager around one ``lmdeploy serve api_server`` process and all its children.
+
+    Args:
+        checkpoint: what to serve; a tiny one gets the limits of :mod:`lmdeploy_vico.checkpoints.random.limits`.
+        arguments: further command line arguments, which win over those limits.
+        environment: variables to set for the server; a value of None removes one.
+        log: file for the server's output.
+        timeout: seconds to wait until it is ready.
+        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says; its
+            module where there is no command beside that Python, as after ``pip install --target``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *arguments: str,
+        log: Path,
+        environment: Mapping[str, str | None] | None = None,
+        timeout: float = 300,
+        program: Sequence[str] | None = None,
+    ) -> None:
+        self.log = log
+        self._checkpoint, self._arguments = str(checkpoint), arguments
+        self._choose_port()
+        self._environment = environment or {}
+        self._timeout = timeout
+        beside = Path(sys.executable).with_name('lmdeploy')
+        self._program = program or ([str(beside)] if beside.is_file() else [sys.executable, '-m', 'lmdeploy'])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def again(self, *arguments: str, log: Path) -> 'ApiServer':
+        """Another server of the same checkpoint, not started yet, with more arguments and a log of its own."""
+        return ApiServer(
+            self._checkpoint,
+            *self._arguments,
+            *arguments,
+            log=log,
+            environment=self._environment,
+            timeout=self._timeout,
+            program=self._program,
+        )
+
+    def __enter__(self) -> 'ApiServer':
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _choose_port(self) -> None:
+        self._port_holder = hold_port(LOOPBACK)  # a server comes to its port when its model is loaded
+        self.port = self._port_holder.getsockname()[1]
+        self.url = f'http://{LOOPBACK}:{self.port}'
+        address = ('--server-name', LOOPBACK, '--server-port', str(self.port))
+        given = (*server_arguments(self._checkpoint), *self._arguments)
+        self.command = ['lmdeploy', 'serve', 'api_server', self._checkpoint, *address, *given]
+
+    def start(self) -> None:
+        """Start the process; returns at once."""
+        if self._port_holder.fileno() < 0:  # has been started before, and let its port go
+            self._choose_port()
+        environment = {**os.environ, **self._environment}
+        with self.log.open('wb') as output:
+            self._process = subprocess.Popen(
+                [*self._program, *self.command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={name: value for name, value in environment.items() if value is not None},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return once ``/health`` answers; raises :class:`ServerError` if the process ends or time runs out."""
+        deadline = time.monotonic() + self._timeout
+        while time.monotonic() < deadline:
+            if not self.alive():
+                raise ServerError(f'The server ended while starting:\n{self.log_tail()}')
+            with (
+                contextlib.suppress(OSError, HTTPException),
+                urllib.request.urlopen(f'{self.url}/health', timeout=LOOK),
+            ):
+                self._require_own_port()
+                self._port_holder.close()
+                return
+            time.sleep(POLL)
+        raise ServerError(f'The server was not ready after {self._timeout:g} s:\n{self.log_tail()}')
+
+    def _require_own_port(self) -> None:
+        """Somebody else may have asked for this port by its number before the server came to it."""
+        connections = psutil.Process(self.pid).net_connections('inet') if self.alive() else []
+        if self.port not in [one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN]:
+            raise ServerError(f'Another program listens on port {self.port}. Try again.\n{self.log_tail()}')
+
+    def wait_until_ended(self) -> int:
+        """Wait for a server that is expected to refuse to start; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout=self._timeout)
+
+    @property
+    def pid(self) -> int:
+        """The process that was started; those that it starts are its children."""
+        assert self._process is not None
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Stop the server and whatever it started; does nothing if it has ended."""
+        self._port_holder.close()
+        if self._process is None:
+            return
+        try:
+            if self.alive():
+                self._process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=STOPPING)
+        finally:  # interrupted once more, too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+            self._process.wait()
+
+    @property
+    def environment(self) -> Mapping[str, str | None]:
+        """What its environment has besides, or instead of, that of this process; None where it lacks something."""
+        return self._environment
+
+    def log_text(self, most: int | None = None) -> str:
+        """What the server has printed: everything, or the last bytes, at ``most`` so many."""
+        with self.log.open('rb') as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most) if most else 0)
+            return file.read().decode(errors='replace')
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
+        return '\n'.join(self.log_text().splitlines()[-lines:])
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that nothing listens on."""
+    with hold_port(LOOPBACK) as holder:
+        return int(holder.getsockname()[1])

@@ -1,0 +1,52 @@
+"""The field of LMDeploy's usage that counts visual tokens; in its own process, as it changes LMDeploy's classes."""
+
+import json
+import subprocess
+import sys
+
+from waiting import HANG
+
+CODE = """
+import asyncio
+from lmdeploy.serve.openai import protocol
+from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware
+from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
+
+def answers():
+    usage = protocol.UsageInfo.build(prompt_tokens=9, completion_tokens=2, cached_tokens=4)
+    fixed = dict(id='i', created=1, model='m', choices=[], usage=usage)
+    whole = protocol.ChatCompletionResponse(**fixed).model_dump_json()
+    streamed = protocol.ChatCompletionStreamResponse(**fixed).model_dump_json(exclude_none=True)
+    print(whole, streamed, protocol.CompletionResponse(**{**fixed, 'usage': protocol.UsageInfo()}).model_dump_json())
+
+async def app(scope, receive, send):
+    async def choice():
+        count_image_tokens([{'start': 3, 'end': 5}, {'start': 5, 'end': 8}])
+    await asyncio.gather(choice(), choice())  # of one prompt
+    answers()
+
+def serve():
+    asyncio.run(DisconnectMiddleware(app)({'type': 'http'}, None, None))
+
+answers()
+serve()
+for _ in range(2):
+    show_image_tokens()
+    answers()
+    serve()
+"""
+
+
+def test_image_tokens_where_a_vico_model_is_served():
+    done = subprocess.run(
+        [sys.executable, '-c', CODE], cwd='/', capture_output=True, text=True, timeout=HANG, check=True
+    )
+    lines = done.stdout.splitlines()
+    before, served_before, *after = lines
+    assert before == served_before and 'image_tokens' not in before
+
+    def with_field(count):
+        return before.replace('{"cached_tokens":4}', f'{{"cached_tokens":4,"image_tokens":{count}}}')
+
+    assert after == [with_field(0), with_field(5)] * 2
+    assert all(json.loads(part)['model'] == 'm' for part in before.split())

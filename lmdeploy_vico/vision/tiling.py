@@ -1,12 +1,13 @@
 """Dynamic high resolution: an image becomes a grid of 448x448 tiles, plus a thumbnail when there are several."""
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
-from lmdeploy_vico.config import IMAGE_SIZE
+from lmdeploy_vico.config import IMAGE_SIZE, VicoConfig
 from lmdeploy_vico.vision.resample import cut, resize_into_tiles
 
 TILE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -46,14 +47,55 @@ def choose_grid(width: int, height: int, min_tiles: int, max_tiles: int) -> tupl
     return best
 
 
-def tile_count(width: int, height: int, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> int:
-    """How many tiles :func:`cut_tiles` makes of an image of this size, the thumbnail included."""
-    columns, rows = choose_grid(width, height, min_tiles, max_tiles)
-    blocks = columns * rows
-    return blocks + 1 if use_thumbnail and blocks > 1 else blocks
+@dataclass(frozen=True)
+class Grid:
+    """Into how many tiles an image is cut.
+
+    Attributes:
+        columns, rows: of tiles.
+        thumbnail: whether a tile that shows the whole image follows them.
+    """
+
+    columns: int
+    rows: int
+    thumbnail: bool
+
+    @property
+    def tiles(self) -> int:
+        """All tiles, the thumbnail included."""
+        return self.columns * self.rows + self.thumbnail
 
 
-def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> np.ndarray:
+@dataclass(frozen=True)
+class Tiling:
+    """How a server or a checkpoint cuts images; needs no model.
+
+    Attributes:
+        min_tiles, max_tiles: bounds of a grid, without the thumbnail.
+        use_thumbnail: whether an image of several tiles gets one.
+    """
+
+    min_tiles: int
+    max_tiles: int
+    use_thumbnail: bool = True
+
+    @classmethod
+    def of(cls, config: VicoConfig) -> 'Tiling':
+        """The tiling that a checkpoint's config asks for."""
+        return cls(config.min_tiles, config.max_tiles, config.use_thumbnail)
+
+    @property
+    def most(self) -> int:
+        """The most tiles of an image, the thumbnail included."""
+        return self.max_tiles + self.use_thumbnail
+
+    def grid(self, size: tuple[int, int], max_tiles: int | None = None) -> Grid:
+        """The grid of an image of this (width, height); ``max_tiles`` takes the place of the tiling's own."""
+        columns, rows = choose_grid(*size, self.min_tiles, self.max_tiles if max_tiles is None else max_tiles)
+        return Grid(columns, rows, self.use_thumbnail and columns * rows > 1)
+
+
+def cut_grid(image: Image.Image, grid: Grid) -> np.ndarray:
     """Resize the whole image to its grid and cut it.
 
     The image is resized in its own mode and converted to RGB afterwards, in LMDeploy's order: for palette, alpha and
@@ -62,11 +104,9 @@ def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail:
     Returns:
         uint8 RGB ``[tiles, 448, 448, 3]``: the grid's tiles row by row, then the thumbnail.
     """
-    columns, rows = choose_grid(*image.size, min_tiles, max_tiles)
-    blocks = columns * rows
-    thumbnail = use_thumbnail and blocks > 1
-    tiles = np.empty((blocks + thumbnail, *TILE_SHAPE), dtype=np.uint8)
-    grids = [(tiles[:blocks], columns), (tiles[blocks:], 1)][: 1 + thumbnail]
+    blocks = grid.columns * grid.rows
+    tiles = np.empty((grid.tiles, *TILE_SHAPE), dtype=np.uint8)
+    grids = [(tiles[:blocks], grid.columns), (tiles[blocks:], 1)][: 1 + grid.thumbnail]
     if image.mode == 'RGB':
         resize_into_tiles(image, *grids)
         return tiles
@@ -74,6 +114,16 @@ def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail:
         size = across * IMAGE_SIZE, len(part) // across * IMAGE_SIZE
         cut(np.asarray(image.resize(size).convert('RGB')), part, across)
     return tiles
+
+
+def tile_count(width: int, height: int, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> int:
+    """How many tiles :func:`cut_tiles` makes of an image of this size, the thumbnail included."""
+    return Tiling(min_tiles, max_tiles, use_thumbnail).grid((width, height)).tiles
+
+
+def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> np.ndarray:
+    """Tiles ``[n, 448, 448, 3]`` of an image, on the grid that fits it best; see :func:`cut_grid`."""
+    return cut_grid(image, Tiling(min_tiles, max_tiles, use_thumbnail).grid(image.size))
 
 
 def tile_digests(tiles: np.ndarray) -> list[bytes]:

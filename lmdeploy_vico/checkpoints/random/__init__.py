@@ -20,9 +20,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Checkpoints need torch, and are loaded when asked for: running a server (``testing.server``) needs none."""
+    """Checkpoints need torch, and are loaded when asked for: running a server (``launch``) needs none."""
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from lmdeploy_vico.checkpoints.random import checkpoint, published
+    from lmdeploy_vico.checkpoints.random import published, tiny
 
-    return getattr(published if hasattr(published, name) else checkpoint, name)
+    return getattr(published if hasattr(published, name) else tiny, name)

@@ -8,8 +8,8 @@ from typing import Any
 
 from lmdeploy_vico.host_memory import total_memory
 from lmdeploy_vico.kernels.implementation import AUTO, CHOICES
+from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups, parse_speedups
 from lmdeploy_vico.vision.routing import Compression, parse_compression
-from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, parse_speedups
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
@@ -53,7 +53,7 @@ class Options:
         cache_bytes: host memory for the ViT-level results of tiles that may be asked about again; 0 keeps none.
         kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
         vit_speedups: faster ways to compute parts of the ViT, a comma-separated list of "cudnn_attention",
-            "residual_norm", "padded_patches" and "strided_qk_norm"; none by default (see vision/speedups.py).
+            "residual_norm", "padded_patches" and "strided_qk_norm"; none by default (see vision/model/speedups.py).
         dummy_weights: make all weights up instead of reading them, for measuring: the answers mean nothing.
         synthetic_images: let an image item ask for made-up visual tokens, for measuring the language model alone.
     """

@@ -4,7 +4,7 @@ import pytest
 
 from lmdeploy_vico import host_memory
 from lmdeploy_vico.options import OptionError, Options
-from lmdeploy_vico.vision.speedups import Speedups
+from lmdeploy_vico.vision.model.speedups import Speedups
 
 
 def load(overrides=None, **environ):

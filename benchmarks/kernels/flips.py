@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 from lmdeploy_vico.kernels.implementation import implementation
-from lmdeploy_vico.vision.router import AttentionPooling, Gating
+from lmdeploy_vico.vision.model.router import AttentionPooling, Gating
 
 TILES, PATCHES = 13, 1024
 KINDS = ('random', 'large mean', 'near ties', 'outliers')

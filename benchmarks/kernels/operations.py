@@ -24,7 +24,7 @@ from lmdeploy_vico.kernels.attention_pool import attention_pool, attention_pool_
 from lmdeploy_vico.kernels.pack import pack, pack_torch
 from lmdeploy_vico.kernels.pixel_shuffle import Norm, pixel_shuffle, pixel_shuffle_torch
 from lmdeploy_vico.kernels.residual_norm import norm, residual_norm
-from lmdeploy_vico.vision.router import AttentionPooling, Gating
+from lmdeploy_vico.vision.model.router import AttentionPooling, Gating
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device('cuda'), torch.bfloat16) if CUDA else (torch.device('cpu'), torch.float32)

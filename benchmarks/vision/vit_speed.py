@@ -31,9 +31,9 @@ from benchmarks.lib.facts import facts
 from benchmarks.lib.timing import Timing, graphed, interleaved
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.speedups import NAMES, NO_SPEEDUPS, Speedups, find_obstacle
+from lmdeploy_vico.vision.model.speedups import NAMES, NO_SPEEDUPS, Speedups, find_obstacle
+from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.tiling import TILE_SHAPE
-from lmdeploy_vico.vision.tower import VisionTower
 
 NONE, CONTROL, ALL = 'none', 'none again', 'all'
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # relative norm error of the plain operations

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lmdeploy_vico.vision.arena import ResultMemory
+from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.tiling import TILE_SHAPE
-from lmdeploy_vico.vision.tower import VisionTower
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.kernels.pack import pack
 from lmdeploy_vico.vision.arena import ResultMemory
 from lmdeploy_vico.vision.batches import CudaBatches, RunningBatch, TileFeatures, make_batches
+from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups, require_speedups
+from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.routing import Compression, parse_compression, route
-from lmdeploy_vico.vision.speedups import NO_SPEEDUPS, Speedups, require_speedups
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, cut_tiles, tile_count
-from lmdeploy_vico.vision.tower import VisionTower
 
 # Tiles per device batch, by ViT width: enough to fill the device, small enough that padding one tile is cheap. On a
 # CPU a single tile already keeps every core busy.

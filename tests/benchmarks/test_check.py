@@ -15,7 +15,7 @@ from benchmarks.gates import check
 from lmdeploy_vico import cli
 from lmdeploy_vico.vision import tiling
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.model.tower import VisionTower
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason='a tiny ViT takes no time of a GPU')

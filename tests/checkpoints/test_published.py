@@ -10,7 +10,7 @@ from lmdeploy_vico.checkpoints.language_model import language_model_shapes
 from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
 from lmdeploy_vico.checkpoints.random.published import MODELS
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.model.tower import VisionTower
 
 # Billions of parameters of the language model, as the model cards give them.
 LANGUAGE = {

@@ -18,7 +18,7 @@ from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES, VisionEncoder
-from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.model.tower import VisionTower
 
 DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
 # What rounding to bfloat16 does to the vision side is measured in the test itself, with the independent implementation

@@ -18,7 +18,7 @@ from lmdeploy_vico.checkpoints.random.limits import MADE_BY, MARKER
 from lmdeploy_vico.checkpoints.random.tiny import prepare_directory, write_configuration, write_json
 from lmdeploy_vico.checkpoints.random.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.model.tower import VisionTower
 
 VOCABULARY = 151936  # embedding rows of the published language models
 WEIGHTS = ('*.safetensors', '*.safetensors.index.json')

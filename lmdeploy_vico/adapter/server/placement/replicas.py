@@ -12,7 +12,7 @@ from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.stage import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.model.tower import VisionTower
 
 GIB = 2**30
 WEIGHT_BYTES = 2  # of a value on a CUDA device: bfloat16 or float16

@@ -12,7 +12,7 @@ from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.stage import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.tower import VisionTower
+from lmdeploy_vico.vision.model.tower import VisionTower
 
 CUDA = [torch.device('cuda', index) for index in range(4)]
 TWO_PROCESSORS = [torch.device('cpu'), torch.device('cpu', 0)]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD, InternViTConfig, VicoConfig
 from lmdeploy_vico.kernels import implementation
-from lmdeploy_vico.vision import intern_vit, speedups
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.intern_vit import InternVisionModel
-from lmdeploy_vico.vision.speedups import (
+from lmdeploy_vico.vision.model import intern_vit, speedups
+from lmdeploy_vico.vision.model.intern_vit import InternVisionModel
+from lmdeploy_vico.vision.model.speedups import (
     NAMES,
     NO_SPEEDUPS,
     Speedups,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmdeploy_vico.vision.router import AttentionPooling, Gating
+from lmdeploy_vico.vision.model.router import AttentionPooling, Gating
 
 TILES, TOKENS = 12, 256
 # Relative norm error of the pooled vector, and the largest error of a score.

@@ -53,28 +53,28 @@ format: $(STAMP) ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES); $(BIN)/ruff format $(SOURCES)
 
 bench: $(STAMP) ## Time image preparation and the vision stage against LMDeploy's (ARGS=--help lists the options)
-	@$(BIN)/python -m benchmarks.vision $(ARGS)
+	@$(BIN)/python -m benchmarks vision $(ARGS)
 
 bench-check: $(STAMP) ## Fail if anything got slower than the stored baseline (ARGS=--update stores it)
-	@$(TEST_ENV) $(BIN)/python -m benchmarks.check $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m benchmarks check $(ARGS)
 
 bench-handover: $(STAMP) ## Time the ways to hand visual tokens to the engine's process
-	@$(BIN)/python -m benchmarks.handover $(ARGS)
+	@$(BIN)/python -m benchmarks handover $(ARGS)
 
 bench-first-token: $(STAMP) ## Measure first-token throughput: ARGS='--model DIR' or '--base-url URL'
-	@$(BIN)/python benchmarks/first_token.py $(ARGS)
+	@$(BIN)/python -m benchmarks first-token $(ARGS)
 
 bench-kernels: $(STAMP) ## Time the Triton kernels against torch, LMDeploy and the hardware's limits
-	@$(BIN)/python -m pytest benchmarks/kernels.py -q -o python_files=kernels.py --benchmark-columns=median,iqr,rounds $(ARGS)
+	@$(BIN)/python -m benchmarks kernels $(ARGS)
 
 counters: $(STAMP) ## Compare what requests make the engine do with the committed counts (ARGS=--update writes them)
-	@$(ON_CPU) $(BIN)/python -m benchmarks.counters $(ARGS)
+	@$(ON_CPU) $(BIN)/python -m benchmarks counters $(ARGS)
 
 soak: $(STAMP) ## Send 2000 requests, a tenth of them cancelled: every answer right, no memory lost
-	@$(TEST_ENV) $(BIN)/python benchmarks/soak.py $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m benchmarks soak $(ARGS)
 
 kernel-resources: $(STAMP) ## Compile the Triton kernels for sm_80, sm_89 and sm_90 and write what they take to the table
-	@$(BIN)/python benchmarks/kernel_resources.py --update
+	@$(BIN)/python -m benchmarks kernel-resources --update
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

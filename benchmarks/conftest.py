@@ -3,16 +3,16 @@
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.facts import facts
+from benchmarks.lib.facts import facts
 
 # Rows of the table: a title, then for each case its extra_info as the benchmarks fill it in.
 COLUMNS = ('operation', 'D', 'tiles', 'median', 'floor', 'times floor', 'of copy bandwidth', 'against')
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup('benchmarks/speed.py')
+    group = parser.getgroup('benchmarks/gates/cases.py')
     group.addoption('--turns', type=int, default=5, help='turns in each round of a case')
-    group.addoption('--like', help='size of the ViT, as in benchmarks/models.py')
+    group.addoption('--like', help='size of the ViT, as in benchmarks/lib/models.py')
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

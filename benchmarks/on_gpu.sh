@@ -196,15 +196,15 @@ part_memcheck() {
 }
 
 part_kernels() {
-    step 'kernel timings' "$python" -m pytest -q benchmarks/kernels.py -o python_files=kernels.py \
-        --benchmark-columns=median,iqr,rounds --benchmark-json="$prefix-kernels.json"
+    step 'kernel timings' "$python" -m benchmarks kernels \
+        --benchmark-json="$prefix-kernels.json"
 }
 
 part_flips() {
     local width widths=(256)
     on_gpu && widths=(1024 3200)
     for width in "${widths[@]}"; do
-        step "routing flips, D = $width" "$python" benchmarks/routing_flips.py --width "$width" --prompts $flips \
+        step "routing flips, D = $width" "$python" -m benchmarks flips --width "$width" --prompts $flips \
             --output "$prefix-routing-flips-$width.json"
     done
 }
@@ -216,21 +216,21 @@ part_vision() {
         6B) many=(--images 8 --latencies 10 --seconds 2 --parts stage latency) ;;
     esac
     on_gpu || like=tiny many=(--images 2 --latencies 3 --seconds 0.5 --parts preparation stage latency)
-    step "vision side, ViT $like" "$python" -m benchmarks.vision --like "$like" --device "$VICO_TEST_DEVICE" \
+    step "vision side, ViT $like" "$python" -m benchmarks vision --like "$like" --device "$VICO_TEST_DEVICE" \
         "${many[@]}" --output "$prefix-vision-$1.json"
 }
 
 part_vit_speed() {
     local like=$1
     on_gpu || like=tiny
-    step "switches of ViT $like" "$python" -m benchmarks.vit_speed --like "$like" --device "$VICO_TEST_DEVICE" \
+    step "switches of ViT $like" "$python" -m benchmarks vit-speed --like "$like" --device "$VICO_TEST_DEVICE" \
         --output "$prefix-vit-speed-$1.json"
 }
 
 part_handover() {
     local widths=()
     on_gpu || widths=(--widths 2048)
-    step 'hand-over to the engine' "$python" -m benchmarks.handover --rounds $handovers "${widths[@]}" \
+    step 'hand-over to the engine' "$python" -m benchmarks handover --rounds $handovers "${widths[@]}" \
         --output "$prefix-handover.json"
 }
 
@@ -243,7 +243,7 @@ part_placement() {
     fi
     on_gpu || repeats=1
     step '8B: config and tokenizer' checkpoint 8B
-    LMDEPLOY_VICO_DUMMY_WEIGHTS=1 step "8B: placement, two processes against $against" "$python" -m benchmarks.placement \
+    LMDEPLOY_VICO_DUMMY_WEIGHTS=1 step "8B: placement, two processes against $against" "$python" -m benchmarks placement \
         --model "$model" --against "$against" --num-prompts "$prompts" --max-concurrency $clients --tiles $tiles \
         --repeats $repeats --output "$prefix-placement-$against.json"
 }
@@ -272,12 +272,12 @@ part_baselines() {
 }
 
 part_soak() {
-    step 'soak' "$python" benchmarks/soak.py --requests $soak --output-file "$prefix-soak.json"
+    step 'soak' "$python" -m benchmarks soak --requests $soak --output-file "$prefix-soak.json"
 }
 
 part_bench_check() {
-    step 'ratios to compare with' "$python" -m benchmarks.check --update --baseline "$prefix-check.json" "${check[@]}"
-    step 'the same again' "$python" -m benchmarks.check --baseline "$prefix-check.json" "${check[@]}"
+    step 'ratios to compare with' "$python" -m benchmarks check --update --baseline "$prefix-check.json" "${check[@]}"
+    step 'the same again' "$python" -m benchmarks check --baseline "$prefix-check.json" "${check[@]}"
 }
 
 # plan PART: prints the arithmetic and sets $prompts; fails where the part is not to be run.
@@ -296,7 +296,7 @@ plan() {
 
 if on_gpu; then
     mkdir "$scratch/plans"
-    "$python" -m benchmarks.budget "${chosen[@]}" --limit "$limit" --most "$most" --memory "$memory" \
+    "$python" -m benchmarks budget "${chosen[@]}" --limit "$limit" --most "$most" --memory "$memory" \
         --folder "$scratch/plans" || exit
 fi
 began=0 # of a part: the first one pays for this script's own start
@@ -311,7 +311,7 @@ for part in "${chosen[@]}"; do
     esac
     began=$SECONDS
 done
-"$python" -m benchmarks.targets "$results"
+"$python" -m benchmarks targets "$results"
 if [ ${#failed[@]} -gt 0 ]; then
     printf '==> failed: %s\n' "${failed[@]}" | tee -a "$log"
     [ -z "$ended" ] || exit 143

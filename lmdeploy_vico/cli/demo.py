@@ -1,31 +1,30 @@
 """``lmdeploy-vico demo``: serve a checkpoint with the unmodified LMDeploy command and show what its router does."""
 
+import argparse
 import base64
 import io
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
+from lmdeploy_vico.cli.errors import CommandError
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
-from lmdeploy_vico.launch import ApiServer
+from lmdeploy_vico.launch import ApiServer, ServerError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmdeploy_vico.cli import Commands
 
 # Shipped inside scikit-image's wheel: photographs and a scanned page, nothing is downloaded.
 PICTURES = ('coffee', 'chelsea', 'rocket', 'text', 'page', 'astronaut')
 PROMPT = 'What is in this picture?'
 MAX_TOKENS = 16
 REAL_CHECKPOINT = 'OpenGVLab/InternVL3_5-8B-Flash'
-
-
-class DemoError(RuntimeError):
-    """The demonstration could not be run; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,39 @@ class Reply:
     answer: str
 
 
-def run(checkpoint: Path | None, console: Console) -> None:
-    """Serve ``checkpoint`` (None: a tiny one, made now), send it pictures, print a table, stop the server.
+def add_parser(commands: 'Commands') -> None:
+    """Add the command."""
+    demo = commands.add_parser(
+        'demo',
+        help='serve a checkpoint, send it photographs, show the tokens saved',
+        description='Start `lmdeploy serve api_server`, send it photographs, print the tokens that ViCO saves.',
+    )
+    demo.add_argument(
+        '--checkpoint', metavar='DIR', type=Path, help='what to serve (default: a tiny random checkpoint, made now)'
+    )
+    demo.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve the checkpoint, send it pictures, print a table, stop the server.
 
     Raises:
-        DemoError: a package is missing.
-        ServerError: the server did not start.
+        CommandError: no checkpoint is there, a package is missing, or the server did not start.
     """
-    pictures = load_pictures()
+    from rich.console import Console
+
+    checkpoint = arguments.checkpoint
+    if checkpoint and not (checkpoint / 'config.json').is_file():
+        raise CommandError(f'{checkpoint} is not a checkpoint directory: it holds no config.json')
+    try:
+        _show(checkpoint, Console())
+    except ServerError as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def _show(checkpoint: Path | None, console: 'Console') -> None:
+    pictures = _load_pictures()
     with tempfile.TemporaryDirectory(prefix='vico-demo-') as scratch:
         model = checkpoint or _make_tiny(Path(scratch) / 'tiny', console)
         server = ApiServer(model, log=Path(scratch) / 'server.log')
@@ -64,18 +88,19 @@ def run(checkpoint: Path | None, console: Console) -> None:
     console.print(f'Server stopped. A real checkpoint: lmdeploy serve api_server {REAL_CHECKPOINT}', soft_wrap=True)
 
 
-def load_pictures() -> dict[str, Image.Image]:
-    """The pictures by name; raises :class:`DemoError` without scikit-image."""
+def _load_pictures() -> 'dict[str, Image]':
+    from PIL import Image
+
     try:
         from skimage import data
     except ImportError as error:
-        raise DemoError(
+        raise CommandError(
             'The demo needs its pictures and client; in a checkout of the plugin: pip install ".[demo]"'
         ) from error
     return {name: Image.fromarray(getattr(data, name)()) for name in PICTURES}
 
 
-def _make_tiny(path: Path, console: Console) -> Path:
+def _make_tiny(path: Path, console: 'Console') -> Path:
     from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
 
     with console.status('Making a tiny ViCO checkpoint: real layout, random weights'):
@@ -83,9 +108,10 @@ def _make_tiny(path: Path, console: Console) -> Path:
     return path
 
 
-def _ask_about(url: str, pictures: dict[str, Image.Image], console: Console) -> dict[str, tuple[Reply, Reply, Reply]]:
+def _ask_about(url: str, pictures: 'dict[str, Image]', console: 'Console') -> dict[str, tuple[Reply, Reply, Reply]]:
     """Each picture's replies with compression "auto", "none" and "all"."""
     from openai import OpenAI
+    from rich.progress import track
 
     client = OpenAI(base_url=f'{url}/v1', api_key='none')
     model = client.models.list().data[0].id
@@ -97,7 +123,7 @@ def _ask_about(url: str, pictures: dict[str, Image.Image], console: Console) -> 
     return replies
 
 
-def _ask(client: Any, model: str, image: Image.Image, compression: str) -> Reply:
+def _ask(client: Any, model: str, image: 'Image', compression: str) -> Reply:
     buffer = io.BytesIO()
     image.save(buffer, 'PNG')
     url = f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
@@ -120,7 +146,10 @@ def _ask(client: Any, model: str, image: Image.Image, compression: str) -> Reply
     return Reply(prompt_tokens, first, answer)
 
 
-def _table(pictures: dict[str, Image.Image], replies: dict[str, tuple[Reply, Reply, Reply]]) -> Table:
+def _table(pictures: 'dict[str, Image]', replies: dict[str, tuple[Reply, Reply, Reply]]) -> 'Table':
+    from rich import box
+    from rich.table import Table
+
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),

@@ -1,4 +1,4 @@
-"""``benchmarks/check.py``: a slowed build fails, an unchanged one passes, and what cannot be compared is refused."""
+"""``benchmarks/gates/check.py``: a slowed build fails, an unchanged one passes, and a wrong baseline is refused."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import check
+from benchmarks.gates import check
 from lmdeploy_vico import cli
 from lmdeploy_vico.vision import tiling
 from lmdeploy_vico.vision.encoder import VisionEncoder

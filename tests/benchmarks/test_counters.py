@@ -1,4 +1,4 @@
-"""``benchmarks/counters.py``: what requests make the engine and the vision side do is what was committed."""
+"""``benchmarks/gates/counters.py``: what requests make the engine and the vision side do is what was committed."""
 
 import copy
 import io
@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import counters
+from benchmarks.gates import counters
 from lmdeploy_vico.kernels import pack
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='the counters are those of a CPU')
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='the counters 
 
 @pytest.fixture(scope='module')
 def committed():
-    return json.loads(counters.RESULTS.read_text())
+    return json.loads(counters.COMMITTED.read_text())
 
 
 @pytest.fixture(scope='module')

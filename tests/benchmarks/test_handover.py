@@ -1,4 +1,4 @@
-"""``benchmarks/handover.py`` and ``executors.py``: what they receive is measured beside a copy of as many bytes."""
+"""``benchmarks/serving/handover.py``, ``executors.py``: what is received is timed beside a copy of as many bytes."""
 
 import multiprocessing
 import pickle
@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import zmq
 
-from benchmarks import executors, handover
-from benchmarks.prompt_tokens import Copier, copy_milliseconds, embeddings
+from benchmarks.serving import executors, handover
+from benchmarks.serving.prompt_tokens import Copier, copy_milliseconds, embeddings
 
 SHAPE = (130, 8)
 

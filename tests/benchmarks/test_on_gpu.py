@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from waiting import HANG
 
-from benchmarks import budget, vit_speed
+from benchmarks.gates import budget
+from benchmarks.vision import vit_speed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'benchmarks' / 'on_gpu.sh'
@@ -92,7 +93,7 @@ def test_a_part_runs_and_the_targets_follow(tmp_path):
 
 
 def test_a_step_that_fails_is_in_the_exit_status(tmp_path, interpreter):
-    python = interpreter('*soak.py*) echo what went wrong >&2; exit 3')
+    python = interpreter('*"benchmarks soak"*) echo what went wrong >&2; exit 3')
     tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=python)
     assert tried.returncode == 1
     assert '==> soak: FAILED after' in tried.stdout
@@ -117,7 +118,7 @@ except KeyboardInterrupt:
 @pytest.fixture
 def endless(tmp_path, interpreter):
     (tmp_path / 'endless.py').write_text(ENDLESS)
-    return interpreter(f'*soak.py*) exec {sys.executable} {tmp_path}/endless.py "${{@: -1}}"')
+    return interpreter(f'*"benchmarks soak"*) exec {sys.executable} {tmp_path}/endless.py "${{@: -1}}"')
 
 
 def test_a_part_that_is_cut_off_keeps_what_it_has(tmp_path, endless):
@@ -154,7 +155,7 @@ def recorded(tmp_path, interpreter):
     def on_a_gpu(memory: int, *parts: str, **variables: str) -> tuple[str, list[str]]:
         python = interpreter(
             *gpu(memory),
-            f'*benchmarks.budget*) exec {sys.executable} "$@"',
+            f'*"benchmarks budget"*) exec {sys.executable} "$@"',
             '*) echo "RUN device=$VICO_TEST_DEVICE dummy=$LMDEPLOY_VICO_DUMMY_WEIGHTS $*" >>"$RECORD"\n'
             'case "$*" in *" tiny "*) mkdir -p "$4"; touch "$4/config.json";; esac',
         )
@@ -185,10 +186,10 @@ def test_what_a_gpu_would_run(recorded):
     assert '--baseline lmdeploy-flash --servers in-turn' in bench['baselines-8B-flash.png']
     expected = ('tests/kernels', 'tests/gpu -k not engine', 'engine and moe', '--like 6B', '--width 3200')
     expected += (
-        'benchmarks.vit_speed --like 300M --device cuda --output ',
-        f'benchmarks.handover --rounds {budget.HANDOVERS} --output ',
+        'benchmarks vit-speed --like 300M --device cuda --output ',
+        f'benchmarks handover --rounds {budget.HANDOVERS} --output ',
     )
-    expected += ('benchmarks.placement', '--requests 2000', 'benchmarks.check --update')
+    expected += ('benchmarks placement', '--requests 2000', 'benchmarks check --update')
     places = [next(index for index, line in enumerate(ran) if words in line) for words in expected]
     assert places[:4] == sorted(places[:4]) and places[3] < min(places[5:]), 'what is right comes first'
     assert all(line.startswith('RUN device=cuda ') for line in ran)

@@ -1,10 +1,10 @@
-"""``benchmarks/targets.py``: which number meets which target, from small results in the benchmarks' own formats."""
+"""``benchmarks/gates/targets.py``: which number meets which target, from small results as the benchmarks write them."""
 
 import json
 
 import pytest
 
-from benchmarks import targets
+from benchmarks.gates import targets
 from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS
 from lmdeploy_vico.bench.results import CellResult
 from lmdeploy_vico.bench.workload import Cell

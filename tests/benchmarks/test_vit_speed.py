@@ -1,13 +1,13 @@
-"""``benchmarks/vit_speed.py``: its verdicts, and that what is wrong is not timed."""
+"""``benchmarks/vision/vit_speed.py``: its verdicts, and that what is wrong is not timed."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import vit_speed
-from benchmarks.timing import Timing
-from benchmarks.vit_speed import Variant, judge, main, plan
+from benchmarks.lib.timing import Timing
+from benchmarks.vision import vit_speed
+from benchmarks.vision.vit_speed import Variant, judge, main, plan
 from lmdeploy_vico.vision.model import intern_vit
 from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS
 

@@ -3,15 +3,21 @@ import sys
 
 import pytest
 
-from lmdeploy_vico import cli
+from lmdeploy_vico import __version__, cli
 from lmdeploy_vico.checkpoints.random import is_tiny_checkpoint
 from lmdeploy_vico.checkpoints.random.published import MODELS
+from lmdeploy_vico.cli import tiny
 
 
 def test_importing_the_command_loads_nothing_heavy():
     code = 'import sys, lmdeploy_vico.cli; print([m for m in ("torch", "lmdeploy", "rich", "PIL") if m in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == '[]'
+
+
+def test_the_command_runs_as_a_module():
+    out = subprocess.run([sys.executable, '-m', 'lmdeploy_vico.cli', '--version'], capture_output=True, text=True)
+    assert (out.returncode, out.stdout) == (0, f'lmdeploy-vico {__version__}\n')
 
 
 def test_tiny_prints_the_directory(tmp_path, capsys):
@@ -92,4 +98,4 @@ def test_like_does_not_write_beside_weights(tmp_path, capsys):
 
 
 def test_like_offers_every_published_model():
-    assert list(MODELS) == list(cli.PUBLISHED)
+    assert list(MODELS) == list(tiny.PUBLISHED)

@@ -13,7 +13,7 @@ from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS, Answer
 from parity.reference import Reference
 
-from benchmarks.models import config, random_encoder
+from benchmarks.lib.models import config, random_encoder
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage

@@ -17,7 +17,7 @@ COMMITTED = ROOT / 'benchmarks' / 'results' / 'kernel-resources.json'
 REGISTERS = 65536  # of 32 bits, that the threads of one program share
 SHARED_MEMORY = {'sm_80': 163 * 1024, 'sm_89': 99 * 1024, 'sm_90': 227 * 1024}  # bytes that one program may have
 WITH_DOTS = {'pool_kernel', 'logits_kernel', 'weighted_sum_kernel', 'linear_kernel'}
-UPDATE = 'python benchmarks/kernel_resources.py --update'
+UPDATE = 'make kernel-resources'
 IDENTITY = ('chip', 'kernel', 'types', 'constants', 'aligned', 'warps')
 
 
@@ -26,8 +26,8 @@ def measured(tmp_path_factory):
     # In a process of its own, since kernels made for the interpreter cannot be compiled.
     output = tmp_path_factory.mktemp('compiled') / 'resources.json'
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
-    command = [sys.executable, ROOT / 'benchmarks' / 'kernel_resources.py', '--output', output]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, '-m', 'benchmarks', 'kernel-resources', '--output', output]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     sys.stdout.write(done.stdout)
     return json.loads(output.read_text())

@@ -1,6 +1,5 @@
-"""``benchmarks/soak.py``: a short run of it passes, and it notices wrong answers, lost ones, and growth."""
+"""``benchmarks/serving/soak.py``: a short run of it passes, and it notices wrong answers, lost ones, and growth."""
 
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -11,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
+from benchmarks.serving.answers import Answer, gap
+from benchmarks.serving.growth import Sampler
+
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
 def soak(*arguments):
-    command = [sys.executable, BENCHMARKS / 'soak.py', *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, '-m', 'benchmarks', 'soak', *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_every_answer_is_right(tmp_path):
@@ -34,14 +36,7 @@ def test_every_answer_is_right(tmp_path):
 # --- near ties --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module('soak')
-
-
-def answered(module, *places, prompt_tokens=9):
+def answered(*places, prompt_tokens=9):
     """An answer whose places are (id, log-probabilities by token); the first token is the one that was taken."""
     content = [
         {
@@ -52,14 +47,14 @@ def answered(module, *places, prompt_tokens=9):
         for _, tops in places
     ]
     choice = {'output_ids': [one for one, _ in places], 'logprobs': {'content': content} if content else None}
-    return module.Answer.of({'choices': [choice], 'usage': {'prompt_tokens': prompt_tokens}})
+    return Answer.of({'choices': [choice], 'usage': {'prompt_tokens': prompt_tokens}})
 
 
 FIRST, SURE = (1, {'a': -0.1, 'b': -3.0}), (7, {'x': -0.5, 'y': -1.5})
 
 
 @pytest.mark.parametrize(
-    ('alone', 'gap'),
+    ('alone', 'apart'),
     [
         ([FIRST, (2, {'b': -1.0, 'c': -1.01}), SURE], 0.0),
         ([FIRST, (3, {'c': -1.0, 'b': -1.004}), (8, {'z': 0.0})], 0.01),  # what follows is another answer
@@ -69,17 +64,17 @@ FIRST, SURE = (1, {'a': -0.1, 'b': -3.0}), (7, {'x': -0.5, 'y': -1.5})
         ([FIRST, (2, {'b': -1.0})], float('inf')),  # shorter
     ],
 )
-def test_how_far_two_answers_are_apart(module, alone, gap):
-    company = answered(module, FIRST, (2, {'b': -1.0, 'c': -1.01}), SURE)
-    assert module.gap(company, answered(module, *alone)) == module.gap(answered(module, *alone), company)
-    assert module.gap(company, answered(module, *alone)) == pytest.approx(gap)
+def test_how_far_two_answers_are_apart(alone, apart):
+    company = answered(FIRST, (2, {'b': -1.0, 'c': -1.01}), SURE)
+    assert gap(company, answered(*alone)) == gap(answered(*alone), company)
+    assert gap(company, answered(*alone)) == pytest.approx(apart)
 
 
-def test_without_probabilities_or_with_another_prompt_nothing_is_a_near_tie(module):
-    one, other = module.Answer((1, 2), 9), module.Answer((1, 3), 9)
-    assert module.gap(one, one) == 0 and module.gap(one, other) == float('inf')
-    near = answered(module, (1, {'a': -1.0, 'b': -1.0}))
-    assert module.gap(near, answered(module, (1, {'a': -1.0, 'b': -1.0}), prompt_tokens=10)) == float('inf')
+def test_without_probabilities_or_with_another_prompt_nothing_is_a_near_tie():
+    one, other = Answer((1, 2), 9), Answer((1, 3), 9)
+    assert gap(one, one) == 0 and gap(one, other) == float('inf')
+    near = answered((1, {'a': -1.0, 'b': -1.0}))
+    assert gap(near, answered((1, {'a': -1.0, 'b': -1.0}), prompt_tokens=10)) == float('inf')
 
 
 # --- wrong answers ----------------------------------------------------------------------------------------------------
@@ -151,10 +146,7 @@ def test_a_server_that_does_not_answer():
 
 @pytest.fixture
 def sampler():
-    spec = importlib.util.spec_from_file_location('growth', BENCHMARKS / 'growth.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Sampler(None)
+    return Sampler(None)
 
 
 REQUESTS = 2000

@@ -1,4 +1,4 @@
-"""Whether anything got slower: the cases of benchmarks/speed.py against stored ones, for an operator's own CI.
+"""Whether anything got slower: the cases of benchmarks/gates/cases.py against stored ones, for an operator's own CI.
 
 What is compared are ratios to fixed references, measured in turns. A case fails only when the fastest of the new rounds
 is slower than the slowest of the stored ones by more than the threshold. Both are to be measured on one kind of device,
@@ -29,9 +29,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import models, speed
-from benchmarks.facts import PACKAGES, facts
-from benchmarks.regressions import (
+from benchmarks import RESULTS
+from benchmarks.gates import cases
+from benchmarks.lib import models
+from benchmarks.lib.compare import (
     CANNOT_SAY,
     CheckError,
     Comparison,
@@ -41,12 +42,12 @@ from benchmarks.regressions import (
     report,
     report_gone,
 )
-from benchmarks.timing import QUIET
+from benchmarks.lib.facts import PACKAGES, facts
+from benchmarks.lib.timing import QUIET
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.results import OutputFile
 
-CASES = Path(speed.__file__)
-RESULTS = Path(__file__).parent / 'results'
+CASES = Path(cases.__file__)
 THRESHOLD = 0.05
 QUIET_ROUNDS = 3  # of a case, at least, for it to count as undisturbed
 CONDITIONS = ('recipe', 'omp_wait_policy', 'like')
@@ -55,7 +56,7 @@ SAME = (*CONDITIONS, 'device', 'processor', 'cores', 'torch_threads', 'python', 
 
 def conditions(like: str) -> dict[str, Any]:
     """What ratios depend on, for the results; threads that spin while they wait take a core from whoever works."""
-    own = (speed.RECIPE, os.environ.get('OMP_WAIT_POLICY'), like)
+    own = (cases.RECIPE, os.environ.get('OMP_WAIT_POLICY'), like)
     return {**dict(zip(CONDITIONS, own, strict=True)), **facts()}
 
 
@@ -268,7 +269,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CheckError as error:
         print(f'bench-check: {error}', file=sys.stderr)
         return CANNOT_SAY
-
-
-if __name__ == '__main__':
-    sys.exit(main())

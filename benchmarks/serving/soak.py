@@ -9,7 +9,7 @@ another's request, would be taken for the next one's and found wrong. The memory
 server's processes, and device memory, are compared between the second and the last quarter of the run, if the first is
 long enough to warm up.
 
-    python benchmarks/soak.py --requests 2000 --output-file soak.json
+    python -m benchmarks soak --requests 2000 --output-file soak.json
 
 Starts a server of a tiny checkpoint, unless --base-url names one. The last line says what was found; the exit code is
 1 if anything was wrong.
@@ -24,7 +24,6 @@ import json
 import random
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -39,13 +38,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from answers import NEAR_TIE, Answer, gap
-from facts import facts
-from growth import COUNTS, MEMORY, Sampler
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.lib.facts import facts
+from benchmarks.serving.answers import NEAR_TIE, Answer, gap
+from benchmarks.serving.growth import COUNTS, MEMORY, Sampler
 from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
 from lmdeploy_vico.launch import ApiServer, ServerError
 
@@ -329,7 +328,7 @@ def report(result: dict[str, Any], console: Console) -> None:
     console.print(f'{counts}: ' + (f'{wrong} problems.' if wrong else f'every answer right, {grew}.'))
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--requests', type=int, default=2000)
     parser.add_argument('--cancel', type=float, default=0.1, help='share of the requests whose client leaves')
@@ -346,7 +345,7 @@ def main() -> int:
     parser.add_argument('--base-url', help='of a running server, instead of starting one')
     parser.add_argument('--pid', type=int, help='of that server; without it, only device memory is looked at')
     parser.add_argument('--output-file', type=Path, help='write the results, as JSON, to this file')
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     # Told to end, it keeps what there is and stops its server.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(width=120)
@@ -368,7 +367,3 @@ def main() -> int:
         asked = {name: getattr(arguments, name) for name in ('requests', 'cancel', 'clients', 'seed', 'near_tie')}
         arguments.output_file.write_text(json.dumps({**facts(), **asked, **result}, indent=1) + '\n')
     return 1 if result['problems'] else 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

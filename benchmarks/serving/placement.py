@@ -10,7 +10,7 @@ Two processes are compared with one of the others (--against). Each is served an
 image mode, one after the other and then again in reverse, so that drift cancels. Requests per second are added up over
 the repeats.
 
-    python -m benchmarks.placement --model DIR --output results.json
+    python -m benchmarks placement --model DIR --output results.json
 """
 
 import argparse
@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.facts import facts
+from benchmarks.lib.facts import facts
 from lmdeploy_vico import cli
 from lmdeploy_vico.launch import ApiServer, ServerError
 
@@ -78,7 +78,7 @@ def with_service() -> bool:
 
 def measure(placement: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Serve and measure one placement; the cells of the benchmark's result."""
-    program = (sys.executable, '-m', 'benchmarks.one_process') if placement == ONE else None
+    program = (sys.executable, '-m', 'benchmarks', 'one-process') if placement == ONE else None
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='vico-placement-')))
         environment: dict[str, str | None] = {'LMDEPLOY_VICO_CACHE_BYTES': '0'}  # cells share pictures
@@ -109,7 +109,7 @@ def table(totals: dict[tuple[str, float], Total]) -> Table:
     return shown
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, help='a checkpoint directory')
     parser.add_argument('--num-prompts', type=int, default=256, help='requests of each cell in each repeat')
@@ -121,7 +121,7 @@ def main() -> int:
     )
     parser.add_argument('--repeats', type=int, default=2, help='the order is reversed from one to the next')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     # Told to end, it keeps what there is and stops its server.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console, order = Console(width=120), [TWO, AGAINST[arguments.against]]
@@ -152,7 +152,3 @@ def main() -> int:
         content = {'facts': facts(), **asked, 'complete': not status, 'rows': rows}
         arguments.output.write_text(json.dumps(content, indent=1) + '\n')
     return status
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -19,7 +19,7 @@ from lmdeploy.pytorch.models.internvl import CrossAttentionPooling, InternVLChat
 from lmdeploy.pytorch.models.internvl import Gating as LMDeployGating
 from torch import nn
 
-from benchmarks.timing import clock, graphed, interleaved, measure_ceilings, rotating
+from benchmarks.lib.timing import clock, graphed, interleaved, measure_ceilings, rotating
 from lmdeploy_vico.kernels.attention_pool import attention_pool, attention_pool_torch
 from lmdeploy_vico.kernels.pack import pack, pack_torch
 from lmdeploy_vico.kernels.pixel_shuffle import Norm, pixel_shuffle, pixel_shuffle_torch

@@ -3,8 +3,8 @@
 The specialisations are those that the models use: the kernels' own launchers are run on tensors without storage, with
 the limits of an A100, an L40S and an H200, and what they would launch is compiled with Triton's own compiler.
 
-    python benchmarks/kernel_resources.py            # print the table
-    python benchmarks/kernel_resources.py --update   # and commit it to benchmarks/results/kernel-resources.json
+    python -m benchmarks kernel-resources            # print the table
+    python -m benchmarks kernel-resources --update   # and write it to benchmarks/results/kernel-resources.json
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,10 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks import RESULTS
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.kernels.implementation import INTERPRETED, Limits
 
-RESULTS = Path(__file__).parent / 'results' / 'kernel-resources.json'
+TABLE = RESULTS / 'kernel-resources.json'
 CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 
 # By compute capability: multiprocessors, and bytes of shared memory that one program may have.
@@ -206,19 +207,16 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=220).print(table)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--update', action='store_true', help=f'write the table to {RESULTS.name}')
+    parser.add_argument('--update', action='store_true', help=f'write the table to {TABLE.name}')
     parser.add_argument('--output', type=Path, help='write the table, as JSON, to this file')
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if INTERPRETED:
         parser.error('unset TRITON_INTERPRET: kernels made for the interpreter cannot be compiled')
     results = measure()
     show(results['rows'])
-    for path in ([RESULTS] if arguments.update else []) + ([arguments.output] if arguments.output else []):
+    for path in ([TABLE] if arguments.update else []) + ([arguments.output] if arguments.output else []):
         rows = ',\n'.join('  ' + json.dumps(row) for row in results['rows'])
         path.write_text(f'{{"triton": "{results["triton"]}", "rows": [\n{rows}\n]}}\n')
-
-
-if __name__ == '__main__':
-    main()
+    return 0

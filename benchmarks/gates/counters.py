@@ -22,7 +22,6 @@ commits the new file along with it.
 
 import argparse
 import json
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,10 +39,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from benchmarks import RESULTS
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
 
-RESULTS = Path(__file__).parent / 'results' / 'counters.json'
+COMMITTED = RESULTS / 'counters.json'
 TILE_BATCH = 4  # as on a GPU, several tiles share a batch
 MAX_PREFILL_TOKENS = 512  # of one prefill step
 KV_BLOCK = 64
@@ -298,7 +298,7 @@ def show(counts: Mapping[str, Any], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--update', action='store_true', help=f'write {RESULTS.name} instead of comparing with it')
+    parser.add_argument('--update', action='store_true', help=f'write {COMMITTED.name} instead of comparing with it')
     parser.add_argument('--output', type=Path, help='also write the counters, as JSON, to this file')
     arguments = parser.parse_args(argv)
     if torch.cuda.is_available():
@@ -313,10 +313,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output:
         arguments.output.write_text(text)
     if arguments.update:
-        RESULTS.write_text(text)
+        COMMITTED.write_text(text)
         return 0
-    return int(report(json.loads(RESULTS.read_text()), counts, console))
-
-
-if __name__ == '__main__':
-    sys.exit(main())
+    return int(report(json.loads(COMMITTED.read_text()), counts, console))

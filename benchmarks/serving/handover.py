@@ -20,9 +20,10 @@ Beside the time by the clock, which other programs on the machine lengthen, stan
 computing, and how often they had to wait for a page of memory. One copy: what the engine's process takes to copy as
 many bytes as the tokens have, once a turn, when nothing else is to be received; the unit to read "receive" in.
 
-Where several processes serve the model, the engine's loop then sends the tensors on to each: benchmarks/executors.py.
+Where several processes serve the model, the engine's loop then sends the tensors on to each:
+benchmarks/serving/executors.py times that.
 
-    python -m benchmarks.handover --output results.json
+    python -m benchmarks handover --output results.json
 """
 
 import argparse
@@ -45,8 +46,8 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.facts import facts
-from benchmarks.prompt_tokens import DTYPE, TOKENS, Copier, Meter, copy_milliseconds, cuts, embeddings
+from benchmarks.lib.facts import facts
+from benchmarks.serving.prompt_tokens import DTYPE, TOKENS, Copier, Meter, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter import handover
 from lmdeploy_vico.adapter.handover import PackedRows
 
@@ -224,7 +225,7 @@ def turns(rounds: int, number: int) -> int:
 
 def measure(case: str, width: int, rounds: int, in_flight: Sequence[int]) -> list[dict[str, Any]]:
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['benchmarks.prompt_tokens', 'zmq'])  # so that its children have torch
+    context.set_forkserver_preload(['benchmarks.serving.prompt_tokens', 'zmq'])  # so that its children have torch
     pairs = {name: Pair(name, context) for name in ways()}
     shape, rows = (TOKENS[case], width), []
     for pair in pairs.values():
@@ -271,14 +272,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=100, help='requests for each way and number in flight')
     parser.add_argument('--in-flight', type=int, nargs='+', default=list(IN_FLIGHT), help='requests sent at a time')
     parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='values of a visual token')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
-    arguments = parser.parse_args()
-    from benchmarks import executors  # with LMDeploy, which the processes of the ways do without
+    arguments = parser.parse_args(argv)
+    from benchmarks.serving import executors  # with LMDeploy, which the processes of the ways do without
 
     load = os.getloadavg()[:1]  # before, to tell what other programs did from what this one did
     tables: dict[str, list[dict[str, Any]]] = {'workers': executors.measure(arguments.widths, arguments.rounds)}
@@ -290,6 +291,7 @@ def main() -> None:
             about = {'facts': facts(), 'dtype': str(DTYPE), 'load_average': [*load, *os.getloadavg()[:1]]}
             write(arguments.output, about, tables)
     show(tables['engine'])
+    return 0
 
 
 def write(path: Path, about: dict[str, Any], tables: dict[str, Sequence[dict[str, Any]]]) -> None:
@@ -299,7 +301,3 @@ def write(path: Path, about: dict[str, Any], tables: dict[str, Sequence[dict[str
         lines = ',\n  '.join(json.dumps(one) for one in rows)
         parts.append(f'{json.dumps(key)}: [\n  {lines}\n ]')
     path.write_text('{\n ' + ',\n '.join(parts) + '\n}\n')
-
-
-if __name__ == '__main__':
-    main()

@@ -10,12 +10,11 @@ SKIPPED where its model does not fit the device, REFUSED where too few requests 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.targets import prefill_flop
+from benchmarks.gates.targets import prefill_flop
 from lmdeploy_vico.checkpoints.random.published import MODELS, weight_bytes
 
 LIMIT = 600  # seconds of a part
@@ -149,15 +148,15 @@ def vision(vit: str) -> list[Item]:
 
 
 def vit_speed(vit: str) -> list[Item]:
-    from benchmarks.vit_speed import SECONDS, plan  # takes seconds to import
+    from benchmarks.vision.vit_speed import SECONDS, plan  # takes seconds to import
 
     total, _ = plan(vit, 'cuda', SECONDS)
     return [Item('start', SESSION), Item('variants in turns, set-up and checks: the plan of vit_speed.py', total)]
 
 
 def handover() -> list[Item]:
-    from benchmarks import handover as run
-    from benchmarks.prompt_tokens import TOKENS
+    from benchmarks.serving import handover as run
+    from benchmarks.serving.prompt_tokens import TOKENS
 
     shapes, ways = len(run.WIDTHS) * len(TOKENS), len(run.ways(cuda=True))
     sent = 1 + sum(number * run.turns(HANDOVERS, number) for number in run.IN_FLIGHT)
@@ -298,7 +297,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(text)
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """What has been measured on GPUs against what was aimed at: met, missed or not measured.
 
-    python -m benchmarks.targets [FOLDER]      results of benchmarks/on_gpu.sh (default: benchmarks/results)
+    python -m benchmarks targets [FOLDER]      results of "on-gpu" (default: benchmarks/results)
 
 Targets are those of an H200. Vision side: tiles/s through the stage, and the time of one picture of 13 tiles. Language
 model alone: in each cell of the paper's Table 4 the paper's speed-up for the same model; where the ratio of the FLOP,
@@ -12,7 +12,7 @@ device, the last by the file's name counts; with images, one that was taken besi
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import RESULTS
 from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS, TILES
 from lmdeploy_vico.checkpoints.random.configuration import Size
 from lmdeploy_vico.checkpoints.random.published import MODELS
 from lmdeploy_vico.config import TOKENS_FULL
 
-RESULTS = Path(__file__).parent / 'results'
 LANGUAGE_MODELS = {'8B': '8B', '30B': '30B-A3B', '38B': '38B'}  # the paper's names and ours
 OF_BOUND = 0.98
 IMAGE_MODEL, IMAGE_SPEEDUPS = '8B', {0.5: 1.5, 0.75: 2.15}
@@ -129,7 +129,7 @@ def _device(content: Mapping[str, Any]) -> str:
 
 
 def _vision(content: Mapping[str, Any], file: str) -> Iterator[tuple[Key, Measured]]:
-    """Numbers of ``benchmarks/vision.py``."""
+    """Numbers of ``benchmarks/vision/rates.py``."""
     vit = content['settings']['like']
     if content['settings']['layers'] != LAYERS.get(vit):
         return
@@ -185,7 +185,7 @@ def _number(value: float, unit: str) -> str:
     return f'{value:.2f}x' if unit == 'x' else f'{value:.1f} {unit}'
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', nargs='?', type=Path, default=RESULTS, help='of results (default: %(default)s)')
     folder = parser.parse_args(argv).folder
@@ -198,7 +198,3 @@ def main(argv: list[str] | None = None) -> int:
     for device, numbers in (devices or {'nothing yet': {}}).items():
         console.print(table(device, numbers))
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Each of the ViT's switches (``vit_speedups``) alone, and all together, against none: is it right, what does it gain?
 
-    python -m benchmarks.vit_speed --like 300M --device cuda --output vit-speed-300M.json
-    python -m benchmarks.vit_speed --like tiny --device cpu --output /tmp/vit-speed.json     # tries the script itself
+    python -m benchmarks vit-speed --like 300M --device cuda --output vit-speed-300M.json
+    python -m benchmarks vit-speed --like tiny --device cpu --output /tmp/vit-speed.json     # tries the script itself
 
 First correctness, through the encoder as it serves. Patch tokens are compared with the same weights in more digits
 (float32 on a GPU, float64 on a CPU): a switch rounds as often as the plain operations do or less often, so that its
@@ -16,7 +16,7 @@ the bits hold and a GPU gains LEAST_GAIN and twice the noise, by the median and 
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import models
-from benchmarks.facts import facts
-from benchmarks.timing import Timing, graphed, interleaved
+from benchmarks.lib import models
+from benchmarks.lib.facts import facts
+from benchmarks.lib.timing import Timing, graphed, interleaved
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.speedups import NAMES, NO_SPEEDUPS, Speedups, find_obstacle
@@ -235,7 +235,7 @@ def results(bench: Bench, arguments: argparse.Namespace, noise: float) -> dict[s
     }
 
 
-def main(given: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit status, 1 if a variant computes something else than it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -244,7 +244,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda' if cuda else 'cpu')
     parser.add_argument('--seconds', type=float, default=SECONDS, help='of timing for each variant')
     parser.add_argument('--output', type=Path, required=True, help='write the results, as JSON, to this file')
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(argv)
     total, arithmetic = plan(arguments.like, arguments.device, arguments.seconds)
     print(arithmetic, flush=True)
     if total > LIMIT:
@@ -262,7 +262,3 @@ def main(given: list[str] | None = None) -> int:
     show(bench, noise, Console(width=160))
     arguments.output.write_text(json.dumps(results(bench, arguments, noise), indent=1) + '\n')
     return 0 if all(variant.right for variant in bench.variants.values()) and plain.bits else 1
-
-
-if __name__ == '__main__':
-    raise SystemExit(main())

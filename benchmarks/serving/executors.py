@@ -7,7 +7,7 @@
 
 send: in the engine's loop, until the value is pickled or in the store; receive: in the worker's loop, until there are
 tensors; one copy: what the worker's process then takes to copy as many bytes as the tokens have. Before anything is
-timed the worker compares the values once. Part of benchmarks/handover.py.
+timed the worker compares the values once. Part of benchmarks/serving/handover.py.
 """
 
 import logging
@@ -25,8 +25,8 @@ from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.prompt_tokens import TOKENS as CASES
-from benchmarks.prompt_tokens import Copier, Meter, copy_milliseconds, cuts, embeddings
+from benchmarks.serving.prompt_tokens import TOKENS as CASES
+from benchmarks.serving.prompt_tokens import Copier, Meter, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter.engine.chat_model import MODALITY, SpanProcessor
 from lmdeploy_vico.adapter.handover import PackedRows, keep_freed_memory
 

@@ -1,4 +1,4 @@
-"""``benchmarks/regressions.py``: when something is slower, and what results of ``lmdeploy-vico bench`` are compared."""
+"""``benchmarks/lib/compare.py``: when something is slower, and what results of ``lmdeploy-vico bench`` are compared."""
 
 import copy
 import json
@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from benchmarks import check
-from benchmarks.regressions import Comparison
+from benchmarks.gates import check
+from benchmarks.lib.compare import Comparison
 
 
 @pytest.mark.parametrize(

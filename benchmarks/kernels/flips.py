@@ -4,12 +4,13 @@ Both get the same bfloat16 weights and patch tokens, and so does the float64 rou
 of 13 tiles are routed by the checkpoint's rule (score above the prompt's median). Inputs: random; with a mean 30 times
 their deviation; tiles that differ by 1 %; channels 20 times the others. The weights are random.
 
-    python benchmarks/routing_flips.py --width 1024 --prompts 8
+    python -m benchmarks flips --width 1024 --prompts 8
 """
 
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,12 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     Console(width=120).print(table)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--width', type=int, default=1024, help='of the ViT (1024 or 3200 in the published models)')
     parser.add_argument('--prompts', type=int, default=8, help='for each kind of input')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     rows = measure(arguments.width, arguments.prompts, device)
     name = torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or 'CPU'
@@ -118,7 +119,4 @@ def main() -> None:
         facts = {'device': name, 'torch': torch.__version__, 'implementation': implementation(device)}
         content = {**facts, 'width': arguments.width, 'rows': rows}
         arguments.output.write_text(json.dumps(content, indent=1) + '\n')
-
-
-if __name__ == '__main__':
-    main()
+    return 0

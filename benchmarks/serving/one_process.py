@@ -1,10 +1,12 @@
 """The ``lmdeploy`` command, with the engine in the API server's own process: a placement that placement.py measures.
 
-    python -m benchmarks.one_process serve api_server DIR
+    python -m benchmarks one-process serve api_server DIR
 
 ``api_server`` itself always starts a process for the engine.
 """
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lmdeploy.cli import run
@@ -23,6 +25,10 @@ def keep_engine_here() -> None:
     Engine.from_pretrained = from_pretrained
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run LMDeploy's command line with these arguments."""
     keep_engine_here()
+    if argv is not None:
+        sys.argv[1:] = argv
     run()
+    return 0

@@ -1,7 +1,7 @@
 """The vision side against LMDeploy 0.18's, from JPEG bytes to visual tokens, in turns in one run.
 
     make bench                                      # on this machine, with a tiny ViT where there is no GPU
-    python -m benchmarks.vision --like 6B           # a ViT of a published size with random weights
+    python -m benchmarks vision --like 6B           # a ViT of a published size with random weights
 
 Parts:
   preparation  JPEG bytes to tiles, decoding included, of pictures of one size and of a size each. Both decode with
@@ -13,7 +13,7 @@ Parts:
   latency      one 1792x1344 picture (13 tiles) at a time, from bytes to visual tokens.
 
 Turns in which other processes used the cores do not count; where there was no quiet, the results say so. What
-LMDeploy's side leaves out is said in benchmarks/lmdeploy_path.py. Without LMDeploy, ours is timed alone.
+LMDeploy's side leaves out is said in benchmarks/vision/lmdeploy_path.py. Without LMDeploy, ours is timed alone.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,16 +35,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import images, models
-from benchmarks.facts import facts
-from benchmarks.timing import QUIET, undisturbed
+from benchmarks.lib import images, models
+from benchmarks.lib.facts import facts
+from benchmarks.lib.timing import QUIET, undisturbed
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD
 from lmdeploy_vico.stage.stage import ImageJob, VisionStage
 from lmdeploy_vico.vision.resample import resize_into_tiles
 from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_digests
 
 try:
-    from benchmarks.lmdeploy_path import Preparation, VisionPath, build_model
+    from benchmarks.vision.lmdeploy_path import Preparation, VisionPath, build_model
 except ImportError as error:
     MISSING = f'LMDeploy cannot be imported ({error})'
 else:
@@ -315,7 +314,7 @@ def show_latency(latency: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -328,11 +327,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--seconds', type=float, default=10.0, help='for each competitor in each case')
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS, metavar='PART', help=f'of {PARTS}')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
     console = Console(width=120)
     if MISSING:
         console.print(f'{MISSING}: ours is timed alone.')
@@ -370,7 +369,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(part) for part in value]
     return float(f'{value:.5g}') if isinstance(value, float) and math.isfinite(value) else value
-
-
-if __name__ == '__main__':
-    sys.exit(main())

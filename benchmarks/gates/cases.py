@@ -1,4 +1,4 @@
-"""The cases of ``benchmarks/check.py``: what the plugin does to a request, each against a fixed reference.
+"""The cases of ``benchmarks/gates/check.py``: what the plugin does to a request, each against a fixed reference.
 
 A reference is work that no change of the plugin makes faster or slower: Pillow's, hashlib's, torch's, never our own. It
 takes turns with ours in one process, so that the clocks and the age of a machine cancel in the ratio of their wall
@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import images, models
-from benchmarks.timing import Neighbours
+from benchmarks.lib import images, models
+from benchmarks.lib.timing import Neighbours
 from lmdeploy_vico.adapter.server import prompt
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage

@@ -1,0 +1,1 @@
+"""The vision side: its rates against those of LMDeploy, and the switches of its ViT."""

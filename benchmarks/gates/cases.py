@@ -20,7 +20,8 @@ from benchmarks.lib import images, models
 from benchmarks.lib.timing import Neighbours
 from lmdeploy_vico.adapter.server import prompt
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
-from lmdeploy_vico.stage.stage import EncodedImage, ImageJob, VisionStage
+from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision import tiling
 from lmdeploy_vico.vision.encoder import VisualTokens
 
@@ -114,10 +115,11 @@ def test_encoding(against, encoder, multiply):
 def test_stage(against, encoder, multiply):
     """Eight prompts at a time through the stage, against a resize by Pillow and matrix products for each."""
     pictures = [noise(*SIZE, seed) for seed in range(PROMPTS)]
+    jobs = [ImageJob(picture, tiling.Tiling.of(encoder.config).grid(picture.size)) for picture in pictures]
     stage = VisionStage([encoder], DTYPE, THREADS)  # without a cache, or nothing would be encoded twice
 
     def ours():
-        for future in [stage.submit([ImageJob(picture)], COMPRESSION) for picture in pictures]:
+        for future in [stage.submit([job], COMPRESSION) for job in jobs]:
             future.result()
 
     def reference():

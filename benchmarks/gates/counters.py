@@ -229,7 +229,7 @@ def measure(checkpoint: Path) -> Counts:
     first_token = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
     found = {}
     with recorded_prefills() as prefills, pipeline(str(checkpoint), backend_config=config) as pipe:
-        encoder = pipe.async_engine.vl_encoder.model.stage.encoder
+        encoder = pipe.async_engine.vl_encoder.model.stage._encoders[0]
         for name, content in requests().items():
             prefills.clear()
             before = stage_counters()

@@ -39,9 +39,10 @@ from benchmarks.lib import images, models
 from benchmarks.lib.facts import facts
 from benchmarks.lib.timing import QUIET, undisturbed
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD
-from lmdeploy_vico.stage.stage import ImageJob, VisionStage
+from lmdeploy_vico.stage.jobs import ImageJob
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.resample import resize_into_tiles
-from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_digests
+from lmdeploy_vico.vision.tiling import Tiling, choose_grid, cut_tiles, tile_digests
 
 try:
     from benchmarks.vision.lmdeploy_path import Preparation, VisionPath, build_model
@@ -168,10 +169,11 @@ class Bench:
 
     def measure_stage(self) -> None:
         pictures = [load(data) for data in images.jpegs('mix', self.arguments.images, (1344, 1344))]
-        tiles = sum(self.encoder.tile_count(picture.size) for picture in pictures)
+        jobs = [self.job(picture) for picture in pictures]
+        tiles = sum(job.grid.tiles for job in jobs)
 
         def ours() -> None:
-            for future in [self.stage.submit([ImageJob(picture)], COMPRESSION) for picture in pictures]:
+            for future in [self.stage.submit([job], COMPRESSION) for job in jobs]:
                 future.result()
 
         turns: Turns = {'ours': ours}
@@ -181,6 +183,9 @@ class Bench:
             turns |= {name: lambda path=path: path.encode_all(pixels) for name, path in self.theirs.items()}
         self.measure('stage', f'{len(pictures)} prompts of 10 tiles', turns, tiles, 'tiles/s')
 
+    def job(self, picture: Image.Image) -> ImageJob:
+        return ImageJob(picture, Tiling.of(self.config).grid(picture.size))
+
     def check_embeddings(self, picture: Image.Image, pixels: torch.Tensor) -> None:
         ours = self.encoder.encode([picture], 'none')[0].embeddings.float()
         theirs = self.theirs['LMDeploy, plain'].encode([pixels]).float()
@@ -189,7 +194,7 @@ class Bench:
 
     async def tokens(self, data: bytes) -> None:
         image = await self.decoded(data)
-        await asyncio.wrap_future(self.stage.submit([ImageJob(image)], COMPRESSION))
+        await asyncio.wrap_future(self.stage.submit([self.job(image)], COMPRESSION))
 
     def paths(self) -> dict[str, Callable[[bytes], Awaitable[None]]]:
         """From a file to visual tokens, by each competitor."""

@@ -1,1 +1,1 @@
-"""Many requests to device batches: preparation threads and the encoding worker, no LMDeploy."""
+"""Turns many prompts into device batches: preparation, queue, cache and workers. Does not import LMDeploy."""

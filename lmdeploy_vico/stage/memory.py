@@ -1,4 +1,4 @@
-"""The pinned host memory of a stage: for the features of tiles, and for visual tokens on their way to their prompts."""
+"""The pinned host memory of a stage, for the features of tiles and for the visual tokens of prompts."""
 
 import logging
 from collections.abc import Sequence
@@ -9,36 +9,38 @@ import torch
 from lmdeploy_vico.config import GRID, TOKENS_FULL
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.tiles import TileCache
+from lmdeploy_vico.stage.workers.protocol import DeviceEncoder
 from lmdeploy_vico.vision.arena import PinnedArena
-from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES, VisionEncoder
+from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES
 
 logger = logging.getLogger(__name__)
 
-STARTED_BATCHES = 2  # of a device: one is started before the last is waited for
-WAITING_TILES = 64  # encoded, of prompts that wait for their other tiles
-GROUPS_OF_ROWS = 2  # for each device, of the largest: one is projected while earlier ones are being handed over
+STARTED_BATCHES = 2  # on a device: one is started before the last has been waited for
+WAITING_TILES = 64  # encoded tiles of prompts that wait for their other tiles
+GROUPS_OF_ROWS = 2  # the largest, for each device: one is projected while earlier ones are handed on
 REMEDIES = {
     'tiles': 'a larger cache_bytes makes room',
-    'prompts': 'they become ready faster than they are handed to the language model',
+    'prompts': 'prompts become ready faster than they are handed to the language model',
 }
 
 
 class StageMemory:
     """Lends pinned memory to all devices of a stage: a :class:`~lmdeploy_vico.vision.arena.ResultMemory`.
 
-    All of it is taken once. For tiles that is ``cache_bytes`` and what is in flight, an estimate. A tile's memory comes
-    back when nobody has it any more: neither the cache nor a prompt, nor the batch whose copy to it may be pending.
-    When it is all lent, kept tiles that no prompt holds go first. What then finds no room is counted, and a log line
-    says so once; it goes to ordinary memory, and is not kept: so what a stage takes is bounded by this, and by what
-    its prompts hold.
+    All of it is taken once. For tiles that is ``cache_bytes``, and an estimate of the tiles in flight. A tile's memory
+    is free again when nothing refers to it: not the cache, no prompt, and no batch whose copy to it may be pending.
+
+    When all memory for tiles is lent, cached tiles that no prompt holds are dropped. If that does not make room, the
+    results go to ordinary memory and are not cached: a stage never takes more memory than this and what its prompts
+    hold. Such results are counted, and a warning is logged once.
 
     Args:
-        encoders: of the stage.
+        encoders: those of the stage that copy results from a device.
         output_dtype: of visual tokens.
         cache: keeps tiles that have been encoded.
     """
 
-    def __init__(self, encoders: Sequence[VisionEncoder], output_dtype: torch.dtype, cache: TileCache) -> None:
+    def __init__(self, encoders: Sequence[DeviceEncoder], output_dtype: torch.dtype, cache: TileCache) -> None:
         encoder = encoders[0]
         self._shape, self._dtype = (GRID * GRID, encoder.config.vision.hidden_size), encoder.dtype
         self._width = encoder.config.llm_hidden_size
@@ -51,7 +53,7 @@ class StageMemory:
         self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, encoder.device, 'prompts')
 
     def tiles(self, count: int) -> list[torch.Tensor | None]:
-        """Memory for the features of ``count`` tiles, None for those that find no room."""
+        """Lend memory for the features of ``count`` tiles; None for each that finds no room."""
         lent = [self._tile() for _ in range(count)]
         self._count('tiles', sum(place is None for place in lent))
         return lent
@@ -62,25 +64,25 @@ class StageMemory:
         return place
 
     def rows(self, count: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Memory ``[count, H]`` for the visual tokens of a prompt, or None if they find no room."""
+        """Lend memory ``[count, H]`` for the visual tokens of a prompt, or return None if there is no room."""
         lent = self._rows.take((count, self._width), dtype)
         self._count('prompts', lent is None)
         return lent
 
     def may_keep(self, patches: torch.Tensor) -> bool:
-        """Whether a tile's features lie in memory that is there for such as are kept."""
+        """Return whether a tile's features may be cached: those that lie in this memory may."""
         return self._tiles.owns(patches)
 
     def close(self) -> None:
-        """Lend nothing more, and give the host back the blocks of which no piece is lent.
+        """Lend nothing more, and return every block of which no piece is lent to the host.
 
-        To be called when the cache has been cleared. A block with a piece that somebody still has, visual tokens that
-        were handed on, is left to PyTorch, which keeps it for what is pinned next.
+        Call this after the cache has been cleared. A block with a piece that is still in use, as by visual tokens that
+        were handed on, is left to PyTorch, which reuses it for what is pinned next.
         """
         self._tiles.close()
         self._rows.close()
-        # PyTorch keeps pinned memory that is free. Older versions have no such function; a device may have failed for
-        # good.
+        # PyTorch keeps free pinned memory unless told otherwise. Its older versions lack this function
+        # (AttributeError), and it fails when a device no longer answers (RuntimeError).
         with suppress(AttributeError, RuntimeError):
             torch.accelerator.empty_host_cache()
 
@@ -91,7 +93,7 @@ class StageMemory:
         if results not in self._reported:
             self._reported.add(results)
             logger.warning(
-                'the pinned host memory for %s is all in use, and what finds no room is copied more slowly, by way of '
+                'the pinned host memory for %s is all in use; further results are copied more slowly, by way of '
                 'ordinary memory (counted in vico:pinned_memory_overflows_total): %s',
                 *(results, REMEDIES[results]),
             )

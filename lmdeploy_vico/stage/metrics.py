@@ -1,4 +1,4 @@
-"""What the vision stage tells Prometheus, on LMDeploy's own ``/metrics``.
+"""The vision stage's metrics, which appear on LMDeploy's own ``/metrics``.
 
 The prefix is ``vico:`` because LMDeploy unregisters every collector with "lmdeploy" in its name.
 """
@@ -15,47 +15,53 @@ TILES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class StageMetrics:
-    """The collectors; create through :func:`stage_metrics`, since a process can register each but once."""
+    """The collectors. Get them from :func:`stage_metrics`: a process can register each only once."""
 
     def __init__(self) -> None:
         self.tiles = Counter(
-            'vico:tiles', 'Tiles given to the language model, by the resolution they were routed to.', ['resolution']
+            'vico:tiles',
+            'Tiles passed to the language model: low if compressed to 64 tokens, high if full.',
+            ['resolution'],
         )
-        self.visual_tokens = Counter('vico:visual_tokens', 'Visual tokens given to the language model.')
+        self.visual_tokens = Counter('vico:visual_tokens', 'Visual tokens passed to the language model.')
         self.visual_tokens_saved = Counter(
-            'vico:visual_tokens_saved', f'Visual tokens that routing saved against {TOKENS_FULL} for every tile.'
+            'vico:visual_tokens_saved', f'Visual tokens saved by routing, compared with {TOKENS_FULL} for every tile.'
         )
         self.queue_wait = Histogram(
-            'vico:encoder_queue_wait_seconds', 'From the arrival of a prompt to its first tile on the device.',
+            'vico:encoder_queue_wait_seconds',
+            'Time from the arrival of a prompt until a device takes its first tile.',
             buckets=SECONDS,
-        )  # fmt: skip
+        )
         self.decode = Histogram(
-            'vico:encoder_decode_seconds', 'Fetching and decoding one image or video, in its thread.', buckets=SECONDS
+            'vico:encoder_decode_seconds', 'Time to fetch and decode one image or video.', buckets=SECONDS
         )
         self.preprocess = Histogram(
-            'vico:encoder_preprocess_seconds', 'Resizing and cutting one image, in its thread.', buckets=SECONDS
+            'vico:encoder_preprocess_seconds', 'Time to resize and cut one image.', buckets=SECONDS
         )
         self.model_forward = Histogram(
-            'vico:encoder_model_forward_seconds', 'Encoding and scoring one device batch, on the device.',
-            buckets=SECONDS,
-        )  # fmt: skip
+            'vico:encoder_model_forward_seconds', 'Time a device takes to encode and score one batch.', buckets=SECONDS
+        )
         self.tiles_per_batch = Histogram(
-            'vico:encoder_tiles_per_batch', 'Tiles of a device batch, padding not counted.', buckets=TILES
+            'vico:encoder_tiles_per_batch', 'Tiles in a device batch, not counting padding.', buckets=TILES
         )
         self.cache_hits = Counter(
-            'vico:embedding_cache_hits', 'Tiles that need not be encoded, being kept or on their way already.'
+            'vico:embedding_cache_hits', 'Tiles not encoded again: cached, or in use by another prompt.'
         )
-        self.cache_misses = Counter('vico:embedding_cache_misses', 'Tiles that were neither.')
-        self.cache_evictions = Counter('vico:embedding_cache_evictions', 'Tiles dropped for want of room.')
+        self.cache_misses = Counter('vico:embedding_cache_misses', 'Tiles to encode: neither cached nor in use.')
+        self.cache_evictions = Counter('vico:embedding_cache_evictions', 'Tiles dropped from the cache for others.')
         self.pinned_overflows = Counter(
             'vico:pinned_memory_overflows',
-            'Tiles and prompts whose results found no room in the pinned host memory, and are copied more slowly.',
+            'Results copied more slowly because the pinned host memory was full, by kind: tiles or prompts.',
             ['results'],
         )
-        self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Host memory of the tiles that are kept.')
+        self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Bytes of host memory that cached tiles use.')
 
     def count_tiles(self, tile_tokens: Sequence[int]) -> None:
-        """Count the tiles of an image by the visual tokens each became."""
+        """Count an image's tiles and visual tokens.
+
+        Args:
+            tile_tokens: 64 or 256 for each tile.
+        """
         low = sum(tokens == TOKENS_COMPRESSED for tokens in tile_tokens)
         self.tiles.labels('low').inc(low)
         self.tiles.labels('high').inc(len(tile_tokens) - low)
@@ -65,5 +71,5 @@ class StageMetrics:
 
 @cache
 def stage_metrics() -> StageMetrics:
-    """The process's collectors; nothing is registered where no ViCO checkpoint is served."""
+    """Return the collectors of this process, registering them when first called."""
     return StageMetrics()

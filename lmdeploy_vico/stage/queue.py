@@ -15,7 +15,7 @@ ATTEMPTS = 2  # how often a tile is given to a device before its prompts fail
 
 
 class StageBusyError(RuntimeError):
-    """The stage accepts no tiles now: too many are waiting, or it has been closed. Another server may accept them."""
+    """The stage accepts no tiles now: too many are waiting, or it has been closed."""
 
 
 @dataclass(eq=False)
@@ -24,12 +24,12 @@ class PendingPrompt:
 
     Attributes:
         images: the tiles of each image in the prompt's order; None until it is cut.
-        groups: which images are routed together.
-        size: how many tiles the images will be cut into.
-        future: gets the result; a cancelled one drops the prompt wherever it is.
+        groups: which images are routed together, and by which compression.
+        size: how many tiles the images are cut into.
+        future: gets the result. Cancelling it drops the prompt.
         arrived: ``time.perf_counter()`` when it came.
-        begun: whether it has stopped waiting: a tile of it is on a device, or nothing of it has to be encoded.
-        exhausted: whether no tile of it is left to be taken.
+        begun: whether it no longer waits: a device has taken a tile of it, or all its tiles were encoded already.
+        exhausted: whether all its tiles have been taken.
     """
 
     images: list[list[Tile] | None]
@@ -47,7 +47,7 @@ class PendingPrompt:
 
     @property
     def encoded(self) -> bool:
-        """Whether nothing is missing for routing and projecting."""
+        """Whether all images are cut and all tiles encoded: the prompt can be routed and projected."""
         return all(image is not None and all(tile.encoded for tile in image) for image in self.images)
 
 
@@ -55,7 +55,7 @@ class PendingPrompt:
 class Admission:
     """A place for ``size`` tiles, held by a request whose images are not decoded yet.
 
-    With it any number of prompts are accepted, since one request may bring a prompt for each of its choices.
+    Every prompt submitted with it is accepted: a request for several choices brings a prompt for each.
     """
 
     size: int
@@ -65,9 +65,9 @@ class TileQueue:
     """Prompts in the order of their arrival, bounded in tiles. Safe to use from several threads.
 
     Args:
-        capacity: tiles that may wait, None for any number. A prompt that alone has more is accepted when nothing else
-            waits.
-        devices: how many take tiles.
+        capacity: how many tiles may wait, None for any number. A prompt with more tiles than that is accepted when
+            nothing else waits.
+        devices: how many take tiles; they are numbered from 0.
     """
 
     def __init__(self, capacity: int | None, devices: int = 1) -> None:
@@ -81,7 +81,11 @@ class TileQueue:
         self._metrics = stage_metrics()
 
     def admit(self, size: int) -> Admission:
-        """Hold a place for about ``size`` tiles until :meth:`release`; raises StageBusyError."""
+        """Hold a place for about ``size`` tiles until :meth:`release`.
+
+        Raises:
+            StageBusyError: too many tiles are waiting, or the queue is closed.
+        """
         with self._changed:
             self._require_room(size)
             admission = Admission(size)
@@ -94,12 +98,16 @@ class TileQueue:
             self._admissions.remove(admission)
 
     def put(self, prompt: PendingPrompt, admission: Admission | None = None) -> None:
-        """Queue a prompt whose images are still being cut; raises StageBusyError unless it was admitted."""
+        """Queue a prompt whose images are still to be cut.
+
+        Raises:
+            StageBusyError: too many tiles are waiting and it has no admission, or the queue is closed.
+        """
         with self._changed:
             if admission is None or self._refusal is not None:
                 self._require_room(prompt.size)
             else:
-                admission.size = 0  # from now on it is the prompt that counts
+                admission.size = 0  # from now on the prompt is counted instead
             self._prompts.append(prompt)
 
     def _require_room(self, size: int) -> None:
@@ -114,10 +122,11 @@ class TileQueue:
             )
 
     def cut(self, prompt: PendingPrompt, index: int, tiles: list[Tile]) -> Exception | None:
-        """Say that an image of a queued prompt has been cut.
+        """Give a queued prompt the tiles of an image that has been cut.
 
         Returns:
-            The error of a tile, shared with another prompt, that has been given up meanwhile; nothing is done then.
+            None; or the error of one of the tiles, if that was given up for another prompt meanwhile. The prompt does
+            not get the tiles then.
         """
         with self._changed:
             error = next((tile.error for tile in tiles if tile.error is not None), None)
@@ -127,14 +136,17 @@ class TileQueue:
             return error
 
     def take(self, limit: int, wait: bool, device: int = 0) -> list[Tile]:
-        """At most ``limit`` tiles for one batch, those of the oldest prompts first.
+        """Take at most ``limit`` tiles for one batch, those of the oldest prompts first.
+
+        A device that has a batch running gets no tiles while another device has none. After :meth:`close` no device
+        gets any.
 
         Args:
-            limit: of the batch.
-            device: which of the devices asks. Tiles on which it has failed are left to the others.
-            wait: for tiles, if there are none, or for prompts that :meth:`pop_encoded` returns. After :meth:`close`
-                nothing is waited for or returned. A device that does not wait has a batch running; while others have
-                none it gets no second one.
+            limit: the most tiles of the batch.
+            wait: whether to block until there are tiles, or a prompt for :meth:`pop_encoded`, or the queue is closed.
+                A device with a batch running does not wait.
+            device: the number of the device that asks. It gets no tiles on which it has failed, while other devices
+                have not.
         """
         with self._changed:
             if not wait and self._idle & self._devices:
@@ -165,7 +177,7 @@ class TileQueue:
             if its := [tile for tile in left if self._may_take(tile, device)][: limit - len(taken)]:
                 taken += its
                 self._begin(prompt)
-        # Only now, so that none is lost should anything have failed.
+        # Marked last: if anything above raises, no tile is lost.
         for tile in taken:
             tile.taken = True
         for prompt in seen:
@@ -176,7 +188,7 @@ class TileQueue:
         return device not in tile.failed_on or self._devices.issubset(tile.failed_on)
 
     def retire(self, device: int) -> bool:
-        """Have a device take no more, unless it is the last; returns whether it was retired now."""
+        """Give a device no more tiles, unless it is the last one; return whether this call retired it."""
         with self._changed:
             if device not in self._devices or len(self._devices) == 1:
                 return False
@@ -190,7 +202,7 @@ class TileQueue:
             self._metrics.queue_wait.observe(time.perf_counter() - prompt.arrived)
 
     def pop_encoded(self) -> list[PendingPrompt]:
-        """The prompts of which every tile has been encoded; they are no longer waiting."""
+        """Remove the prompts whose tiles are all encoded from the queue, and return them."""
         with self._changed:
             self._drop_finished()
             encoded = [prompt for prompt in self._prompts if prompt.encoded]
@@ -200,10 +212,10 @@ class TileQueue:
             return encoded
 
     def give_back(self, tiles: Sequence[Tile], error: Exception, device: int = 0) -> list[PendingPrompt]:
-        """Have tiles on which a device failed taken once more, by another device if there is one.
+        """Give back tiles on which a device failed. They are tried again, by another device if there is one.
 
         Returns:
-            The prompts with a tile that has failed too often; they are no longer waiting.
+            The prompts with a tile that has now failed ATTEMPTS times; they have left the queue.
         """
         with self._changed:
             for tile in tiles:
@@ -223,17 +235,24 @@ class TileQueue:
         self._prompts = [prompt for prompt in self._prompts if not prompt.future.done()]
 
     def serves(self, device: int) -> bool:
-        """Whether a device is to take tiles: not after :meth:`close`, or when it has been retired."""
+        """Return whether a device is to take tiles: not after :meth:`close`, nor when it has been retired."""
         return self._refusal is None and device in self._devices
 
     def give_up(self) -> list[PendingPrompt]:
-        """The prompts that are waiting, which they do no longer."""
+        """Remove all prompts from the queue, and return them."""
         with self._changed:
             given_up, self._prompts = self._prompts, []
             return given_up
 
     def close(self, reason: str = 'The server is shutting down.') -> list[PendingPrompt]:
-        """Take and accept no more, for a reason that clients are told; returns the prompts that are waiting."""
+        """Accept no prompt and give no tile any more.
+
+        Args:
+            reason: what clients are told.
+
+        Returns:
+            The prompts that are waiting; they stay in the queue.
+        """
         with self._changed:
             self._refusal = reason
             self._changed.notify_all()

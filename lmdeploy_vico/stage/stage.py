@@ -1,90 +1,49 @@
 """VisionStage: prepares the images of many requests in parallel and encodes their tiles in common device batches."""
 
-import logging
 import threading
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from PIL import Image
 
+from lmdeploy_vico.stage.errors import DeviceStartError, encoding_error
+from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob, routing_groups
 from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
-from lmdeploy_vico.stage.tiles import Tile, TileCache
-from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures
-from lmdeploy_vico.vision.encoder import RoutingGroup, VisionEncoder, VisualTokens
+from lmdeploy_vico.stage.tiles import TileCache
+from lmdeploy_vico.stage.work import Work, fail
+from lmdeploy_vico.stage.workers.protocol import DeviceEncoder, Worker
+from lmdeploy_vico.stage.workers.thread import DeviceThread
 from lmdeploy_vico.vision.resample import pass_order
-from lmdeploy_vico.vision.routing import Compression, parse_compression
-from lmdeploy_vico.vision.tiling import tile_digests
-
-logger = logging.getLogger(__name__)
+from lmdeploy_vico.vision.routing import Compression
+from lmdeploy_vico.vision.tiling import cut_grid, tile_digests
 
 READ_LOCKS = 16
-ALIGNMENT = 16  # of objects in memory: what ids have in common says nothing
-FAILURES = 3  # batches in a row, after which a device is given up if there are others
-BROKEN = 'The device that encodes images has failed; the server has to be restarted.'
-
-
-class EncodingError(RuntimeError):
-    """A device failed on a prompt's tiles, twice; the request is not at fault."""
-
-
-class DeviceStartError(RuntimeError):
-    """The thread of ``device`` could not get ready; what happened is its cause."""
-
-    def __init__(self, device: torch.device, error: Exception) -> None:
-        super().__init__(f'The vision side cannot start on {device}: {error}')
-        self.device = device
-        self.__cause__ = error
-
-
-@dataclass(frozen=True)
-class ImageJob:
-    """One image of a prompt: the decoded picture, and what its request asked for.
-
-    Attributes:
-        image: as its client sent it.
-        max_tiles: None for the server's default.
-        compression: None to be routed together with the rest of the prompt.
-        routed_with: jobs with the same number are routed together, at their own compression: the frames of a video.
-    """
-
-    image: Image.Image
-    max_tiles: int | None = None
-    compression: Compression | None = None
-    routed_with: int | None = None
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image's visual tokens, on the CPU, and a content digest of each of its tiles."""
-
-    tokens: VisualTokens
-    digests: Sequence[bytes]
+ALIGNMENT = 16  # bytes, of objects in memory: the low bits of all ids are equal and do not tell pictures apart
 
 
 class VisionStage:
     """Turns prompts' images into visual tokens.
 
-    Images are cut by a pool of threads. One thread owns each device: it fills every batch with the tiles of the oldest
-    prompts, so that large prompts spread over several batches and small ones share one, and starts at once with what
-    is there. A tile that is kept from earlier, or on its way for another prompt, is not encoded again. A prompt is
-    routed and projected when its last tile is there, by the scores of its own tiles only. An exception belongs to the
-    prompt that caused it and is raised from its future; a future that is cancelled takes its prompt out of the queue.
-    A device thread outlives whatever happens in it, and the tiles that it had are encoded once more. When the last
-    device fails for good, which is how errors inside a CUDA device end, the stage accepts nothing any more.
+    A pool of threads cuts images into tiles. Each device has a worker, which fills every batch with tiles of the oldest
+    prompts: a large prompt spreads over several batches, and small ones share one. It does not wait for a batch to be
+    full. A tile that is cached, or being encoded for another prompt, is not encoded again. A prompt is routed and
+    projected when its last tile is encoded, by the scores of its own tiles only.
+
+    An error belongs to the prompt that caused it and is raised from that prompt's future. Cancelling a future takes its
+    prompt out of the queue. Tiles on which a device fails are tried once more, on another device if there is one. When
+    the last device no longer answers, as after an illegal memory access on a CUDA device, the stage refuses all
+    prompts.
 
     Args:
         encoders: the vision side of the checkpoint, once for each device.
-        output_dtype: dtype of the embeddings handed on, the language model's.
-        threads: preparation threads.
-        capacity: tiles that may wait; beyond, :meth:`submit` and :meth:`admit` raise StageBusyError. None: any number.
-        cache_bytes: host memory for the ViT-level results of tiles that may come again. For CUDA devices it is pinned,
-            with what is in flight, in threads that begin when the devices are ready.
+        output_dtype: of the embeddings; the language model's.
+        threads: how many cut images.
+        capacity: how many tiles may wait; beyond that :meth:`submit` and :meth:`admit` raise StageBusyError. None for
+            any number.
+        cache_bytes: host memory for the features of tiles that may come again. For CUDA devices that memory is pinned,
+            and so is some for tiles in flight. Pinning begins when the devices are ready, in threads of its own.
 
     Raises:
         DeviceStartError: a device could not be made ready; the threads of the others have ended.
@@ -92,44 +51,34 @@ class VisionStage:
 
     def __init__(
         self,
-        encoders: Sequence[VisionEncoder],
+        encoders: Sequence[DeviceEncoder],
         output_dtype: torch.dtype,
         threads: int,
         capacity: int | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        self.encoder, self._encoders = encoders[0], encoders
-        self.output_dtype = output_dtype
+        self._encoders = encoders
         self._metrics = stage_metrics()
         self._queue = TileQueue(capacity, len(encoders))
         self._cache = TileCache(cache_bytes)
         self._memory: StageMemory | None = None
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
-        self._prepare.submit(pass_order)  # compiles the resizing, a second or two that no request shall wait for
-        # Pillow cannot read one file from several threads: a lock for each picture, or for a few of them.
+        self._prepare.submit(pass_order)  # compiles the resizing: a second or two that no request has to wait
+        # Pillow cannot read one file from several threads. Pictures share a few locks, chosen by their ids.
         self._reading = [threading.Lock() for _ in range(READ_LOCKS)]
-        ready: list[Future[None]] = [Future() for _ in encoders]
-        self._threads = [
-            threading.Thread(target=self._run_device, args=[index, encoder, ready[index]], name=f'vico-device-{index}')
-            for index, encoder in enumerate(encoders)
+        self._work = Work(self._queue, self._cache, output_dtype)
+        self._workers: list[Worker] = [
+            DeviceThread(index, encoder, self._work) for index, encoder in enumerate(encoders)
         ]
-        for thread in self._threads:
-            thread.daemon = True
-            thread.start()
-        try:
-            for future in ready:
-                future.result()
-        except DeviceStartError:
-            self.close()
-            raise
-        # After the devices have warmed up, whose results need not lie in it. Nothing waits for it but the first batch.
-        if self.encoder.copies_results:
-            self._memory = StageMemory(encoders, output_dtype, self._cache)
+        self._start_workers()
+        # The devices are ready: results of their warming up take none of this memory. The first batch waits for it.
+        if copying := [encoder for encoder in encoders if encoder.copies_results]:
+            self._memory = self._work.memory = StageMemory(copying, output_dtype, self._cache)
         for encoder in encoders:
             encoder.use_memory(self._memory)
 
     def admit(self, size: int) -> Admission:
-        """Hold a place for about ``size`` tiles of a request whose images are still to be decoded.
+        """Hold a place for about ``size`` tiles of a request whose images are not decoded yet.
 
         Raises:
             StageBusyError: too many tiles are waiting.
@@ -137,21 +86,31 @@ class VisionStage:
         return self._queue.admit(size)
 
     def release(self, admission: Admission) -> None:
-        """Give a place back; what has been submitted with it stays queued."""
+        """Give a place back. Prompts that were submitted with it stay queued."""
         self._queue.release(admission)
 
     def submit(
         self, jobs: Sequence[ImageJob], compression: Compression, admission: Admission | None = None
     ) -> 'Future[list[EncodedImage]]':
-        """Queue the images of one prompt; ``compression`` holds for those that have none of their own.
+        """Queue the images of one prompt.
+
+        Args:
+            jobs: the images, in the prompt's order.
+            compression: for the images that have none of their own.
+            admission: the place that the request holds; with it the prompt is accepted however many tiles wait.
+
+        Returns:
+            A future of the encoded images. It raises EncodingError or torch.OutOfMemoryError if a device fails, and
+            whatever Pillow raises for a damaged picture.
 
         Raises:
-            StageBusyError: too many tiles are waiting, and the prompt has no admission.
+            StageBusyError: too many tiles are waiting and the prompt has no admission, or the stage is closed.
+            ValueError: a compression is not one of the accepted values.
         """
         prompt = PendingPrompt(
             images=[None] * len(jobs),
-            groups=_routing_groups(jobs, parse_compression(compression)),
-            size=sum(self.encoder.tile_count(job.image.size, job.max_tiles) for job in jobs),
+            groups=routing_groups(jobs, compression),
+            size=sum(job.grid.tiles for job in jobs),
         )
         if not jobs:
             prompt.future.set_result([])
@@ -162,20 +121,21 @@ class VisionStage:
         except RuntimeError:  # the stage has been closed in the meantime
             prompt.future.cancel()
             return prompt.future
-        # Of a prompt that failed or was cancelled, no further image is prepared.
+        # Once a prompt has failed or been cancelled, no further image of it is cut.
         prompt.future.add_done_callback(lambda _: [future.cancel() for future in cutting])
         return prompt.future
 
     def close(self) -> None:
-        """Stop the threads and let go of the memory.
+        """Stop the threads and free the memory.
 
-        What is queued is cancelled, what is on a device is finished first.
+        Batches on a device are finished first; prompts that wait are cancelled.
         """
         self._queue.close()
         self._prepare.shutdown(wait=False, cancel_futures=True)
-        for thread in self._threads:
-            thread.join()
-        for future in [prompt.future for prompt in self._queue.give_up()]:  # no name keeps a prompt and its tiles
+        for worker in self._workers:
+            worker.join()
+        # Only the futures: a variable that held a prompt would hold its tiles and their memory.
+        for future in [prompt.future for prompt in self._queue.give_up()]:
             future.cancel()
         for encoder in self._encoders:
             encoder.use_memory(None)
@@ -183,205 +143,25 @@ class VisionStage:
         if self._memory is not None:
             self._memory.close()
 
+    def _start_workers(self) -> None:
+        for worker in self._workers:
+            worker.start()
+        try:
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except DeviceStartError:
+            self.close()
+            raise
+
     def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:
             with self._reading[id(job.image) // ALIGNMENT % READ_LOCKS]:
-                job.image.load()  # does nothing for one that has been read
+                job.image.load()  # does nothing if the pixels have been read already
             with self._metrics.preprocess.time():
-                pixels = self.encoder.cut(job.image, job.max_tiles)
+                pixels = cut_grid(job.image, job.grid)
                 tiles = self._cache.get(tile_digests(pixels), pixels)
             given_up = self._queue.cut(prompt, index, tiles)
             if given_up is not None:
-                _fail(prompt, _encoding_error(given_up))
+                fail(prompt, encoding_error(given_up))
         except Exception as error:
-            _fail(prompt, error)
-
-    def _run_device(self, device: int, encoder: VisionEncoder, ready: 'Future[None]') -> None:
-        try:
-            encoder.enter_thread()
-            ready.set_result(None)
-        except Exception as error:
-            ready.set_exception(DeviceStartError(encoder.device, error))
-            return
-        worker = _Worker(device, encoder)
-        while worker.running is not None or self._queue.serves(device):
-            try:
-                self._turn(worker)
-            except Exception as error:
-                self._recover(worker, error)
-
-    def _turn(self, worker: '_Worker') -> None:
-        # Encoding the next batch is begun before the host waits for the last one.
-        tiles = self._queue.take(worker.encoder.tile_batch, worker.running is None, worker.device)
-        if tiles:
-            worker.batches.append(tiles)
-        started = self._start(worker, tiles) if tiles else None
-        failed = bool(tiles) and started is None
-        worker.failures += failed
-        if worker.running is not None:
-            ended = self._end(worker, worker.running)
-            worker.failures = 0 if ended else worker.failures + 1
-            failed = failed or not ended
-        worker.running = started
-        if not self._finish_encoded(worker.encoder) or failed:
-            self._consider(worker)
-
-    def _recover(self, worker: '_Worker', error: Exception) -> None:
-        """Go on after an error that nothing else has caught, as a thread that is started anew would."""
-        logger.error('the thread of %s goes on after an error', worker.encoder.device, exc_info=error)
-        worker.running = None
-        worker.failures += 1
-        for tiles in list(worker.batches):
-            self._failed(worker, tiles, error)
-        if worker.failures >= FAILURES:
-            # It may be a waiting prompt that causes it, again and again.
-            for prompt in self._queue.give_up():
-                _fail(prompt, _encoding_error(error))
-        self._consider(worker)
-
-    def _consider(self, worker: '_Worker') -> None:
-        """Decide whether a device is used after it has failed."""
-        if not self._queue.serves(worker.device):
-            return
-        device, failures = worker.encoder.device, worker.failures
-        usable = worker.encoder.usable()
-        if usable and failures < FAILURES:
-            return
-        if self._queue.retire(worker.device):
-            logger.error('%s has failed on %d batches in a row and is not used any more', device, failures)
-        elif not usable:
-            logger.critical('%s has failed for good and images cannot be encoded: restart the server', device)
-            for prompt in self._queue.close(BROKEN):
-                _fail(prompt, EncodingError(BROKEN))
-        elif failures == FAILURES:
-            logger.error(
-                '%s has failed on %d batches in a row, and there is no other device: '
-                'if requests with images go on failing, restart the server',
-                *(device, failures),
-            )
-
-    def _start(self, worker: '_Worker', tiles: list[Tile]) -> '_Running | None':
-        try:
-            self._metrics.tiles_per_batch.observe(len(tiles))
-            pixels = [tile.pixels for tile in tiles if tile.pixels is not None]
-            return _Running(tiles, worker.encoder.start(pixels))
-        except Exception as error:
-            self._failed(worker, tiles, error)
-            return None
-
-    def _end(self, worker: '_Worker', running: '_Running') -> bool:
-        """Whether the batch succeeded."""
-        try:
-            features = running.batch.wait()
-            for tile, patches, score in zip(running.tiles, features.patches, features.scores.tolist(), strict=True):
-                tile.score = score
-                tile.patches = patches  # from here on it counts as encoded
-                tile.pixels = None
-                if self._memory is None or self._memory.may_keep(patches):
-                    self._cache.keep(tile)
-            self._metrics.model_forward.observe(running.batch.seconds)
-        except Exception as error:
-            self._failed(worker, running.tiles, error)
-            return False
-        worker.batches.remove(running.tiles)
-        return True
-
-    def _failed(self, worker: '_Worker', tiles: list[Tile], error: Exception) -> None:
-        logger.error('encoding a batch of %d tiles failed: %s', len(tiles), _written_out(error))
-        failed = self._queue.give_back(tiles, error, worker.device)
-        worker.batches.remove(tiles)
-        for prompt in failed:
-            _fail(prompt, _encoding_error(error))
-
-    def _finish_encoded(self, encoder: VisionEncoder) -> bool:
-        """Whether all went well."""
-        # In a function of its own, whose last prompt does not outlive it: an idle device thread holds no tiles.
-        well = True
-        for prompt in self._queue.pop_encoded():
-            try:
-                self._finish(encoder, prompt)
-            except Exception as error:
-                well = False
-                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), _written_out(error))
-                _fail(prompt, _encoding_error(error))
-        return well
-
-    def _finish(self, encoder: VisionEncoder, prompt: PendingPrompt) -> None:
-        images = [image for image in prompt.images if image is not None]
-        tiles = prompt.tiles
-        features = TileFeatures(
-            [tile.patches for tile in tiles if tile.patches is not None], torch.tensor([tile.score for tile in tiles])
-        )
-        tokens = encoder.visual_tokens(features, [len(image) for image in images], prompt.groups, self.output_dtype)
-        encoded = [
-            EncodedImage(one, [tile.digest for tile in image]) for one, image in zip(tokens, images, strict=True)
-        ]
-        # From here on it cannot be cancelled: what is counted is handed on, and before anybody can ask for the counts.
-        if prompt.future.set_running_or_notify_cancel():
-            for one in tokens:
-                self._metrics.count_tiles(one.tile_tokens)
-            prompt.future.set_result(encoded)
-
-
-@dataclass
-class _Worker:
-    """What the thread of a device knows.
-
-    Attributes:
-        batches: tiles that it has taken and neither encoded nor given back.
-        running: the batch that the device encodes.
-        failures: batches in a row.
-    """
-
-    device: int
-    encoder: VisionEncoder
-    batches: list[list[Tile]] = field(default_factory=list)
-    running: '_Running | None' = None
-    failures: int = 0
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A batch on a device, and whose it is."""
-
-    tiles: list[Tile]
-    batch: RunningBatch
-
-
-def _routing_groups(jobs: Sequence[ImageJob], compression: Compression) -> list[RoutingGroup]:
-    """Which images are routed together: those without a compression of their own, those of a video, or one alone."""
-    groups: dict[object, tuple[list[int], Compression]] = {}
-    for index, job in enumerate(jobs):
-        if job.compression is None:
-            groups.setdefault('prompt', ([], compression))[0].append(index)
-        else:
-            key = ('image', index) if job.routed_with is None else ('together', job.routed_with)
-            groups.setdefault(key, ([], parse_compression(job.compression)))[0].append(index)
-    return list(groups.values())
-
-
-def _written_out(error: Exception) -> str:
-    """The error with its traceback, as text for the log.
-
-    The error itself has none any more: frames hold tiles, whose memory would not come back as long as a client, or a
-    tile that is given up, keeps the error.
-    """
-    text = ''.join(traceback.format_exception(error))
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return text
-
-
-def _encoding_error(error: Exception) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError):
-        return error
-    wrapped = EncodingError(f'The images could not be encoded: {error}')
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _fail(prompt: PendingPrompt, error: Exception) -> None:
-    with suppress(InvalidStateError):  # cancelled, or failed already for another of its images
-        prompt.future.set_exception(error)
+            fail(prompt, error)

@@ -1,4 +1,4 @@
-"""Distinct tiles: those on their way, shared by all prompts that show them, and those kept for prompts to come."""
+"""Distinct tiles: those in use, shared by all prompts that show them, and a cache for prompts to come."""
 
 import threading
 from collections import OrderedDict
@@ -14,16 +14,16 @@ from lmdeploy_vico.stage.metrics import stage_metrics
 
 @dataclass(eq=False)
 class Tile:
-    """One distinct tile. The ViT-level results serve any routing, so they outlive the request that caused them.
+    """One distinct tile. Its features serve any routing, so they may outlive the request that caused them.
 
     Attributes:
-        digest: names the pixels.
-        pixels: uint8 ``[448, 448, 3]``, until it is encoded.
-        taken: whether it is on a device, or has been.
-        failed_on: the devices that have failed on it, once for each time.
-        error: why it is given up.
-        patches: ``[1024, D]`` once it is encoded, in host memory.
-        score: the router's p[0].
+        digest: of the pixels.
+        pixels: uint8 ``[448, 448, 3]``; None once the tile is encoded.
+        taken: whether no device is to take it: one has it, or it is encoded or given up.
+        failed_on: the number of each device that has failed on it, once for each failure.
+        error: of the last failure, if the tile has been given up.
+        patches: ``[1024, D]`` in host memory; None until the tile is encoded.
+        score: the router's p[0], once the tile is encoded.
     """
 
     digest: bytes
@@ -36,26 +36,26 @@ class Tile:
 
     @property
     def encoded(self) -> bool:
-        """Whether its features are there."""
+        """Whether the tile has its features."""
         return self.patches is not None
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is kept of a tile: not the tile itself, so that a tile lives exactly as long as somebody works with it."""
+    """The features of a tile that is kept. Not the tile: a tile lives only as long as a prompt or a batch holds it."""
 
     patches: torch.Tensor
     score: float
 
 
 class TileCache:
-    """The tiles of a stage by content. Safe to use from several threads.
+    """Finds the tiles of a stage by their content. Safe to use from several threads.
 
-    A cache belongs to one checkpoint in one dtype, so that a tile's pixels are all that its features depend on. Tiles
-    that a prompt holds are found whether or not there is room to keep them: what is in flight is encoded once.
+    A cache belongs to one checkpoint in one dtype, so that a tile's features depend on its pixels alone. A tile that a
+    prompt holds is found even if there is no room to keep it, so that no tile is encoded twice at the same time.
 
     Args:
-        capacity: bytes of features to keep, the least recently used going first; 0 keeps none.
+        capacity: bytes of features to keep. The least recently used are dropped first; 0 keeps none.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -67,7 +67,12 @@ class TileCache:
         self._metrics = stage_metrics()
 
     def get(self, digests: Sequence[bytes], pixels: np.ndarray) -> list[Tile]:
-        """The tiles of an image; those that are neither kept nor in use are made from its ``pixels``."""
+        """Return the tiles of an image, and make new ones for those that are neither kept nor in use.
+
+        Args:
+            digests: of each tile.
+            pixels: uint8 ``[n, 448, 448, 3]``.
+        """
         with self._lock:
             return [self._get(digest, tile) for digest, tile in zip(digests, pixels, strict=True)]
 
@@ -89,7 +94,7 @@ class TileCache:
         return tile
 
     def keep(self, tile: Tile) -> None:
-        """Keep an encoded tile, and let go of the least recently used ones for which there is no more room."""
+        """Keep an encoded tile's features, dropping the least recently used ones to make room."""
         assert tile.patches is not None
         size = tile.patches.nbytes
         if size > self.capacity:
@@ -104,7 +109,11 @@ class TileCache:
             self._metrics.cache_bytes.set(self._bytes)
 
     def evict(self) -> bool:
-        """Let go of the least recently used tile that no prompt holds, whose memory becomes free; False if none is."""
+        """Drop the least recently used tile that no prompt holds, which frees its memory.
+
+        Returns:
+            Whether there was such a tile.
+        """
         with self._lock:
             digest = next((digest for digest in self._kept if digest not in self._in_use), None)
             if digest is None:
@@ -114,7 +123,7 @@ class TileCache:
             return True
 
     def clear(self) -> None:
-        """Let go of all that is kept."""
+        """Drop everything that is kept."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0

@@ -16,9 +16,11 @@ from parity.reference import Reference
 from benchmarks.lib.models import config, random_encoder
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
-from lmdeploy_vico.stage.stage import ImageJob, VisionStage
+from lmdeploy_vico.stage.jobs import ImageJob
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES, VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
+from lmdeploy_vico.vision.tiling import Tiling
 
 DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
 # What rounding to bfloat16 does to the vision side is measured in the test itself, with the independent implementation
@@ -164,9 +166,10 @@ def test_stage_under_load(encoder, pictures, rng):
     The first round takes what stays: workspaces of the libraries for the device's thread.
     """
     expected = {name: encoder.encode([pictures[name]]) for name in PICTURES}
+    jobs = {name: ImageJob(pictures[name], Tiling.of(encoder.config).grid(pictures[name].size)) for name in PICTURES}
     stage, names, after = VisionStage([encoder], encoder.dtype, threads=4), rng.choice(PICTURES, 16), []
     for _ in range(3):
-        futures = [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]
+        futures = [stage.submit([jobs[name]], 'auto') for name in names]
         for name, future in zip(names, futures, strict=True):
             [image] = future.result()
             assert image.tokens.tile_tokens == expected[name][0].tile_tokens

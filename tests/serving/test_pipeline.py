@@ -49,9 +49,9 @@ def test_alone_and_in_random_batches(kind, make_checkpoint, prompts, judge):
 def test_closing_stops_the_vision_side(make_checkpoint):
     with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
         model = pipe.async_engine.vl_encoder.model
-        [device_thread] = model.stage._threads
-    device_thread.join(timeout=HANG)
-    assert not device_thread.is_alive() and not hasattr(model, 'stage')
+        [worker] = model.stage._workers
+    worker._thread.join(timeout=HANG)
+    assert not worker._thread.is_alive() and not hasattr(model, 'stage')
 
 
 def test_the_servers_limit_on_tiles_holds_without_being_asked(make_checkpoint, prompts, judge):

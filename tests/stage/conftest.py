@@ -1,17 +1,17 @@
-"""A stage on the CPU, and one whose device waits."""
+"""A stage on a stand-in encoder, and one whose device waits."""
 
 import threading
 
 import pytest
 import torch
+from stage.stand_in import StandInEncoder
 
 from lmdeploy_vico.stage.stage import VisionStage
-from lmdeploy_vico.vision.encoder import VisionEncoder
 
 
-@pytest.fixture(scope='module')
-def encoder(make_checkpoint):
-    return VisionEncoder.from_pretrained(make_checkpoint())
+@pytest.fixture
+def encoder():
+    return StandInEncoder()
 
 
 @pytest.fixture

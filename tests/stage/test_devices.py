@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
+from stage.stand_in import StandInEncoder, job
 from waiting import HANG
 
+from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.stage.queue import PendingPrompt, TileQueue
-from lmdeploy_vico.stage.stage import DeviceStartError, ImageJob, VisionStage
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.stage.tiles import Tile
 from lmdeploy_vico.vision.batches import RunningBatch
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.busy
 
 
 class Batch(RunningBatch):
-    """Of a stand-in: its features are there when all devices have a batch to end, as if they were equally fast."""
+    """A batch whose features are there when its device is told so."""
 
     def __init__(self, features, ended):
         super().__init__(features, 0.0)
@@ -29,31 +31,29 @@ class Batch(RunningBatch):
         return super().wait()
 
 
-class StandIn:
-    """A device: a real encoder that is told when to start and to end a batch, and remembers its batches."""
+class Device(StandInEncoder):
+    """A stand-in that is told when to start and to end a batch, and counts its batches."""
 
-    def __init__(self, encoder, started=lambda: None, ended=lambda: None):
-        self._encoder, self._started, self._ended = encoder, started, ended
+    def __init__(self, started=lambda: None, ended=lambda: None):
+        super().__init__()
+        self._started, self._ended = started, ended
         self.batches = 0
 
     def start(self, tiles):
         self._started()
         self.batches += 1
-        return Batch(self._encoder.start(tiles).wait(), self._ended)
-
-    def __getattr__(self, name):
-        return getattr(self._encoder, name)
+        return Batch(super().start(tiles).wait(), self._ended)
 
 
 def prompts_of(pictures, number):
-    """As many prompts of one tile each, all different."""
+    """The jobs of so many prompts of one tile each, all different."""
     image = pictures['coffee']
-    return [ImageJob(image.crop((index, index, index + 200, index + 200)), max_tiles=1) for index in range(number)]
+    return [job(image.crop((index, index, index + 200, index + 200)), 1) for index in range(number)]
 
 
 def submit_all(stage, jobs):
     """Submit a prompt for each job and wait until all are cut."""
-    futures = [stage.submit([job], 'auto') for job in jobs]
+    futures = [stage.submit([one], 'auto') for one in jobs]
     queue = stage._queue
     with queue._changed:
         assert queue._changed.wait_for(lambda: all(None not in prompt.images for prompt in queue._prompts), HANG)
@@ -61,15 +61,15 @@ def submit_all(stage, jobs):
 
 
 def check(futures, jobs, encoder):
-    for future, job in zip(futures, jobs, strict=True):
+    for future, one in zip(futures, jobs, strict=True):
         [image] = future.result(HANG)
-        [expected] = encoder.encode([job.image])
+        [expected] = encoder.encode([one.image])
         assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
 
 
 def test_equal_devices_get_equal_shares(encoder, pictures):
     cut, in_step = threading.Event(), threading.Barrier(DEVICES, timeout=HANG)
-    devices = [StandIn(encoder, lambda: cut.wait(HANG), in_step.wait) for _ in range(DEVICES)]
+    devices = [Device(lambda: cut.wait(HANG), in_step.wait) for _ in range(DEVICES)]
     stage = VisionStage(devices, torch.bfloat16, threads=2)
     jobs = prompts_of(pictures, DEVICES * ROUNDS)
     futures = submit_all(stage, jobs)
@@ -81,8 +81,8 @@ def test_equal_devices_get_equal_shares(encoder, pictures):
 
 def test_a_slow_device_gets_less(encoder, pictures):
     cut, others_are_done = threading.Event(), threading.Event()
-    slow = StandIn(encoder, lambda: cut.wait(HANG), lambda: others_are_done.wait(HANG))
-    devices = [slow, *(StandIn(encoder, lambda: cut.wait(HANG)) for _ in range(DEVICES - 1))]
+    slow = Device(lambda: cut.wait(HANG), lambda: others_are_done.wait(HANG))
+    devices = [slow, *(Device(lambda: cut.wait(HANG)) for _ in range(DEVICES - 1))]
     stage = VisionStage(devices, torch.bfloat16, threads=2)
     jobs = prompts_of(pictures, DEVICES * ROUNDS)
     futures = submit_all(stage, jobs)
@@ -109,9 +109,9 @@ def test_no_tile_is_lost_with_a_device(encoder, pictures, caplog, when):
     def others():
         retired.wait(HANG)  # so that the one that dies has taken a tile
 
-    dead = StandIn(encoder, die) if when == 'start' else StandIn(encoder, lambda: cut.wait(HANG), die)
+    dead = Device(die) if when == 'start' else Device(lambda: cut.wait(HANG), die)
     dead.usable = lambda: False
-    devices = [dead, *(StandIn(encoder, others) for _ in range(DEVICES - 1))]
+    devices = [dead, *(Device(others) for _ in range(DEVICES - 1))]
     stage = VisionStage(devices, torch.bfloat16, threads=2)
     retire = stage._queue.retire
     stage._queue.retire = lambda device: retire(device) and not retired.set()
@@ -146,14 +146,14 @@ def test_a_busy_device_takes_no_second_batch_while_another_has_none(rng):
     assert taken == [[tile]] and queue.take(1, wait=False, device=0) == []
 
 
-def test_a_device_that_cannot_start_is_named_and_the_others_end(encoder):
-    class Broken(StandIn):
+def test_a_device_that_cannot_start_is_named_and_the_others_end():
+    class Broken(Device):
         device = torch.device('cuda', 3)
 
         def enter_thread(self):
             raise torch.OutOfMemoryError('CUDA out of memory.')
 
     with pytest.raises(DeviceStartError, match='cannot start on cuda:3: CUDA out of memory') as error:
-        VisionStage([StandIn(encoder), Broken(encoder), StandIn(encoder)], torch.bfloat16, threads=2)
+        VisionStage([Device(), Broken(), Device()], torch.bfloat16, threads=2)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith('vico-device-')] == []

@@ -1,4 +1,7 @@
-"""The pinned memory of a stage whose devices are stand-ins: taken once, and back as soon as nobody has it."""
+"""The pinned memory of a stage is taken once, and comes back as soon as nobody has it.
+
+CUDA's parts are stand-ins, and so is the ViT; batches, projectors and the memory itself are real.
+"""
 
 import threading
 import weakref
@@ -8,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import REGISTRY
+from stage.stand_in import job, with_cheap_tower
 from waiting import HANG
 
 from lmdeploy_vico.stage import memory
+from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.memory import StageMemory
-from lmdeploy_vico.stage.stage import EncodingError, ImageJob, VisionStage
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.stage.tiles import TileCache
 from lmdeploy_vico.vision.arena import block_sizes
 from lmdeploy_vico.vision.encoder import VisionEncoder
@@ -24,6 +29,12 @@ PINNED_BY_A_DEVICE = 6  # for each of two batches: tiles, patches and scores
 pytestmark = pytest.mark.busy
 
 
+@pytest.fixture(scope='module')
+def encoder(make_checkpoint):
+    """Computes what a stage's results have to be, with batches of one tile."""
+    return with_cheap_tower(VisionEncoder.from_pretrained(make_checkpoint()))
+
+
 @pytest.fixture
 def start(make_checkpoint, cuda, monkeypatch):
     """``start(devices, waiting, ...)``: a stage on so many stand-ins, each with batches of two tiles."""
@@ -31,7 +42,9 @@ def start(make_checkpoint, cuda, monkeypatch):
 
     def start(devices=1, waiting=64, **options):
         monkeypatch.setattr(memory, 'WAITING_TILES', waiting)
-        encoders = [VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=2) for _ in range(devices)]
+        encoders = [
+            with_cheap_tower(VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=2)) for _ in range(devices)
+        ]
         assert encoders[0].config.vision.hidden_size == WIDTH
         stages.append(VisionStage([cuda.encoder(one) for one in encoders], torch.float32, threads=2, **options))
         return stages[-1]
@@ -45,8 +58,8 @@ def settled(stage):
     """Have the device threads end, so that they hold nothing."""
     stage.close = lambda: None
     stage._queue.close()
-    for thread in stage._threads:
-        thread.join()
+    for worker in stage._workers:
+        worker.join()
 
 
 def lent(arena):
@@ -60,8 +73,8 @@ def overflows(results):
     return REGISTRY.get_sample_value('vico:pinned_memory_overflows_total', {'results': results}) or 0
 
 
-def ask(stage, picture, compression='auto', **job):
-    [image] = stage.submit([ImageJob(picture, **job)], compression).result(HANG)
+def ask(stage, picture, compression='auto', max_tiles=None):
+    [image] = stage.submit([job(picture, max_tiles)], compression).result(HANG)
     return image.tokens
 
 
@@ -93,7 +106,7 @@ def test_all_is_pinned_at_the_start_and_results_are_the_same_bits(start, encoder
 def test_devices_share_the_memory(start, encoder, pictures, cuda):
     stage = start(devices=2, cache_bytes=2**24)
     names = ('coffee', 'page', 'rocket', 'chelsea')
-    futures = [stage.submit([ImageJob(pictures[name])], 'auto') for name in names]
+    futures = [stage.submit([job(pictures[name])], 'auto') for name in names]
     for name, future in zip(names, futures, strict=True):
         [expected] = encoder.encode([pictures[name]])
         assert torch.equal(future.result(HANG)[0].tokens.embeddings, expected.embeddings)
@@ -168,7 +181,7 @@ def test_failed_prompts_leave_nothing_behind_though_their_errors_are_kept(start,
         raise RuntimeError('device trouble')
 
     with monkeypatch.context() as failing:
-        failing.setattr(stage.encoder.tower, place, fail)
+        failing.setattr(stage._encoders[0].tower, place, fail)
         for _ in range(2):
             with pytest.raises(EncodingError, match='device trouble') as caught:
                 ask(stage, pictures['coffee'])
@@ -181,7 +194,7 @@ def test_failed_prompts_leave_nothing_behind_though_their_errors_are_kept(start,
 @pytest.mark.parametrize('fails', [False, True])
 def test_the_host_waits_for_copies_before_memory_comes_back(start, pictures, monkeypatch, fails):
     stage, seen = start(), []
-    encoder, arenas = stage.encoder, (stage._memory._tiles, stage._memory._rows)
+    encoder, arenas = stage._encoders[0], (stage._memory._tiles, stage._memory._rows)
 
     def fail(*arguments):
         raise RuntimeError('device trouble')
@@ -191,7 +204,7 @@ def test_the_host_waits_for_copies_before_memory_comes_back(start, pictures, mon
     monkeypatch.setattr(
         type(encoder._projecting), 'synchronize', lambda stream: seen.append([stream, *map(lent, arenas)])
     )
-    future = stage.submit([ImageJob(pictures['coffee'])], 'none')
+    future = stage.submit([job(pictures['coffee'])], 'none')
     assert bool(future.exception(HANG)) == fails
     tiles = 7
     rows = tiles * 256 * encoder.config.llm_hidden_size * 4
@@ -200,14 +213,14 @@ def test_the_host_waits_for_copies_before_memory_comes_back(start, pictures, mon
 
 def test_cancelled_prompts_leave_nothing_behind(start, pictures, monkeypatch):
     stage = start()
-    visual_tokens, futures = stage.encoder.visual_tokens, []
+    visual_tokens, futures = stage._encoders[0].visual_tokens, []
 
     def cancel(*arguments):
         futures[0].cancel()  # when its tiles have been encoded
         return visual_tokens(*arguments)
 
-    monkeypatch.setattr(stage.encoder, 'visual_tokens', cancel)
-    futures.append(stage.submit([ImageJob(pictures['coffee'])], 'auto'))
+    monkeypatch.setattr(stage._encoders[0], 'visual_tokens', cancel)
+    futures.append(stage.submit([job(pictures['coffee'])], 'auto'))
     ask(stage, pictures['page'])
     assert futures[0].cancelled()
     settled(stage)
@@ -237,7 +250,7 @@ def test_closing_gives_the_memory_back(start, pictures, monkeypatch):
     assert stage._cache._kept
     tiles, rows = blocks_left_by_closing(stage, monkeypatch)
     assert not any(tiles) and not any(rows)
-    assert stage.encoder._memory is None and stage.encoder._batches.memory is None
+    assert stage._encoders[0]._memory is None and stage._encoders[0]._batches.memory is None
     assert REGISTRY.get_sample_value('vico:embedding_cache_current_bytes') == 0
 
 
@@ -246,13 +259,13 @@ def test_closing_gives_back_the_tiles_of_prompts_that_wait(start, pictures, monk
     ask(stage, pictures['astronaut'], max_tiles=1)
     cut, known = stage._cut, threading.Event()
 
-    def cut_first_only(prompt, index, job):
+    def cut_first_only(prompt, index, one):
         if index == 0:
-            cut(prompt, index, job)
+            cut(prompt, index, one)
             known.set()
 
     monkeypatch.setattr(stage, '_cut', cut_first_only)
-    future = stage.submit([ImageJob(pictures['astronaut'], max_tiles=1), ImageJob(pictures['page'])], 'auto')
+    future = stage.submit([job(pictures['astronaut'], 1), job(pictures['page'])], 'auto')
     assert known.wait(HANG)
     tiles, _ = blocks_left_by_closing(stage, monkeypatch)
     assert future.cancelled() and not any(tiles)
@@ -264,7 +277,7 @@ def test_what_is_handed_on_outlives_the_stage(start, pictures, monkeypatch):
     expected = tokens.embeddings.clone()
     tiles, rows = blocks_left_by_closing(stage, monkeypatch)
     assert not any(tiles) and any(rows)
-    assert len(stage.encoder.encode([pictures['coffee']])) == 1 and torch.equal(tokens.embeddings, expected)
+    assert len(stage._encoders[0].encode([pictures['coffee']])) == 1 and torch.equal(tokens.embeddings, expected)
 
 
 @pytest.mark.parametrize('devices', [1, 8])

@@ -1,29 +1,31 @@
+"""A stage takes, shares, finishes and cancels prompts; its device is a stand-in."""
+
 import threading
 
 import pytest
 import torch
 from PIL import Image
+from stage.stand_in import StandInEncoder, cut, job
 from waiting import HANG
 
 from lmdeploy_vico.stage.queue import StageBusyError
-from lmdeploy_vico.stage.stage import ImageJob, VisionStage
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.tiling import tile_digests
 
 pytestmark = pytest.mark.busy
 
 
 def test_hands_on_the_encoders_tokens_in_the_language_models_dtype(stage, encoder, pictures):
-    [image] = stage.submit([ImageJob(pictures['coffee'])], 'auto').result()
+    [image] = stage.submit([job(pictures['coffee'])], 'auto').result()
     [expected] = encoder.encode([pictures['coffee']])
     assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
     assert image.tokens.tile_tokens == expected.tile_tokens
-    assert image.digests == tile_digests(encoder.cut(pictures['coffee']))
+    assert image.digests == tile_digests(cut(pictures['coffee']))
 
 
 def test_prompts_do_not_influence_each_other(stage, encoder, pictures):
     prompts = [['coffee'], ['page', 'astronaut'], ['chelsea'], ['coffee', 'chelsea']]
-    futures = [stage.submit([ImageJob(pictures[name]) for name in names], 'auto') for names in prompts]
+    futures = [stage.submit([job(pictures[name]) for name in names], 'auto') for names in prompts]
     for names, future in zip(prompts, futures, strict=True):
         expected = encoder.encode([pictures[name] for name in names])
         for image, tokens in zip(future.result(), expected, strict=True):
@@ -32,7 +34,7 @@ def test_prompts_do_not_influence_each_other(stage, encoder, pictures):
 
 
 def test_limits_and_compression_of_a_single_image(stage, pictures):
-    jobs = [ImageJob(pictures['coffee'], max_tiles=1, compression='all'), ImageJob(pictures['coffee'], max_tiles=2)]
+    jobs = [job(pictures['coffee'], 1, compression='all'), job(pictures['coffee'], 2)]
     first, second = stage.submit(jobs, 'none').result()
     assert first.tokens.tile_tokens == [64]
     assert set(second.tokens.tile_tokens) == {256} and 1 < len(second.tokens.tile_tokens) <= 3
@@ -48,8 +50,8 @@ def test_a_failure_belongs_to_its_prompt(stage, pictures):
         def resize(self, size):
             raise OSError('damaged')
 
-    bad = stage.submit([ImageJob(pictures['page']), ImageJob(Broken())], 'auto')
-    good = stage.submit([ImageJob(pictures['page'])], 'auto')
+    bad = stage.submit([job(pictures['page']), job(Broken())], 'auto')
+    good = stage.submit([job(pictures['page'])], 'auto')
     with pytest.raises(OSError, match='damaged'):
         bad.result()
     assert len(good.result()) == 1
@@ -61,18 +63,18 @@ def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp
     [expected] = encoder.encode([Image.open(tmp_path / 'picture')])
     stage = VisionStage([encoder], torch.float32, threads=8, capacity=200)
     lazy = Image.open(tmp_path / 'picture')
-    for future in [stage.submit([ImageJob(lazy)] * 4, 'auto') for _ in range(4)]:
+    for future in [stage.submit([job(lazy)] * 4, 'auto') for _ in range(4)]:
         for image in future.result():
             assert torch.equal(image.tokens.embeddings[:1], expected.embeddings[:1])
-            assert image.digests == tile_digests(encoder.cut(Image.open(tmp_path / 'picture')))
+            assert image.digests == tile_digests(cut(Image.open(tmp_path / 'picture')))
     stage.close()
 
 
 def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held, pictures, monkeypatch):
     entered, release = held
-    running = stage.submit([ImageJob(pictures['astronaut'], max_tiles=1)], 'auto')
+    running = stage.submit([job(pictures['astronaut'], 1)], 'auto')
     entered.wait()
-    waiting = stage.submit([ImageJob(pictures['astronaut'])], 'auto')
+    waiting = stage.submit([job(pictures['astronaut'])], 'auto')
 
     def close():
         prompts = close_queue()
@@ -88,7 +90,7 @@ def test_close_finishes_what_is_on_the_device_and_cancels_what_waits(stage, held
 def test_a_cancelled_prompt_leaves_the_queue(encoder, held, pictures):
     entered, release = held
     stage = VisionStage([encoder], torch.bfloat16, threads=2, capacity=1)
-    jobs = [ImageJob(pictures['astronaut'], max_tiles=1)]
+    jobs = [job(pictures['astronaut'], 1)]
     running = stage.submit(jobs, 'auto')
     entered.wait()
     with pytest.raises(StageBusyError, match='1 tiles are waiting .* limit of 1 .* Try again later'):
@@ -102,12 +104,12 @@ def test_a_cancelled_prompt_leaves_the_queue(encoder, held, pictures):
 
 def test_a_prompt_larger_than_the_queue_is_accepted_when_nothing_waits(encoder, pictures):
     stage = VisionStage([encoder], torch.bfloat16, threads=2, capacity=1)
-    assert len(stage.submit([ImageJob(pictures['coffee'])], 'auto').result()[0].digests) > 1
+    assert len(stage.submit([job(pictures['coffee'])], 'auto').result()[0].digests) > 1
     stage.close()
 
 
-def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkeypatch):
-    encoder = VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
+def test_batches_hold_tiles_of_several_prompts(pictures, monkeypatch):
+    encoder = StandInEncoder(tile_batch=4)
     large, small = ('coffee', 'rocket'), ('chelsea', 'astronaut', 'text')
     alone = [encoder.encode([pictures[name]], 'none')[0] for name in large]
     entered, release, sizes = threading.Event(), threading.Event(), []
@@ -121,10 +123,10 @@ def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkey
     encode = encoder.start
     monkeypatch.setattr(encoder, 'start', start)
     stage = VisionStage([encoder], torch.float32, threads=1, capacity=200)
-    first = stage.submit([ImageJob(pictures['page'], max_tiles=1)], 'none')
+    first = stage.submit([job(pictures['page'], 1)], 'none')
     entered.wait()  # in a batch of its own, since a lone request does not wait for company
-    others = [stage.submit([ImageJob(pictures[name])], 'none') for name in large]
-    others += [stage.submit([ImageJob(pictures[name], max_tiles=1)], 'none') for name in small]
+    others = [stage.submit([job(pictures[name])], 'none') for name in large]
+    others += [stage.submit([job(pictures[name], 1)], 'none') for name in small]
     last = stage._prepare.submit(lambda: None)
     last.result()  # the only thread has cut everything by now
     release.set()
@@ -154,7 +156,7 @@ def test_metrics(stage, pictures):
         return [REGISTRY.get_sample_value(name, labels) or 0 for name, labels in names.items()]
 
     before = read()
-    [first, second] = stage.submit([ImageJob(pictures['coffee']), ImageJob(pictures['page'], 1)], 0.5).result()
+    [first, second] = stage.submit([job(pictures['coffee']), job(pictures['page'], 1)], 0.5).result()
     tile_tokens = [*first.tokens.tile_tokens, *second.tokens.tile_tokens]
     low = tile_tokens.count(64)
     assert 0 < low < len(tile_tokens)
@@ -177,7 +179,7 @@ def count_batches(encoder, monkeypatch):
 def test_a_repeated_image_is_not_encoded_again_whatever_its_compression(encoder, pictures, monkeypatch):
     sizes = count_batches(encoder, monkeypatch)
     stage = VisionStage([encoder], torch.float32, threads=2, cache_bytes=2**30)
-    jobs = [ImageJob(pictures['coffee'])]
+    jobs = [job(pictures['coffee'])]
     first = {value: stage.submit(jobs, value).result()[0].tokens for value in ('auto', 'none', 'all', 0.5)}
     assert sum(sizes) == len(first['none'].tile_tokens)
     for value, tokens in first.items():
@@ -190,9 +192,9 @@ def test_a_repeated_image_is_not_encoded_again_whatever_its_compression(encoder,
 def test_what_is_in_flight_is_encoded_once(encoder, held, pictures):
     entered, release = held
     stage = VisionStage([encoder], torch.float32, threads=2)
-    first = stage.submit([ImageJob(pictures['coffee'])], 'none')
+    first = stage.submit([job(pictures['coffee'])], 'none')
     entered.wait()
-    others = [stage.submit([ImageJob(pictures['coffee'])] * 2, value) for value in ('all', 'auto')]
+    others = [stage.submit([job(pictures['coffee'])] * 2, value) for value in ('all', 'auto')]
     barrier = threading.Barrier(2, timeout=HANG)
     for reached in [stage._prepare.submit(barrier.wait) for _ in range(2)]:
         reached.result()  # both threads have cut everything by now
@@ -206,15 +208,15 @@ def test_what_is_in_flight_is_encoded_once(encoder, held, pictures):
 
 
 def test_jobs_of_one_video_are_routed_together(stage, encoder, pictures):
-    jobs = [ImageJob(pictures[name], 1, 0.5, routed_with=7) for name in ('page', 'chelsea', 'rocket', 'text')]
-    tokens = [image.tokens for image in stage.submit([*jobs, ImageJob(pictures['astronaut'], 1)], 'none').result()]
+    jobs = [job(pictures[name], 1, compression=0.5, routed_with=7) for name in ('page', 'chelsea', 'rocket', 'text')]
+    tokens = [image.tokens for image in stage.submit([*jobs, job(pictures['astronaut'], 1)], 'none').result()]
     assert tokens[-1].tile_tokens == [256]
     ranked = sorted(tokens[:-1], key=lambda one: one.scores[0])
     assert [one.tile_tokens for one in ranked] == [[256], [256], [64], [64]]
 
 
-def test_several_devices_share_the_work(make_checkpoint, pictures):
-    encoders = [VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
+def test_several_devices_share_the_work(pictures):
+    encoders = [StandInEncoder() for _ in range(2)]
     barrier = threading.Barrier(2, timeout=HANG)
     met = []
     for one in encoders:
@@ -227,42 +229,22 @@ def test_several_devices_share_the_work(make_checkpoint, pictures):
 
         one.start = start
     stage = VisionStage(encoders, torch.float32, threads=2)
-    [image] = stage.submit([ImageJob(pictures['coffee'])], 'auto').result()
+    [image] = stage.submit([job(pictures['coffee'])], 'auto').result()
     [expected] = encoders[0].encode([pictures['coffee']])
     assert met and torch.equal(image.tokens.embeddings, expected.embeddings)
     stage.close()
-
-
-def test_as_many_threads_as_where_the_encoder_was_made(encoder, pictures, monkeypatch):
-    """An engine in the same process may leave PyTorch with another number for threads to come."""
-    numbers, start = [], encoder.start
-
-    def counted(tiles):
-        numbers.append(torch.get_num_threads())
-        return start(tiles)
-
-    monkeypatch.setattr(encoder, 'start', counted)
-    before = torch.get_num_threads()
-    other = threading.Thread(target=torch.set_num_threads, args=[before + 1])
-    other.start()
-    other.join()
-    stage = VisionStage([encoder], torch.float32, threads=1)
-    stage.submit([ImageJob(pictures['astronaut'], max_tiles=1)], 'auto').result()
-    stage.close()
-    torch.set_num_threads(before)
-    assert set(numbers) == {before}
 
 
 def test_a_submission_after_close_is_refused(encoder, pictures):
     stage = VisionStage([encoder], torch.float32, threads=1)
     stage.close()
     with pytest.raises(StageBusyError, match='shutting down'):
-        stage.submit([ImageJob(pictures['page'])], 'auto')
+        stage.submit([job(pictures['page'])], 'auto')
 
 
 def test_a_prompt_that_is_cancelled_when_it_is_finished_is_not_counted(stage, encoder, held, pictures, monkeypatch):
     entered, release = held
-    cancelled = stage.submit([ImageJob(pictures['coffee'], max_tiles=1)], 'none')
+    cancelled = stage.submit([job(pictures['coffee'], 1)], 'none')
     entered.wait()
     visual_tokens, counted = encoder.visual_tokens, []
 
@@ -273,5 +255,5 @@ def test_a_prompt_that_is_cancelled_when_it_is_finished_is_not_counted(stage, en
     monkeypatch.setattr(encoder, 'visual_tokens', cancel)
     monkeypatch.setattr(stage._metrics, 'count_tiles', counted.append)
     release.set()
-    stage.submit([ImageJob(pictures['page'], max_tiles=1)], 'all').result(60)
+    stage.submit([job(pictures['page'], 1)], 'all').result(60)
     assert cancelled.cancelled() and counted == [[64]]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmdeploy_vico.adapter.handover import PackedRows
-from lmdeploy_vico.stage.stage import EncodedImage
+from lmdeploy_vico.stage.jobs import EncodedImage
 
 IMAGE_START, IMAGE_END = '<img>', '</img>'
 IMAGE_CONTEXT = '<IMG_CONTEXT>'

@@ -8,8 +8,9 @@ from PIL import Image
 from lmdeploy_vico.adapter.server.synthetic import KEY as SYNTHETIC_KEY
 from lmdeploy_vico.adapter.server.synthetic import synthetic_image
 from lmdeploy_vico.config import TOKENS_COMPRESSED
-from lmdeploy_vico.stage.stage import ImageJob
+from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.vision.routing import Compression, parse_compression
+from lmdeploy_vico.vision.tiling import Tiling
 
 # OpenAI's `detail`, as LMDeploy reads it for InternVL; "auto" means the checkpoint's.
 DETAIL_TILES = {'low': 6, 'medium': 12, 'high': 24}
@@ -35,13 +36,14 @@ def check_kind(kind: Any) -> None:
 
 
 def media_jobs(
-    messages: Sequence[Mapping[str, Any]], max_tiles: int, synthetic: bool = False
+    messages: Sequence[Mapping[str, Any]], tiling: Tiling, max_tiles: int, synthetic: bool = False
 ) -> tuple[list[ImageJob], list[int]]:
     """The images of a request in order, the frames of its videos among them, with what each item asks for.
 
     Args:
         messages: as our MediaParser hands them over, every image item being ``{'type': 'image', 'data': picture,
             **params}``, every video ``{'type': 'video', 'data': pictures, 'video_metadata': ..., **params}``.
+        tiling: how the server cuts an image whose item asks for nothing else.
         max_tiles: the server's limit on the tiles of one image.
         synthetic: whether image items may ask for visual tokens that are made up.
 
@@ -66,9 +68,9 @@ def media_jobs(
                     f'Images and videos are accepted in user and tool messages, not in {message["role"]!r} messages.'
                 )
             if kind in IMAGE_TYPES:
-                jobs.append(_image_job(item, max_tiles, synthetic))
+                jobs.append(_image_job(item, tiling, max_tiles, synthetic))
             else:
-                frames = _frame_jobs(item, routed_with=len(videos))
+                frames = _frame_jobs(item, tiling, routed_with=len(videos))
                 videos.append(len(frames))
                 jobs += frames
     return jobs, videos
@@ -176,7 +178,7 @@ def prompt_compression(mm_processor_kwargs: Mapping[str, Any] | None, default: C
     return parse_compression(section['compression'], 'mm_processor_kwargs["image"]["compression"]')
 
 
-def _image_job(item: Mapping[str, Any], max_tiles: int, synthetic: bool) -> ImageJob:
+def _image_job(item: Mapping[str, Any], tiling: Tiling, max_tiles: int, synthetic: bool) -> ImageJob:
     image = item.get('data')
     if not isinstance(image, Image.Image):
         # LMDeploy lets the keys of a client's item replace its own: a "data" beside "url" arrives here undecoded.
@@ -191,12 +193,12 @@ def _image_job(item: Mapping[str, Any], max_tiles: int, synthetic: bool) -> Imag
     compression = item.get('compression')
     return ImageJob(
         image=image,
-        max_tiles=tile_limit(item, max_tiles),
+        grid=tiling.grid(image.size, tile_limit(item, max_tiles)),
         compression=None if compression is None else parse_compression(compression, 'image_url["compression"]'),
     )
 
 
-def _frame_jobs(item: Mapping[str, Any], routed_with: int) -> list[ImageJob]:
+def _frame_jobs(item: Mapping[str, Any], tiling: Tiling, routed_with: int) -> list[ImageJob]:
     """A video's frames, one tile each; those of a video with a compression of its own are routed together."""
     frames = item.get('data')
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, Image.Image) for frame in frames):
@@ -206,9 +208,9 @@ def _frame_jobs(item: Mapping[str, Any], routed_with: int) -> list[ImageJob]:
         raise ValueError(f'{unknown[0]!r} is not a key of a video item; url, num_frames, compression are.')
     compression = item.get('compression')
     if compression is None:
-        return [ImageJob(image=frame, max_tiles=1) for frame in frames]
+        return [ImageJob(image=frame, grid=tiling.grid(frame.size, 1)) for frame in frames]
     compression = parse_compression(compression, 'video_url["compression"]')
-    return [ImageJob(image=frame, max_tiles=1, compression=compression, routed_with=routed_with) for frame in frames]
+    return [ImageJob(frame, tiling.grid(frame.size, 1), compression, routed_with) for frame in frames]
 
 
 def tile_limit(item: Mapping[str, Any], max_tiles: int) -> int | None:

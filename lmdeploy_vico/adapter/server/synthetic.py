@@ -13,8 +13,9 @@ from typing import Any, TypeGuard
 import torch
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
-from lmdeploy_vico.stage.stage import EncodedImage, ImageJob
+from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
 from lmdeploy_vico.vision.encoder import VisualTokens
+from lmdeploy_vico.vision.tiling import Grid
 
 KEY = 'synthetic'
 FIELDS = ('tiles', 'compressed', 'seed')
@@ -52,6 +53,7 @@ def synthetic_image(item: Mapping[str, Any], max_tiles: int) -> SyntheticImage:
     tiles = _integer(wanted, 'tiles', 1, max_tiles + 1)
     return SyntheticImage(
         image=item['data'],
+        grid=Grid(tiles, 1, thumbnail=False),
         tiles=tiles,
         compressed=_integer(wanted, 'compressed', 0, tiles),
         seed=_integer(wanted, 'seed', 0, MAX_SEED),

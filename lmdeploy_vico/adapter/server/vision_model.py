@@ -38,10 +38,13 @@ from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedChec
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import Options
+from lmdeploy_vico.stage.errors import EncodingError
+from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
 from lmdeploy_vico.stage.queue import StageBusyError
-from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
+from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
+from lmdeploy_vico.vision.tiling import Tiling
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
@@ -92,9 +95,11 @@ class VicoVisionModel(VisionModel):
         show_image_tokens()
         weights = open_weights(self.model_path, self.hf_config, backend_config, options)
         config = read_config(self.model_path, backend_config.hf_overrides)
+        config = replace(config, max_tiles=min(config.max_tiles, options.max_tiles))
+        self._tiling = Tiling.of(config)
         replicas = Replicas(
             weights,
-            replace(config, max_tiles=min(config.max_tiles, options.max_tiles)),
+            config,
             vision_devices(options.vision_device, backend_config),
             options,
             graph=not backend_config.eager_mode,
@@ -150,7 +155,7 @@ class VicoVisionModel(VisionModel):
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Prompt:
         """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
-        jobs, videos = media_jobs(messages, self.options.max_tiles, self.options.synthetic_images)
+        jobs, videos = media_jobs(messages, self._tiling, self.options.max_tiles, self.options.synthetic_images)
         if videos and _is_raw(chat_template):
             raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
         ids = _generate_ids(messages, chat_template)
@@ -219,10 +224,8 @@ class VicoVisionModel(VisionModel):
             ValueError: it has more images and videos than fit the session, whatever they show.
             OverloadError: too much is waiting already.
         """
-        config, limit = self.stage.encoder.config, self.session_len()
-        least, most = estimate_tiles(
-            messages, media_io_kwargs, config.max_tiles + config.use_thumbnail, self.options.max_tiles, limit
-        )
+        limit = self.session_len()
+        least, most = estimate_tiles(messages, media_io_kwargs, self._tiling.most, self.options.max_tiles, limit)
         self._refuse_too_many(least * TOKENS_COMPRESSED)
         # A place is not held for more than could be answered.
         most = most if limit is None else min(most, limit // TOKENS_COMPRESSED + 1)
@@ -240,8 +243,7 @@ class VicoVisionModel(VisionModel):
         least = 0
         for job in jobs:
             wanted = compression if job.compression is None else job.compression
-            tiles = self.stage.encoder.tile_count(job.image.size, job.max_tiles)
-            least += tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)
+            least += job.grid.tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)
         self._refuse_too_many(least)
 
     def _refuse_too_many(self, least: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmdeploy_vico.adapter.server.prompt import assemble, check_ids, render_chat, render_raw, split_ids
-from lmdeploy_vico.stage.stage import EncodedImage
+from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.encoder import VisualTokens
 
 IMAGE = 9  # token id

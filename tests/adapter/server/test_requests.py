@@ -4,12 +4,18 @@ import pytest
 from PIL import Image
 
 from lmdeploy_vico.adapter.server.requests import media_jobs, prompt_compression
+from lmdeploy_vico.vision.tiling import Grid, Tiling
 
-PICTURE = Image.new('RGB', (8, 8))
+PICTURE = Image.new('RGB', (400, 1))  # so wide that its grid is one row of as many tiles as are allowed
+TILING = Tiling(1, 12)
 
 
 def jobs(item, role='user', max_tiles=40):
-    return media_jobs([{'role': role, 'content': [{'type': 'text', 'text': 'x'}, item]}], max_tiles)[0]
+    return media_jobs([{'role': role, 'content': [{'type': 'text', 'text': 'x'}, item]}], TILING, max_tiles)[0]
+
+
+def row(tiles=12):
+    return Grid(tiles, 1, thumbnail=True)
 
 
 def image(**params):
@@ -22,8 +28,8 @@ def test_order_and_defaults():
         {'role': 'assistant', 'content': 'y'},
         {'role': 'user', 'content': [image(detail='low')]},
     ]
-    found = media_jobs(messages, 40)[0]
-    assert [(job.max_tiles, job.compression) for job in found] == [(None, None), (None, 'all'), (6, None)]
+    found = media_jobs(messages, TILING, 40)[0]
+    assert [(job.grid, job.compression) for job in found] == [(row(), None), (row(), 'all'), (row(6), None)]
 
 
 @pytest.mark.parametrize(
@@ -32,13 +38,13 @@ def test_order_and_defaults():
         ({'detail': 'low'}, 6),
         ({'detail': 'medium'}, 12),
         ({'detail': 'high'}, 24),
-        ({'detail': 'auto'}, None),
+        ({'detail': 'auto'}, 12),
         ({'max_dynamic_patch': 3, 'detail': 'high'}, 3),
         ({'max_dynamic_patch': 40}, 40),
     ],
 )
 def test_tile_limit(params, max_tiles):
-    assert jobs(image(**params))[0].max_tiles == max_tiles
+    assert jobs(image(**params))[0].grid == row(max_tiles)
 
 
 @pytest.mark.parametrize('value', [0, -1, 41, 10**6, 2.0, '4', True, [1]])
@@ -65,7 +71,7 @@ def test_bad_compression(value):
 
 
 def test_detail_cannot_exceed_the_servers_limit():
-    assert jobs(image(detail='high'), max_tiles=8)[0].max_tiles == 8
+    assert jobs(image(detail='high'), max_tiles=8)[0].grid == row(8)
 
 
 def test_data_that_was_not_decoded():

@@ -7,7 +7,8 @@ from PIL import Image
 from lmdeploy_vico.adapter.server.prompt import assemble
 from lmdeploy_vico.adapter.server.requests import media_jobs
 from lmdeploy_vico.adapter.server.synthetic import MAX_SEED, STARTS, SyntheticEncoder, SyntheticImage, are_synthetic
-from lmdeploy_vico.stage.stage import ImageJob
+from lmdeploy_vico.stage.jobs import ImageJob
+from lmdeploy_vico.vision.tiling import Grid, Tiling
 
 PICTURE = Image.new('RGB', (1, 1))
 WIDTH = 32
@@ -15,11 +16,11 @@ WIDTH = 32
 
 def jobs(wanted, synthetic=True, **params):
     item = {'type': 'image', 'data': PICTURE, 'synthetic': wanted, **params}
-    return media_jobs([{'role': 'user', 'content': [item]}], 12, synthetic)[0]
+    return media_jobs([{'role': 'user', 'content': [item]}], Tiling(1, 12), 12, synthetic)[0]
 
 
 def image(tiles, compressed, seed):
-    return SyntheticImage(image=PICTURE, tiles=tiles, compressed=compressed, seed=seed)
+    return SyntheticImage(image=PICTURE, grid=Grid(tiles, 1, False), tiles=tiles, compressed=compressed, seed=seed)
 
 
 def wanted(tiles=10, compressed=5, seed=7, **others):
@@ -66,7 +67,7 @@ def test_other_keys_of_the_item():
 
 
 def test_real_images_beside_synthetic_ones():
-    real = ImageJob(PICTURE)
+    real = ImageJob(PICTURE, Grid(1, 1, False))
     assert not are_synthetic([]) and not are_synthetic([real])
     assert are_synthetic([image(1, 0, 0), image(2, 0, 0)])
     with pytest.raises(ValueError, match='either images with "synthetic" or without, not both'):

@@ -8,9 +8,10 @@ from PIL import Image
 from lmdeploy_vico.adapter.server.requests import media_jobs, prompt_compression, video_options
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
 from lmdeploy_vico.options import Options
+from lmdeploy_vico.vision.tiling import Tiling
 
 URL = 'https://example.com/cat.mp4'
-FRAMES = [Image.new('RGB', (8, 6), (i, 100, 200)) for i in range(10)]
+FRAMES = [Image.new('RGB', (80, 6), (i, 100, 200)) for i in range(10)]
 
 
 def video(frames=FRAMES, **params):
@@ -18,7 +19,7 @@ def video(frames=FRAMES, **params):
 
 
 def jobs(*items, role='user'):
-    return media_jobs([{'role': role, 'content': [{'type': 'text', 'text': 'x'}, *items]}], 40)
+    return media_jobs([{'role': role, 'content': [{'type': 'text', 'text': 'x'}, *items]}], Tiling(1, 12), 40)
 
 
 def indices(found):
@@ -36,7 +37,7 @@ def options(params=None, url=URL, session_len=6400, **video_kwargs):
 def test_a_frame_is_an_image_of_one_tile():
     found, videos = jobs(video())
     assert videos == [10] and indices(found) == list(range(10))
-    assert all((job.max_tiles, job.compression, job.routed_with) == (1, None, None) for job in found)
+    assert all((job.grid.tiles, job.compression, job.routed_with) == (1, None, None) for job in found)
 
 
 def test_images_and_videos_in_order():
@@ -79,7 +80,7 @@ def test_compression_of_the_request_has_no_section_for_videos():
 
 def test_videos_in_raw_prompts():
     model = VicoVisionModel.__new__(VicoVisionModel)
-    model.options = Options()
+    model.options, model._tiling = Options(), Tiling(1, 12)
     with pytest.raises(ValueError, match='Videos are accepted in chat messages only, not in raw prompts'):
         model.get_input_prompt([{'role': 'user', 'content': [video()]}], BaseChatTemplate())
 

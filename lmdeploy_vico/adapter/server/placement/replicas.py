@@ -10,7 +10,7 @@ from torch import nn
 from lmdeploy_vico.checkpoints.files import Shape, Weights
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.options import OptionError, Options
-from lmdeploy_vico.stage.stage import DeviceStartError
+from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
 

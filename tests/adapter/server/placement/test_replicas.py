@@ -10,7 +10,7 @@ from lmdeploy_vico.adapter.server.placement.replicas import GIB, CopiedWeights, 
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.options import OptionError, Options
-from lmdeploy_vico.stage.stage import DeviceStartError
+from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
 

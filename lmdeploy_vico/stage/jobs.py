@@ -1,0 +1,55 @@
+"""What a stage is given for each image of a prompt, and what it returns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from lmdeploy_vico.vision.encoder import RoutingGroup, VisualTokens
+from lmdeploy_vico.vision.routing import Compression, parse_compression
+from lmdeploy_vico.vision.tiling import Grid
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image of a prompt, and how it is to be cut and routed.
+
+    Attributes:
+        image: the picture as its client sent it; Pillow may not have read its pixels yet.
+        grid: the tiles that it is cut into.
+        compression: the image's own; None to route it by the prompt's, together with the prompt's other such images.
+        routed_with: jobs with the same number and a compression of their own are routed together: a video's frames.
+    """
+
+    image: Image.Image
+    grid: Grid
+    compression: Compression | None = None
+    routed_with: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image's visual tokens, on the CPU, and a content digest of each of its tiles."""
+
+    tokens: VisualTokens
+    digests: Sequence[bytes]
+
+
+def routing_groups(jobs: Sequence[ImageJob], compression: Compression) -> list[RoutingGroup]:
+    """Return which images of a prompt are routed together, and by which compression.
+
+    Images without a compression of their own form one group, with the prompt's ``compression``. The frames of a video
+    that has its own form another. Any other image that has its own is routed alone.
+
+    Raises:
+        ValueError: a compression is not one of the accepted values.
+    """
+    compression = parse_compression(compression)
+    groups: dict[object, tuple[list[int], Compression]] = {}
+    for index, job in enumerate(jobs):
+        if job.compression is None:
+            groups.setdefault('prompt', ([], compression))[0].append(index)
+        else:
+            key = ('image', index) if job.routed_with is None else ('together', job.routed_with)
+            groups.setdefault(key, ([], parse_compression(job.compression)))[0].append(index)
+    return list(groups.values())

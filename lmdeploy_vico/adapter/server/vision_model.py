@@ -42,8 +42,8 @@ from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import VisionStage
-from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.routing import Compression
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
@@ -127,7 +127,7 @@ class VicoVisionModel(VisionModel):
         self._assembling.shutdown()
         del self.stage
 
-    def _log_start(self, encoders: Sequence[VisionEncoder], capacity: int | None, seconds: float) -> None:
+    def _log_start(self, encoders: Sequence[TileEncoder], capacity: int | None, seconds: float) -> None:
         encoder, options, logger = encoders[0], self.options, get_logger()
         config = encoder.config
         logger.info('lmdeploy-vico %s serves %s', __version__, self.model_path)
@@ -278,7 +278,7 @@ def _generate_ids(messages: Sequence[Mapping[str, Any]], chat_template: Any) -> 
     return ids if isinstance(ids, list) else None
 
 
-def _where(encoders: Sequence[VisionEncoder]) -> str:
+def _where(encoders: Sequence[TileEncoder]) -> str:
     """The devices, each with what the vision side takes of it, or together those of which it takes the same."""
     devices: dict[str, list[str]] = {}
     for encoder in encoders:

@@ -8,7 +8,7 @@ import torch
 
 from lmdeploy_vico.adapter.server.prompt import assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.stage.jobs import EncodedImage
-from lmdeploy_vico.vision.encoder import VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
 
 IMAGE = 9  # token id
 PICTURE = {'type': 'image', 'data': None}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from waiting import HANG
 
-from lmdeploy_vico.vision import resample
+from lmdeploy_vico.vision import compiled_resize, resample
 from lmdeploy_vico.vision.resample import cut, pass_order, resize_into_tiles
 
 
@@ -96,7 +96,7 @@ def plain_weights(size, target):
 @example(size=65_535, target=448 * 12)
 @example(size=14_336, target=448)
 def test_weights_are_pillows_to_the_last_bit(size, target):
-    spans, fixed = resample.weights(size, target)
+    spans, fixed = compiled_resize.weights(size, target)
     for (first, count), line, (start, expected) in zip(spans, fixed, plain_weights(size, target), strict=True):
         assert (first, line[:count].tolist()) == (start, expected)
         assert not line[count:].any()
@@ -118,9 +118,10 @@ def test_grids_of_one_picture_are_independent():
 
 
 def test_a_picture_of_many_pixels_is_left_to_pillow(monkeypatch):
+    assert pass_order() is not None
     monkeypatch.setattr(resample, 'MOST_PIXELS', 100 * 100)
-    monkeypatch.setattr(resample, '_rows_first', None)
-    monkeypatch.setattr(resample, '_columns_first', None)
+    monkeypatch.setattr(compiled_resize, 'rows_first', None)
+    monkeypatch.setattr(compiled_resize, 'columns_first', None)
     image = picture(101, 100, 'noise')
     np.testing.assert_array_equal(our_tiles(image, 60, 2, 1), pillow_tiles(image, 60, 2, 1))
 
@@ -152,9 +153,9 @@ def test_either_order_of_a_pillow_is_recognised(monkeypatch, rule):
     def resize(self, size):
         pixels = np.asarray(self)
         if rule(*self.size, *size):
-            return Image.fromarray(resample._columns_first(pixels, size))
+            return Image.fromarray(compiled_resize.columns_first(pixels, size))
         out = np.empty((size[1], size[0] * 3), np.uint8)
-        return Image.fromarray(resample._rows_first(pixels, size, out).reshape(size[1], size[0], 3))
+        return Image.fromarray(compiled_resize.rows_first(pixels, size, out).reshape(size[1], size[0], 3))
 
     monkeypatch.setattr(Image.Image, 'resize', resize)
     pass_order.cache_clear()
@@ -173,13 +174,40 @@ def in_a_new_process(code):
     return json.loads(done.stdout)
 
 
+DIGESTS = """
+import json, logging.handlers, sys
+if {missing}:
+    sys.modules['numba'] = None
+logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[handler := logging.handlers.MemoryHandler(99)])
+import numpy as np
+from PIL import Image
+from lmdeploy_vico.vision.tiling import cut_tiles, tile_digests
+
+rng, digests = np.random.default_rng(3), []
+for width, height in [(1500, 1500), (640, 480), (400, 3000), (3000, 40), (20, 30), (1, 5000)]:
+    picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    digests += [digest.hex() for digest in tile_digests(cut_tiles(picture, 1, 12))]
+said = [record.getMessage() for record in handler.buffer if record.name == 'lmdeploy_vico.vision.resample']
+print(json.dumps({{'digests': digests, 'said': said, 'numba': sys.modules.get('numba') is not None}}))
+"""
+
+
+def test_without_numba_the_pixels_are_the_same_and_the_log_says_once_who_resizes():
+    compiled, plain = (in_a_new_process(DIGESTS.format(missing=missing)) for missing in (False, True))
+    assert compiled['digests'] == plain['digests']
+    assert (compiled['numba'], plain['numba']) == (True, False)
+    assert [text.partition(',')[0] for text in compiled['said']] == ['Pictures are resized by compiled code']
+    assert [text.partition(',')[0] for text in plain['said']] == ['Pictures are resized by Pillow']
+    assert 'numba' in plain['said'][0]
+
+
 COMPILED = """
 import json
 from PIL import Image
-from lmdeploy_vico.vision import resample
+from lmdeploy_vico.vision import compiled_resize, resample
 from lmdeploy_vico.vision.tiling import cut_tiles
 
-functions = {name: value for name, value in vars(resample).items() if hasattr(value, 'signatures')}
+functions = {name: value for name, value in vars(compiled_resize).items() if hasattr(value, 'signatures')}
 count = lambda: {name: len(function.signatures) for name, function in functions.items()}
 resample.pass_order()
 counts = [count()]
@@ -202,7 +230,7 @@ def test_trying_the_order_compiles_all_that_pictures_need():
 COST = """
 import json, math, resource
 from PIL import Image
-from lmdeploy_vico.vision import resample
+from lmdeploy_vico.vision import compiled_resize, resample
 from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles
 
 done = []  # multiplications of a pixel by a weight
@@ -228,7 +256,8 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 resample.pass_order()
-resample._resize_rows, resample._resize_columns = counted(resample._resize_rows), counted(resample._resize_columns)
+for name in ('_resize_rows', '_resize_columns'):
+    setattr(compiled_resize, name, counted(getattr(compiled_resize, name)))
 found = []
 for size in [(14_336, 1), (65_535, 1), (1_000_000, 1), (1, 1_000_000)]:
     columns, rows = choose_grid(*size, 1, 12)

@@ -18,6 +18,7 @@ from lmdeploy.pytorch.models import patch
 from lmdeploy_vico.adapter.engine.architectures import PREFIX, vico_architecture
 from lmdeploy_vico.adapter.engine.quantisation import CheckpointQuantization
 from lmdeploy_vico.adapter.engine.spans import VisualSpan
+from lmdeploy_vico.adapter.handover import Span
 from lmdeploy_vico.checkpoints.files import fill_with_noise
 from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL
 from lmdeploy_vico.kernels.implementation import use
@@ -138,17 +139,12 @@ class SpanProcessor(BaseModelInputProcessor):
     """Wraps the spans that the API process has checked; runs unguarded in the engine's loop, so it must not fail."""
 
     def preprocess_input(
-        self, input_ids: list[int], input_multimodals: list[dict[str, Any]] | None = None, **kwargs: Any
+        self, input_ids: list[int], input_multimodals: list[Span] | None = None, **kwargs: Any
     ) -> PreprocessInputResult:
         """Make LMDeploy's spans of ours; the ids already have their true length."""
         del kwargs
         spans = [
-            VisualSpan(
-                data=span['embeddings'].tensor(),
-                start=span['start'],
-                end=span['end'],
-                content_hash=span['content_hash'],
-            )
+            VisualSpan(data=span.embeddings.tensor(), start=span.start, end=span.end, content_hash=span.content_hash)
             for span in input_multimodals or []
         ]
         return PreprocessInputResult(input_ids=input_ids, input_multimodals={MODALITY: spans} if spans else None)

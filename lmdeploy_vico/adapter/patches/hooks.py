@@ -123,8 +123,10 @@ def admit_before_decoding(module: ModuleType) -> None:
             return await wrapped(*args, **kwargs)
         from lmdeploy_vico.adapter.server.disconnect import while_client_waits
 
-        async with model.admit(*_admission_arguments(*args, **kwargs)):
-            return await while_client_waits(lambda: asyncio.ensure_future(wrapped(*args, **kwargs)))
+        # LMDeploy names all arguments. What it hands on as "messages" from here is the parsed request.
+        async with model.admit(*_admission_arguments(*args, **kwargs)) as request:
+            arguments = {**kwargs, 'messages': request}
+            return await while_client_waits(lambda: asyncio.ensure_future(wrapped(**arguments)))
 
     wrapt.wrap_function_wrapper(processor_class, '_get_multimodal_prompt_input', prompt_input)
 
@@ -188,7 +190,7 @@ def decode_side_by_side(module: ModuleType) -> None:
             from lmdeploy_vico.adapter.server.media import MediaParser
 
             # Takes the place of a static method, for this processor only.
-            instance.async_parse_multimodal_item = MediaParser(processor_class, model.session_len)
+            instance.async_parse_multimodal_item = MediaParser(processor_class)
 
     wrapt.wrap_function_wrapper(processor_class, '__init__', init)
 
@@ -287,8 +289,10 @@ def _backend_config(
     return backend_config
 
 
-def _admission_arguments(messages: Any, *args: Any, media_io_kwargs: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    return messages, media_io_kwargs
+def _admission_arguments(
+    *, messages: Any, media_io_kwargs: Any = None, mm_processor_kwargs: Any = None, **kwargs: Any
+) -> tuple[Any, Any, Any]:
+    return messages, media_io_kwargs, mm_processor_kwargs
 
 
 def _is_supported_arguments(model_path: str, trust_remote_code: bool = False) -> tuple[str, bool]:

@@ -1,13 +1,13 @@
-"""How much memory decoded pictures may take: asked before their pixels are decoded, given back when nobody needs them.
+"""How much memory decoded pictures may take.
 
-Places in the vision stage are counted in tiles, and say nothing of this: an image may ask for one tile and have 177
-million pixels, in a file of half a megabyte.
+Memory is counted before a picture's pixels are decoded, and given back when nobody needs them any more. The vision
+stage counts tiles, which says nothing about memory: an image of one tile may have 177 million pixels, in a file of half
+a megabyte.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from lmdeploy_vico.adapter.server.overload import OverloadError
 
@@ -19,7 +19,8 @@ class TooLargeError(ValueError):
 class PixelBudget:
     """Memory for the decoded pictures of all requests. Safe to use from several threads.
 
-    Nobody waits for room: whoever has some and waits for more could wait for somebody who does the same.
+    A request that finds no room is refused; it does not wait. Two requests that hold memory and wait for more could
+    wait for each other.
 
     Args:
         limit: bytes, None for any number.
@@ -34,8 +35,8 @@ class PixelBudget:
 class PixelShare:
     """What the pictures of one request take of the budget.
 
-    It is given back, all at once, when the request is not being prepared any more and the last thread that decoded for
-    it has come to its end: decoding cannot be interrupted, and goes on for a while after a client has left.
+    All of it is given back at once, when the request is no longer prepared and the last thread that decodes for it has
+    ended. Decoding cannot be interrupted, so it goes on for a while after a client has left.
     """
 
     def __init__(self, budget: PixelBudget) -> None:
@@ -44,14 +45,12 @@ class PixelShare:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, nothing is given back, and :func:`charge` and :func:`decoding` know whose pictures these are."""
+        """Give nothing back before this block ends."""
         with self._budget.lock:
             self._users += 1
-        token = _current.set(self)
         try:
             yield
         finally:
-            _current.reset(token)
             with self._budget.lock:
                 self._users -= 1
                 if not self._users:
@@ -63,7 +62,7 @@ class PixelShare:
 
         Raises:
             TooLargeError: the request alone exceeds the limit.
-            OverloadError: it does beside those that are being prepared now.
+            OverloadError: together with the requests that are being prepared, it exceeds the limit.
         """
         budget = self._budget
         with budget.lock:
@@ -80,24 +79,3 @@ class PixelShare:
                     )
             budget.taken += size
             self._size += size
-
-
-_current: ContextVar[PixelShare | None] = ContextVar('vico_pixels', default=None)
-
-
-@contextmanager
-def decoding() -> Iterator[None]:
-    """Around what a thread does for a request, in a copy of its context: until the end its pictures are counted."""
-    share = _current.get()
-    if share is None:
-        yield
-        return
-    with share.in_use():
-        yield
-
-
-def charge(size: int) -> None:
-    """Count bytes that are about to be decoded for the request being prepared, if there is one; see ``take``."""
-    share = _current.get()
-    if share is not None:
-        share.take(size)

@@ -26,10 +26,7 @@ def embeddings(dtype=torch.bfloat16):
 
 
 def spans(image):
-    return [
-        Span(PackedRows.of(image[low:high]), low, high, content_hash=str(low))
-        for low, high in CUTS
-    ]
+    return [Span(PackedRows.of(image[low:high]), low, high, content_hash=str(low)) for low, high in CUTS]
 
 
 def sent(spans):

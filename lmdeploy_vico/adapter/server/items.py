@@ -206,7 +206,8 @@ def _source_and_params(sent: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if not isinstance(own, Mapping):
         return own, {key: value for key, value in sent.items() if key not in ('type', kind)}
     params = dict(own)
-    return params.pop('url', None) or params.pop('data', None), params
+    url = params.pop('url', None)
+    return (params.pop('data', None) if url is None or (isinstance(url, str) and not url) else url), params
 
 
 def _not_one_source(kind: str) -> ValueError:

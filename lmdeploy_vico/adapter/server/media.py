@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -56,13 +56,13 @@ class MediaParser:
         loop = asyncio.get_running_loop()
         turn = asyncio.Semaphore(AT_ONCE)
 
-        async def decode(number: int, item: MediaItem) -> list[Job]:
+        async def decode(number: int, item: MediaItem) -> Sequence[Job]:
             async with turn:
                 arguments = number, item, media_io_kwargs or {}, allowed_media_domains
                 return await loop.run_in_executor(self._threads, copy_context().run, self._decode, *arguments)
 
         tasks = deque(asyncio.create_task(decode(number, item)) for number, item in enumerate(messages.media))
-        jobs: list[list[Job]] = []
+        jobs: list[Sequence[Job]] = []
         try:
             while tasks:
                 jobs.append(await tasks.popleft())
@@ -78,7 +78,7 @@ class MediaParser:
     @decoding()
     def _decode(
         self, number: int, item: MediaItem, media_io_kwargs: Mapping[str, Any], allowed_media_domains: Any
-    ) -> list[Job]:
+    ) -> Sequence[Job]:
         if isinstance(item, VideoItem):
             media_io_kwargs = {**media_io_kwargs, 'video': item.options}
         messages = {item.message: {'role': 'user', 'content': [item.sent]}}
@@ -86,6 +86,8 @@ class MediaParser:
         try:
             with stage_metrics().decode.time():
                 self._parse_message(item.message, messages, parsed, media_io_kwargs, allowed_media_domains)
+        except NotImplementedError as error:  # of data URLs that are not base64
+            raise ValueError(str(error)) from error
         except OSError as error:  # those of requests are OSErrors too
             # Only which status or error: anything more would tell of this machine and its network.
             response = getattr(error, 'response', None)
@@ -114,7 +116,7 @@ def video_frames(frames: np.ndarray | torch.Tensor, backend: str, num_frames: in
     return [Image.fromarray(frame) for frame in frames]
 
 
-def _give_up(task: 'asyncio.Task[list[Job]]') -> None:
+def _give_up(task: 'asyncio.Task[Sequence[Job]]') -> None:
     """Cancel a task of a request that has failed: what has not been begun is not decoded."""
     if not task.cancel() and not task.cancelled():
         task.exception()  # seen, so that asyncio does not log it

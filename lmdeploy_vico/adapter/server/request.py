@@ -51,7 +51,7 @@ class VicoRequest:
     messages: tuple[Message, ...]
     compression: Compression
     session_len: int | None
-    jobs: tuple[list[Job], ...] = ()
+    jobs: tuple[Sequence[Job], ...] = ()
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -65,15 +65,20 @@ class VicoRequest:
 
     @cached_property
     def images(self) -> list[Job]:
-        """What is encoded, in order: the images, and among them the frames of the videos."""
+        """What has been decoded, in order: the images, and among them the frames of the videos."""
         return [job for jobs in self.jobs for job in jobs]
 
     @property
-    def synthetic(self) -> bool:
-        """Whether the visual tokens of all images are made up."""
-        return any(isinstance(item, SyntheticItem) for item in self.media)
+    def pictures(self) -> list[ImageJob]:
+        """The images that are encoded: all of them, or none if they are synthetic."""
+        return [job for job in self.images if isinstance(job, ImageJob)]
 
-    def decoded(self, jobs: Sequence[list[Job]]) -> 'VicoRequest':
+    @property
+    def synthetic(self) -> list[SyntheticImage]:
+        """The images whose visual tokens are made up: all of them, or none."""
+        return [job for job in self.images if isinstance(job, SyntheticImage)]
+
+    def decoded(self, jobs: Sequence[Sequence[Job]]) -> 'VicoRequest':
         """The same request with its images and videos decoded.
 
         Raises:
@@ -128,7 +133,8 @@ def parse_request(
         _prompt_compression(mm_processor_kwargs or {}, rules.compression),
         rules.session_len,
     )
-    if request.synthetic and not all(isinstance(item, SyntheticItem) for item in request.media):
+    synthetic = [isinstance(item, SyntheticItem) for item in request.media]
+    if any(synthetic) and not all(synthetic):
         raise ValueError(f'A request has either images with "{SYNTHETIC_KEY}" or without, not both.')
     return request
 

@@ -159,17 +159,17 @@ class VicoVisionModel(VisionModel):
 
     def _submit(self, request: VicoRequest) -> 'Future[list[EncodedImage]]':
         if self._synthetic is not None and request.synthetic:
-            return self._synthetic.submit(request.images)
+            return self._synthetic.submit(request.synthetic)
         served = served_request()
-        return self.stage.submit(request.images, request.compression, served and served.admission)
+        return self.stage.submit(request.pictures, request.compression, served.admission if served else None)
 
     def _assemble(self, pieces: list[str] | list[Ids], images: Sequence[EncodedImage]) -> dict[str, Any]:
-        text = None
-        if isinstance(pieces[0], str):
-            text = IMAGE_CONTEXT.join(pieces)
-            pieces = [self.tokenizer.encode(piece, add_bos=index == 0) for index, piece in enumerate(pieces)]
-        input_ids, spans = assemble(pieces, images, self.image_token_id, self.backend_config.block_size)
-        return {'prompt': text, 'input_ids': input_ids, 'multimodal': spans}
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        encoded = [self.tokenizer.encode(text, add_bos=index == 0) for index, text in enumerate(texts)]
+        of_ids = [piece for piece in pieces if not isinstance(piece, str)]
+        block_size = self.backend_config.block_size
+        input_ids, spans = assemble(encoded or of_ids, images, self.image_token_id, block_size)
+        return {'prompt': IMAGE_CONTEXT.join(texts) if texts else None, 'input_ids': input_ids, 'multimodal': spans}
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

@@ -24,11 +24,11 @@ from PIL import Image, ImageFile
 
 from lmdeploy_vico.adapter.patches import decoding
 from lmdeploy_vico.adapter.patches.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.media import AT_ONCE, MediaParser
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.items import Rules
-from lmdeploy_vico.adapter.server.pixels import PixelBudget, TooLargeError
 from lmdeploy_vico.adapter.server.request import parse_request
+from lmdeploy_vico.adapter.server.served import PixelBudget, TooLargeError
 from lmdeploy_vico.vision.tiling import Tiling, cut_tiles
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lmdeploy_vico.adapter.server.pixels import PixelBudget, PixelShare
-from lmdeploy_vico.adapter.server.served import ServedRequest, serving
+from lmdeploy_vico.adapter.server.served import PixelBudget, PixelShare, ServedRequest, serving
 
 
 @contextmanager

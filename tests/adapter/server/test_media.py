@@ -22,9 +22,8 @@ from waiting import HANG
 from lmdeploy_vico.adapter.server.disconnect import while_client_waits
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.media import MediaParser, video_frames
-from lmdeploy_vico.adapter.server.pixels import PixelBudget
 from lmdeploy_vico.adapter.server.request import parse_request
-from lmdeploy_vico.adapter.server.served import charge
+from lmdeploy_vico.adapter.server.served import PixelBudget, charge
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
 from lmdeploy_vico.vision.tiling import Tiling
 
@@ -258,4 +257,6 @@ def test_errors_become_sentences(monkeypatch):
     monkeypatch.setattr(requests.Session, 'get', get)
     for _, reason in failures:
         with pytest.raises(ValueError, match=f'An image or video could not be fetched: {reason}.$'):
-            decode([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}])
+            decode(
+                [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}]
+            )

@@ -10,8 +10,7 @@ from adapter.server.counting import counting
 from waiting import HANG
 
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.pixels import PixelBudget, PixelShare, TooLargeError
-from lmdeploy_vico.adapter.server.served import charge, decoding, served_request
+from lmdeploy_vico.adapter.server.served import PixelBudget, PixelShare, TooLargeError, charge, decoding, served_request
 
 
 def test_a_request_that_alone_is_too_large():

@@ -182,19 +182,20 @@ def test_ids_with_another_number_of_image_tokens(ids):
         split_ids(ids, IMAGE, 1)
 
 
-def cut(*content, chat_template=BaseChatTemplate()):
+def cut(*content, raw=True):
+    chat_template = BaseChatTemplate() if raw else object()
     return cut_at_images(decoded([user(*content)], [1]), chat_template, template, IMAGE, vocab_size=100)
 
 
 def test_which_way_a_prompt_is_cut():
     assert cut(text('look'), PICTURE) == ['look<img>', '</img>\n']  # as /generate comes
     assert cut(text([1, IMAGE, 2]), PICTURE) == [[1], [2]]
-    assert cut(text('look'), PICTURE, chat_template=object()) == ['[user]look<img>', '</img>\n']
+    assert cut(text('look'), PICTURE, raw=False) == ['[user]look<img>', '</img>\n']
 
 
 def test_token_ids_are_taken_from_generate_only():
     with pytest.raises(ValueError, match='must have a string "text"'):
-        cut(text([1, IMAGE, 2]), PICTURE, chat_template=object())
+        cut(text([1, IMAGE, 2]), PICTURE, raw=False)
     with pytest.raises(ValueError, match='input_ids must be integers from 0 to 99, not 100'):
         cut(text([100, IMAGE]), PICTURE)
 

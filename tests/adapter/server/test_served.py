@@ -5,8 +5,7 @@ import asyncio
 import pytest
 
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.pixels import PixelBudget
-from lmdeploy_vico.adapter.server.served import ServedRequest, admitted, charge, served_request, serving
+from lmdeploy_vico.adapter.server.served import PixelBudget, ServedRequest, admitted, charge, served_request, serving
 from lmdeploy_vico.stage.queue import TileQueue
 
 pytestmark = pytest.mark.busy

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.items import ImageItem, Rules, SyntheticItem
 from lmdeploy_vico.adapter.server.prompt import assemble
 from lmdeploy_vico.adapter.server.request import parse_request
 from lmdeploy_vico.adapter.server.synthetic import MAX_SEED, STARTS, SyntheticEncoder, SyntheticImage
@@ -75,8 +75,8 @@ def test_other_keys_of_the_item():
 
 
 def test_real_images_beside_synthetic_ones():
-    assert not parsed().synthetic and not parsed(REAL).synthetic
-    assert parsed(item(wanted()), item(wanted())).synthetic
+    assert [type(media) for media in parsed(REAL, REAL).media] == [ImageItem] * 2
+    assert [type(media) for media in parsed(item(wanted()), item(wanted())).media] == [SyntheticItem] * 2
     with pytest.raises(ValueError, match='either images with "synthetic" or without, not both'):
         parsed(item(wanted()), REAL)
 

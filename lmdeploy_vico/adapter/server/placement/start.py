@@ -11,12 +11,12 @@ import torch
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.server.items import Rules
-from lmdeploy_vico.adapter.server.pixels import PixelBudget
 from lmdeploy_vico.adapter.server.placement.devices import vision_devices
 from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
 from lmdeploy_vico.adapter.server.placement.replicas import GIB, Replicas
 from lmdeploy_vico.adapter.server.placement.weights import open_weights
+from lmdeploy_vico.adapter.server.served import PixelBudget
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels.implementation import use

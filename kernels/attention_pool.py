@@ -18,7 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, implementation, on_device
+from lmdeploy_vico.kernels.implementation import (
+    TRITON,
+    check,
+    device_limits,
+    implementation,
+    on_device,
+    refuse_gradients,
+)
 from lmdeploy_vico.kernels.precision import dot_type, split_dot
 
 # By bytes of an element; with wider tokens the context of all channels would spill from the registers.
@@ -43,16 +50,18 @@ def attention_pool(x: torch.Tensor, u: torch.Tensor, scale: float = 1.0) -> torc
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride; the message begins with its name.
+        RuntimeError: a gradient is needed, and the Triton kernel would run, which has none.
     """
     _check(x, u)
     if implementation(x.device) == TRITON:
+        refuse_gradients('attention_pool', x, u)
         with on_device(x.device):
             return attention_pool_triton(x, u, scale)
     return attention_pool_torch(x, u, scale)
 
 
 def attention_pool_torch(x: torch.Tensor, u: torch.Tensor, scale: float) -> torch.Tensor:
-    """The same in plain torch; takes B x T x D floats of scratch memory unless x is float32."""
+    """The same in plain torch, with gradients; takes B x T x D floats of scratch memory unless x is float32."""
     tokens = x.float()
     weights = torch.softmax(scale * (u.float() @ tokens.transpose(1, 2)), dim=-1)
     return weights @ tokens

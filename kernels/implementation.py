@@ -67,6 +67,12 @@ def _obstacle(device: torch.device) -> str:
     return ''
 
 
+def refuse_gradients(operation: str, *operands: torch.Tensor | None) -> None:
+    """Raise RuntimeError if autograd would need a gradient of a Triton kernel: it has none, and would be left out."""
+    if torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands):
+        raise RuntimeError(f'The Triton kernel {operation} has no gradient: set kernels to "torch" to train.')
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whichever the tensors are on: make it theirs."""
     return torch.cuda.device(device) if device.type == 'cuda' else nullcontext()

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, device_limits, implementation, on_device
+from lmdeploy_vico.kernels.implementation import (
+    TRITON,
+    check,
+    device_limits,
+    implementation,
+    on_device,
+    refuse_gradients,
+)
 from lmdeploy_vico.kernels.precision import dot_type, split_dot
 
 
@@ -35,24 +42,26 @@ def linear(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, g
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride; the message begins with its name.
+        RuntimeError: a gradient is needed, and the Triton kernel would run, which has none.
     """
     _check(a, w, bias)
-    run = linear_triton if implementation(a.device) == TRITON else linear_torch
+    run = linear_torch
+    if implementation(a.device) == TRITON:
+        refuse_gradients('linear', a, w, bias)
+        run = linear_triton
     with on_device(a.device):
         return run(a, w, bias, gelu) if a.dim() == 3 else run(a[None], w[None], bias, gelu)[0]
 
 
 def linear_torch(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
-    """The same in plain torch, row by row; weights that are not float32 are copied to float32.
+    """The same in plain torch, row by row, with gradients; weights that are not float32 are copied to float32.
 
     A product of several rows would do, but a CPU's libraries may sum a row differently depending on its place in them.
     """
     w = w.float()
-    out = a.new_empty(a.shape[1], a.shape[0], w.shape[1]).transpose(0, 1)
-    for row in range(a.shape[1]):
-        out[:, row] = (w @ a[:, row, :, None])[..., 0]
+    out = torch.stack([(w @ row[..., None])[..., 0] for row in a.unbind(1)]).transpose(0, 1)
     if bias is not None:
-        out += bias.float()
+        out = out + bias.float()
     return F.gelu(out) if gelu else out
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device
+from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device, refuse_gradients
 
 BLOCK_BYTES = 16 * 1024  # of a program
 VECTOR_BYTES = 16  # of the widest load
@@ -46,11 +46,13 @@ def pack(
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride, or rows outside ``out``; the message begins
             with the argument's name.
+        RuntimeError: a gradient is needed, and the Triton kernel would run, which has none.
     """
     _check(out, sources, starts, offsets, groups)
     if not any(len(source) for source in sources) or out.shape[1] == 0:
         return out
     if implementation(out.device) == TRITON:
+        refuse_gradients('pack', out, *sources)
         with on_device(out.device):
             return pack_triton(out, sources, starts, offsets, groups)
     return pack_torch(out, sources, starts, offsets, groups)
@@ -63,7 +65,7 @@ def pack_torch(
     offsets: torch.Tensor | None = None,
     groups: Sequence[int] = (),
 ) -> torch.Tensor:
-    """The same in plain torch; with offsets on a GPU the host waits for them."""
+    """The same in plain torch, with gradients; with offsets on a GPU the host waits for them."""
     if offsets is not None:
         begins = offsets.tolist()
         starts = [start + begins[group] for start, group in zip(starts, groups, strict=True)]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device
+from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device, refuse_gradients
 
 FULL_RATIO, COMPRESSED_RATIO = 2, 4
 PATCHES = COMPRESSED_RATIO**2  # of a program
@@ -39,7 +39,8 @@ class Shuffled(NamedTuple):
     """Normalised rows; of the tiles that an output has room for, in the order of the tiles.
 
     Attributes:
-        full: ``[room * patches / 4, 4 * D]``; rows beyond those of the full tiles are not written.
+        full: ``[room * patches / 4, 4 * D]``; rows beyond those of the full tiles are zero in plain torch, where a
+            gradient may pass through them, and are not written by the Triton kernel.
         compressed: ``[room * patches / 16, 16 * D]``, likewise.
         counts: int32 ``[2]`` on the device, how many tiles are full and how many compressed.
     """
@@ -70,10 +71,12 @@ def pixel_shuffle(
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride; the message begins with its name.
+        RuntimeError: a gradient is needed, and the Triton kernel would run, which has none.
     """
     _check(x, compressed, full_norm, compressed_norm, room)
     room = (len(x), len(x)) if room is None else room
     if implementation(x.device) == TRITON:
+        refuse_gradients('pixel_shuffle', x, *full_norm, *compressed_norm)
         with on_device(x.device):
             return pixel_shuffle_triton(x, compressed, full_norm, compressed_norm, eps, room)
     return pixel_shuffle_torch(x, compressed, full_norm, compressed_norm, eps, room)
@@ -87,16 +90,14 @@ def pixel_shuffle_torch(
     eps: float,
     room: tuple[int, int],
 ) -> Shuffled:
-    """The same in plain torch; on a GPU the host waits for the number of tiles of each kind."""
+    """The same in plain torch, with gradients; on a GPU the host waits for the number of tiles of each kind."""
     outputs = []
     branches = ((~compressed, FULL_RATIO, full_norm, room[0]), (compressed, COMPRESSED_RATIO, compressed_norm, room[1]))
     for chosen, ratio, norm, tiles in branches:
         merged = merge(x[chosen][:tiles], ratio)
         affine = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
         rows = F.layer_norm(merged, merged.shape[-1:], *affine, eps)
-        output = x.new_empty(tiles * merged.shape[1], merged.shape[2])
-        output[: len(rows) * merged.shape[1]] = rows.flatten(0, 1)
-        outputs.append(output)
+        outputs.append(F.pad(rows, (0, 0, 0, 0, 0, tiles - len(rows))).flatten(0, 1))
     number = compressed.sum()
     return Shuffled(*outputs, torch.stack([len(x) - number, number]).to(torch.int32))
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device
+from lmdeploy_vico.kernels.implementation import TRITON, check, implementation, on_device, refuse_gradients
 
 MOST_CHANNELS = 8192  # of a row: 32 values a thread
 CHANNELS_OF_A_WARP, MOST_WARPS = 256, 8
@@ -60,7 +60,7 @@ def residual_norm(
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or stride; the message begins with its name.
-        RuntimeError: gradients are asked for, and the Triton kernel would run, which has none.
+        RuntimeError: a gradient is needed, and the Triton kernel would run, which has none.
     """
     _check(x, weight, bias)
     check('delta', delta, tuple(x.shape), x.device)
@@ -101,9 +101,7 @@ def _run(
 ) -> Normalised:
     if implementation(x.device) != TRITON:
         return residual_norm_torch(x, delta, scale, weight, bias, eps)
-    given = [tensor for tensor in (x, delta, scale, weight, bias) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        raise RuntimeError('The Triton kernel residual_norm has no gradient: set kernels to "torch" to train.')
+    refuse_gradients('residual_norm', x, delta, scale, weight, bias)
     with on_device(x.device):
         return residual_norm_triton(x, delta, scale, weight, bias, eps)
 

@@ -46,7 +46,7 @@ def absorbed_router(plain: nn.Sequential, width: int) -> nn.Sequential:
         router = nn.Sequential(AttentionPooling(width), Gating(width))
     router.load_state_dict(plain.state_dict(), strict=False, assign=True)
     for module in router:
-        module.prepare()
+        module.freeze()
     return router
 
 

@@ -143,7 +143,7 @@ def routers(width):
     for mine, other in zip(ours, theirs, strict=True):
         # Copies, since the absorbed router brings its norms to float32.
         mine.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, strict=False, assign=True)
-        mine.prepare()
+        mine.freeze()
     return theirs, ours, exact
 
 

@@ -107,8 +107,7 @@ class Bench:
         with torch.device('meta'):
             tower = VisionTower(self.config, speedups)
         tower.load_state_dict(self.tower.state_dict(), assign=True)
-        tower.requires_grad_(False).eval()
-        tower.prepare()
+        tower.freeze()
         return VisionEncoder(tower, self.config, self.tile_batch)
 
     def check(self) -> None:

@@ -117,9 +117,7 @@ class VisionEncoder:
         checkpoint.require({name: tuple(value.shape) for name, value in tower.named_parameters()})
         tower.to_empty(device=device)
         checkpoint.load_into(tower)
-        tower.requires_grad_(False).eval()
-        with torch.inference_mode():
-            tower.prepare()
+        tower.freeze()
         return cls(tower, config, tile_batch, graph)
 
     @property

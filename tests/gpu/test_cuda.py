@@ -63,9 +63,7 @@ def rounded(encoder, make_checkpoint, vit):
         return encoder
     tower = VisionTower(encoder.config).bfloat16()
     Checkpoint(make_checkpoint(vit=vit)).load_into(tower)
-    tower.requires_grad_(False).eval()
-    with torch.inference_mode():
-        tower.prepare()
+    tower.freeze()
     return VisionEncoder(tower, encoder.config, tile_batch=4)
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmdeploy_vico.kernels.implementation import TRITON, implementation
 from lmdeploy_vico.kernels.pixel_shuffle import Norm, pixel_shuffle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +48,10 @@ def norms_of(device):
 
 @pytest.fixture(scope='session')
 def check(float64, assert_close):
-    """``check(x, kinds, norms, eps, room)``: rows, counts, and that rows without a tile are still as allocated."""
+    """``check(x, kinds, norms, eps, room)``: rows, counts, and rows without a tile.
+
+    The Triton kernel leaves those as they were allocated, plain torch makes them zero.
+    """
 
     def run(x, kinds, norms, eps=EPS, room=None, compressed=None):
         if compressed is None:
@@ -62,7 +66,8 @@ def check(float64, assert_close):
             assert out.shape == (space * x.shape[1] // ratio**2, ratio**2 * x.shape[2])
             expected = reference(tiles, ratio, float64(norm.weight), float64(norm.bias), eps)
             assert_close(out[: len(expected)], expected)
-            assert out[len(expected) :].isnan().all()
+            rest = out[len(expected) :]
+            assert rest.isnan().all() if implementation(x.device) == TRITON else not rest.any()
 
     return run
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lmdeploy_vico.config import UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.vision.encoder import VisionEncoder, default_dtype, default_tile_batch, saturate
+from lmdeploy_vico.vision.model.intern_vit import InternVisionModel
 
 
 @pytest.fixture(scope='module', params=['layer_norm', 'rms_norm'])
@@ -27,11 +28,10 @@ def test_computes_in_float32_on_a_cpu(make_checkpoint):
 
 
 def test_pixels_are_normalised_in_float32_whatever_the_dtype(make_checkpoint):
-    path = make_checkpoint()
-    tower = VisionEncoder.from_pretrained(path).tower.to(torch.bfloat16)
-    tower.prepare()
-    embeddings = tower.vision_model.embeddings
-    assert embeddings._mean.dtype == embeddings._std.dtype == torch.float32
+    model = InternVisionModel(VicoConfig.from_pretrained(make_checkpoint()).vision).to(torch.bfloat16)
+    for _ in ('computed', 'kept'):
+        assert {statistic.dtype for statistic in model.embeddings.statistics()} == {torch.float32}
+        model.freeze()
 
 
 def test_one_result_per_image(encoder, pictures):

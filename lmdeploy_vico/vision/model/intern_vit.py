@@ -29,9 +29,10 @@ class InternVisionModel(nn.Module):
         self.embeddings = _Embeddings(config.hidden_size)
         self.encoder = _Encoder(config)
 
-    def prepare(self) -> None:
-        """Compute what depends on the weights alone; call once they are in place."""
-        self.embeddings.prepare(self.speedups.padded_patches)
+    def freeze(self) -> None:
+        """Compute what depends on the weights alone, and keep it; from then on they must not change."""
+        self.requires_grad_(False)
+        self.embeddings.freeze(self.speedups.padded_patches)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """Encode whole tiles.
@@ -44,14 +45,18 @@ class InternVisionModel(nn.Module):
             no final norm.
 
         Raises:
-            RuntimeError: gradients are asked for, and a speed-up is on.
+            RuntimeError: a gradient is needed, and a speed-up is on.
         """
-        if self.speedups and torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
+        self._refuse_gradients(*self.parameters())
+        return self.blocks(self.embeddings(tiles, self.speedups.padded_patches))
+
+    def _refuse_gradients(self, *operands: torch.Tensor) -> None:
+        if self.speedups and torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             raise RuntimeError(f'The ViT has no gradients with vit_speedups ({self.speedups}): train without them.')
-        return self.blocks(self.embeddings(tiles))
 
     def blocks(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The blocks alone: embedded tokens ``[B, T, D]`` in, hidden states out."""
+        """The blocks alone: embedded tokens ``[B, T, D]`` in, hidden states out; raises as :meth:`forward`."""
+        self._refuse_gradients(hidden, *self.parameters())
         if self.speedups.residual_norm:
             return self._fused_blocks(hidden)
         for layer in self.encoder.layers:
@@ -81,26 +86,41 @@ class _Embeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
         self.position_embedding = nn.Parameter(torch.empty(1, GRID * GRID + 1, width))
         self.patch_embedding = nn.Conv2d(3, width, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+        self._kept_statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._kept_padding: torch.Tensor | None = None
 
-    def prepare(self, padded: bool) -> None:
-        """Put the constants on the parameters' device, in float32 whatever the parameters' dtype; pad the weight."""
-        device = self.position_embedding.device
-        self._mean, self._std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
-        self._padded: torch.Tensor | None = None
+    @torch.no_grad()
+    def freeze(self, padded: bool) -> None:
+        """Keep the constants on the parameters' device, and the weight padded, if it shall be."""
+        self._kept_statistics = self._kept_padding = None
+        self._kept_statistics = self.statistics()
         if padded:
-            weight = self.patch_embedding.weight.detach().flatten(1)
-            self._padded = F.pad(weight, (0, PADDED_PATCH_VALUES - PATCH_VALUES))
+            self._kept_padding = self._padded_weight()
 
-    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        pixels = (tiles.float() / 255 - self._mean) / self._std
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation ``[3]`` of pixels, in float32 whatever the parameters' dtype."""
+        if self._kept_statistics is not None:
+            return self._kept_statistics
+        device = self.position_embedding.device
+        return torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
+
+    def _padded_weight(self) -> torch.Tensor:
+        if self._kept_padding is not None:
+            return self._kept_padding
+        return F.pad(self.patch_embedding.weight.flatten(1), (0, PADDED_PATCH_VALUES - PATCH_VALUES))
+
+    def forward(self, tiles: torch.Tensor, padded: bool) -> torch.Tensor:
+        mean, std = self.statistics()
+        pixels = (tiles.float() / 255 - mean) / std
         # The patches do not overlap: the convolution is a matrix product over [3, 14, 14] patches.
         patches = pixels.reshape(-1, GRID, PATCH_SIZE, GRID, PATCH_SIZE, 3).permute(0, 1, 3, 5, 2, 4)
-        if self._padded is None:
-            patches = patches.reshape(-1, GRID * GRID, PATCH_VALUES)
-            weight = self.patch_embedding.weight.flatten(1)
-            tokens = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+        if padded:
+            weight = self._padded_weight()
+            rows = _padded_rows(patches, weight.dtype)
         else:
-            tokens = F.linear(_padded_rows(patches, self._padded.dtype), self._padded, self.patch_embedding.bias)
+            weight = self.patch_embedding.weight.flatten(1)
+            rows = patches.reshape(-1, GRID * GRID, PATCH_VALUES).to(weight.dtype)
+        tokens = F.linear(rows, weight, self.patch_embedding.bias)
         tokens = torch.cat([self.class_embedding.expand(len(tokens), -1, -1), tokens], dim=1)
         return tokens + self.position_embedding
 

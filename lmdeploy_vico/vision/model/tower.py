@@ -12,7 +12,11 @@ from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups
 
 
 class VisionTower(nn.Module):
-    """ViT, router and both projectors; every method works on a fixed batch of whole tiles."""
+    """ViT, router and both projectors; every method works on a batch of whole tiles.
+
+    As it is made, everything is computed from the weights as they are, and gradients flow through all of it in plain
+    torch. :meth:`freeze` is for serving.
+    """
 
     def __init__(self, config: VicoConfig, speedups: Speedups = NO_SPEEDUPS) -> None:
         super().__init__()
@@ -23,11 +27,16 @@ class VisionTower(nn.Module):
         self.mlp1 = full_projector(vit_width, llm_width)
         self.mlp2 = compressed_projector(vit_width, llm_width)
 
-    def prepare(self) -> None:
-        """Compute what depends on the weights alone; call once they are in place."""
-        self.vision_model.prepare()
-        self.pooling_before_gating.prepare()
-        self.gating.prepare()
+    def freeze(self) -> None:
+        """Compute what depends on the weights alone, and keep it; call once they are in place.
+
+        From then on the weights must not change. None of them requires a gradient, and the router refuses to compute
+        one.
+        """
+        self.requires_grad_(False).eval()
+        self.vision_model.freeze()
+        self.pooling_before_gating.freeze()
+        self.gating.freeze()
 
     def encode(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode and score tiles.
@@ -39,8 +48,17 @@ class VisionTower(nn.Module):
             Patch tokens ``[B, 1024, D]`` in the parameters' dtype, and scores ``[B]`` in float32: the router's
             probability that a tile can be compressed.
         """
-        patches = self.vision_model(tiles)[:, 1:]  # without the class token
-        return patches, self.gating(self.pooling_before_gating(patches))[:, 0]
+        patches = self.patches(tiles)
+        return patches, torch.softmax(self.logits(patches), dim=-1)[:, 0]
+
+    def patches(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Patch tokens ``[B, 1024, D]`` of uint8 tiles, in the parameters' dtype, without the class token."""
+        patches: torch.Tensor = self.vision_model(tiles)[:, 1:]
+        return patches
+
+    def logits(self, patches: torch.Tensor) -> torch.Tensor:
+        """The router's float32 logits ``[B, 2]`` of patch tokens ``[B, 1024, D]``; the first one's class: compress."""
+        return self.gating.logits(self.pooling_before_gating(patches))
 
     def shuffle(self, patches: torch.Tensor, compressed: torch.Tensor, room: tuple[int, int]) -> Shuffled:
         """Prepare tiles for the projectors they are routed to.
@@ -51,7 +69,8 @@ class VisionTower(nn.Module):
             room: for how many (full, compressed) tiles there shall be rows.
 
         Returns:
-            Full rows ``[room * 256, 4 * D]`` and compressed rows ``[room * 64, 16 * D]``.
+            Full rows ``[room * 256, 4 * D]`` and compressed rows ``[room * 64, 16 * D]``; those beyond the tiles there
+            are hold nothing of use.
         """
         return shuffle(patches, compressed, self.mlp1, self.mlp2, room)
 

@@ -60,8 +60,7 @@ def routers(request, dtype):
                 nn.init.normal_(value, std=1.5 / value.shape[-1] ** 0.5)
             else:
                 nn.init.normal_(value, mean=1.0 if 'norm' in name and name.endswith('weight') else 0.0, std=0.2)
-        module.to(dtype).requires_grad_(False)
-        module.prepare()
+        module.to(dtype).freeze()
     return modules
 
 

@@ -235,7 +235,7 @@ def plain_forward(model, tiles):
 def test_without_them_the_bits_are_those_of_before(path, tiles, monkeypatch, dtype):
     forbid(monkeypatch, intern_vit, 'residual_norm', 'norm', 'cudnn_attention', '_padded_rows')
     model = load(path).tower.to(dtype).vision_model
-    model.prepare()
+    model.freeze()
     batch = torch.from_numpy(tiles)
     with torch.inference_mode():
         assert torch.equal(model(batch), plain_forward(model, batch))
@@ -247,7 +247,6 @@ class TestGradients:
         model = InternVisionModel(VicoConfig.from_pretrained(path).vision)
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.02)
-        model.prepare()
         return model
 
     def test_the_default_path_has_them(self, model, tiles):
@@ -259,3 +258,6 @@ class TestGradients:
         model.speedups = Speedups(**{name: True})
         with pytest.raises(RuntimeError, match=re.escape(f'no gradients with vit_speedups ({name})')):
             model(torch.from_numpy(tiles[:1]))
+        model.requires_grad_(False)
+        with pytest.raises(RuntimeError, match='no gradients with vit_speedups'):
+            model.blocks(torch.zeros(1, 2, model.embeddings.class_embedding.shape[-1], requires_grad=True))

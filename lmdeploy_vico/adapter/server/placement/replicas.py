@@ -23,7 +23,7 @@ OUT_OF_MEMORY = ('out of memory', 'ALLOC_FAILED')
 class CopiedWeights:
     """The weights of a vision side that is in place already, copied from its device, bit for bit.
 
-    Some of its parameters are in float32 by then (``VisionTower.prepare``), with the values that they were loaded with.
+    Some of its parameters are in float32 by then (``VisionTower.freeze``), with the values that they were loaded with.
     """
 
     def __init__(self, source: nn.Module) -> None:

@@ -46,8 +46,7 @@ def test_a_copy_in_bfloat16_has_the_same_bits(make_checkpoint, vit):
     def tower(weights):
         tower = VisionTower(VicoConfig.from_pretrained(path)).to(torch.bfloat16)
         weights.load_into(tower)
-        with torch.inference_mode():
-            tower.prepare()
+        tower.freeze()
         return tower
 
     read = tower(Checkpoint(path))

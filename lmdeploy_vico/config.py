@@ -10,6 +10,7 @@ ARCHITECTURE = 'InternVLChatModel'
 IMAGE_SIZE = 448
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE  # patches along a side of a tile
+ROUTER_HEADS = 16  # attention heads of the router's pooling, whatever the ViT's width
 TOKENS_FULL = 256  # visual tokens of a tile shuffled by 2
 TOKENS_COMPRESSED = 64  # visual tokens of a tile shuffled by 4
 IMAGE_MEAN = (0.485, 0.456, 0.406)

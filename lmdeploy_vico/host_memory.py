@@ -4,6 +4,7 @@ import os
 
 import psutil
 
+GIB = 2**30
 CGROUP = '/sys/fs/cgroup'
 
 

@@ -19,8 +19,8 @@ from lmdeploy_vico.adapter.engine.architectures import PREFIX, vico_architecture
 from lmdeploy_vico.adapter.engine.quantisation import CheckpointQuantization
 from lmdeploy_vico.adapter.engine.spans import VisualSpan
 from lmdeploy_vico.adapter.handover import Span
-from lmdeploy_vico.checkpoints.files import fill_with_noise
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL
+from lmdeploy_vico.checkpoints.initialisation import fill
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL, VISION
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
 from lmdeploy_vico.log import get_logger
@@ -111,11 +111,11 @@ class VisualTokensMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load one shard's language model tensors; the vision side is loaded where it runs."""
-        super().load_weights((name, weight) for name, weight in weights if not _is_vision_weight(name))
+        super().load_weights((name, weight) for name, weight in weights if not name.startswith(VISION))
 
     def fill_with_dummy_weights(self) -> None:
         """Make up all weights of this process, of which no file is read then."""
-        fill_with_noise(self.named_parameters())
+        fill(self.named_parameters())
 
     def load_lora_weights(self, weights: Iterable[tuple[str, torch.Tensor]], adapter_id: int) -> None:
         """Load a PEFT adapter trained on the whole model or on the language model alone."""
@@ -126,13 +126,6 @@ class VisualTokensMixin:
         from lmdeploy.pytorch.adapter.adapter import load_lora_weights
 
         load_lora_weights(self, renamed, adapter_id)
-
-
-_VISION_PREFIXES = ('vision_model.', 'mlp1.', 'mlp2.', 'pooling_before_gating.', 'gating.')
-
-
-def _is_vision_weight(name: str) -> bool:
-    return name.startswith(_VISION_PREFIXES)
 
 
 class SpanProcessor(BaseModelInputProcessor):

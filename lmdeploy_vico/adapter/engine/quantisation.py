@@ -11,7 +11,8 @@ from typing import Any
 from lmdeploy.pytorch.config import QuantizationConfig
 
 from lmdeploy_vico.checkpoints.language_model import fused_modules
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL, SkippedModules
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
+from lmdeploy_vico.checkpoints.skipped_modules import SkippedModules
 from lmdeploy_vico.config import UnsupportedCheckpointError
 
 PackedModules = Mapping[str, Sequence[str]]

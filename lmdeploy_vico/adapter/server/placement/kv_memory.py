@@ -5,11 +5,9 @@ one of the ranks' devices costs every rank its memory, and one on each of them c
 weights' bytes; what a rank takes besides has been measured on no GPU yet.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +15,11 @@ from lmdeploy.messages import PytorchEngineConfig
 from lmdeploy.utils import get_max_batch_size
 
 from lmdeploy_vico.adapter.server.placement.devices import UnknownDevicesError, engine_devices, parallelism
-from lmdeploy_vico.adapter.server.placement.replicas import GIB, FreeMemory, free_memory
+from lmdeploy_vico.adapter.server.placement.replicas import FreeMemory, free_memory
+from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
+from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.log import get_logger
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def placement(devices: Sequence[torch.device], before: Mapping[torch.device, Fre
 
 
 def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -> CacheSizing:
-    """What LMDeploy will size the KV cache by; raises ValueError or OSError where the weights' size is not known."""
+    """What LMDeploy will size the KV cache by; raises ValueError where the weights' size is not known."""
     if engine.model_format:
         raise ValueError(f'what the weights take as {engine.model_format} is not known')
     llm, dist = hf_config.llm_config, parallelism(engine)
@@ -192,19 +192,10 @@ def _ranks(name: str, dist: 'DistConfig', kv_heads: int) -> int:
 
 
 def stored_sizes(model_path: str) -> dict[str, int]:
-    """Bytes of each tensor of the language model, by the headers of a checkpoint's safetensors shards.
+    """Return the bytes of each tensor of the language model, as the checkpoint stores them.
 
     Raises:
-        OSError, ValueError: there are none, or one cannot be read.
+        UnsupportedCheckpointError: the checkpoint holds no weights, or damaged ones.
     """
-    sizes: dict[str, int] = {}
-    for shard in sorted(Path(model_path).glob('*.safetensors')):
-        with shard.open('rb') as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-        for name, tensor in header.items():
-            if name.startswith(LANGUAGE_MODEL):
-                start, end = tensor['data_offsets']
-                sizes[name] = end - start
-    if not sizes:
-        raise ValueError('the size of the weights is not known')
-    return sizes
+    sizes = Checkpoint(model_path).sizes
+    return {name: size for name, size in sizes.items() if name.startswith(LANGUAGE_MODEL)}

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lmdeploy_vico.checkpoints.files import Shape, Weights
+from lmdeploy_vico.checkpoints.files import Weights
+from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
 
-GIB = 2**30
 WEIGHT_BYTES = 2  # of a value on a CUDA device: bfloat16 or float16
 # How CUDA's libraries and Triton say it; PyTorch's own allocations raise OutOfMemoryError.
 OUT_OF_MEMORY = ('out of memory', 'ALLOC_FAILED')

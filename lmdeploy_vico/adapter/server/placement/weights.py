@@ -3,7 +3,8 @@
 from copy import deepcopy
 from typing import Any
 
-from lmdeploy_vico.checkpoints.files import Checkpoint, DummyWeights, NoWeightsError, Weights
+from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError, Weights
+from lmdeploy_vico.checkpoints.initialisation import DummyWeights
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes, quantised_shapes
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.log import get_logger

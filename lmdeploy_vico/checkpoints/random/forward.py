@@ -1,6 +1,6 @@
-"""The vision side in plain torch, only as far as calibrating a random checkpoint needs it.
+"""The vision side's forward pass in plain torch, as far as the calibration of a random checkpoint needs it.
 
-Isolated so that it can be replaced. Tensors are looked up by their checkpoint names; the dtype is that of the pixels.
+It computes on a mapping of tensors by their checkpoint names, in the dtype of the pixels.
 """
 
 import math
@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmdeploy_vico.checkpoints.random.configuration import PATCH, TILE
-
-GRID = TILE // PATCH
+from lmdeploy_vico.checkpoints.names import COMPRESSED_PROJECTOR, FULL_PROJECTOR, GATING, POOLING, VIT
+from lmdeploy_vico.config import GRID, PATCH_SIZE, ROUTER_HEADS
 
 Weights = Mapping[str, Tensor]
-ROUTER_HEADS = 16
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def patch_features(weights: Weights, pixels: Tensor) -> Tensor:
     """Convolve normalised pixels ``[n, 3, 14 h, 14 w]`` into patch embeddings ``[n, h w, D]`` without positions."""
-    name = 'vision_model.embeddings.patch_embedding'
+    name = f'{VIT}embeddings.patch_embedding'
     weight, bias = (weights[f'{name}.{kind}'].to(pixels.dtype) for kind in ('weight', 'bias'))
     return F.conv2d(pixels, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
 
@@ -49,14 +47,14 @@ def patch_features(weights: Weights, pixels: Tensor) -> Tensor:
 def vit(weights: Weights, pixels: Tensor, layers: int, heads: int) -> Tensor:
     """Return the patch tokens of normalised pixels: ``[n, 1024, D]`` for a tile, ``[n, 256, D]`` for its quarter."""
     x = patch_features(weights, pixels)
-    prefix = 'vision_model.embeddings'
-    first = weights[f'{prefix}.class_embedding'].to(x.dtype)
-    position = weights[f'{prefix}.position_embedding'].to(x.dtype)
-    rows, columns = pixels.shape[-2] // PATCH, pixels.shape[-1] // PATCH
+    embeddings = f'{VIT}embeddings'
+    first = weights[f'{embeddings}.class_embedding'].to(x.dtype)
+    position = weights[f'{embeddings}.position_embedding'].to(x.dtype)
+    rows, columns = pixels.shape[-2] // PATCH_SIZE, pixels.shape[-1] // PATCH_SIZE
     grid = position[:, 1:].unflatten(1, (GRID, GRID))[:, :rows, :columns].flatten(1, 2)
     x = torch.cat([(first + position[:, :1]).expand(len(x), -1, -1), x + grid], dim=1)
     for i in range(layers):
-        block = f'vision_model.encoder.layers.{i}'
+        block = f'{VIT}encoder.layers.{i}'
         q, k, v = linear(weights, f'{block}.attn.qkv', norm(weights, f'{block}.norm1', x, 1e-6)).chunk(3, dim=-1)
         if f'{block}.attn.q_norm.weight' in weights:
             q = norm(weights, f'{block}.attn.q_norm', q, 1e-6)
@@ -70,30 +68,32 @@ def vit(weights: Weights, pixels: Tensor, layers: int, heads: int) -> Tensor:
 
 def gate_features(weights: Weights, tokens: Tensor) -> Tensor:
     """Return what the router's last linear layer sees, ``[n, D]``, for patch tokens ``[n, tokens, D]``."""
-    pooling = 'pooling_before_gating'
-    x = weights[f'{pooling}.query_token'].to(tokens.dtype).expand(len(tokens), 1, -1)
+    x = weights[f'{POOLING}query_token'].to(tokens.dtype).expand(len(tokens), 1, -1)
     for step in (1, 2, 2, 2):
-        name = f'{pooling}.attn{step}'
+        name = f'{POOLING}attn{step}'
         weight = weights[f'{name}.in_proj_weight'].to(x.dtype).chunk(3)
         bias = weights[f'{name}.in_proj_bias'].to(x.dtype).chunk(3)
         q, k, v = (F.linear(y, weight[i], bias[i]) for i, y in enumerate((x, tokens, tokens)))
         x = norm(
-            weights, f'{pooling}.norm{step}', linear(weights, f'{name}.out_proj', attend(q, k, v, ROUTER_HEADS)), 1e-5
+            weights, f'{POOLING}norm{step}', linear(weights, f'{name}.out_proj', attend(q, k, v, ROUTER_HEADS)), 1e-5
         )
     x = x[:, 0]
     for i in range(1, 5):
-        y = F.gelu(linear(weights, f'gating.block{i}.0', x))
-        x = x + norm(weights, f'gating.block{i}.5', linear(weights, f'gating.block{i}.3', y), 1e-5)
-    return norm(weights, 'gating.gate.0', x, 1e-5)
+        y = F.gelu(linear(weights, f'{GATING}block{i}.0', x))
+        x = x + norm(weights, f'{GATING}block{i}.5', linear(weights, f'{GATING}block{i}.3', y), 1e-5)
+    return norm(weights, f'{GATING}gate.0', x, 1e-5)
 
 
 def project(weights: Weights, tokens: Tensor, ratio: int) -> Tensor:
-    """Return visual tokens ``[n, tokens / ratio^2, H]``: ``mlp1`` for a ratio of 2, ``mlp2`` for 4."""
+    """Return visual tokens ``[n, tokens / ratio^2, H]``.
+
+    A ratio of 2 takes the projector of full tiles, a ratio of 4 that of compressed tiles.
+    """
     n, count, width = tokens.shape
     side = math.isqrt(count) // ratio
     x = tokens.view(n, side, ratio, side, ratio, width).transpose(2, 3).reshape(n, side * side, ratio * ratio * width)
-    name, linears = ('mlp1', (1, 3)) if ratio == 2 else ('mlp2', (1, 4, 7))
-    x = linear(weights, f'{name}.{linears[0]}', norm(weights, f'{name}.0', x, 1e-5))
+    name, linears = (FULL_PROJECTOR, (1, 3)) if ratio == 2 else (COMPRESSED_PROJECTOR, (1, 4, 7))
+    x = linear(weights, f'{name}{linears[0]}', norm(weights, f'{name}0', x, 1e-5))
     for i in linears[1:]:
-        x = linear(weights, f'{name}.{i}', F.gelu(x))
+        x = linear(weights, f'{name}{i}', F.gelu(x))
     return x

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
+from lmdeploy_vico.choices import Compression, parse_compression
 from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
@@ -18,7 +19,6 @@ from lmdeploy_vico.stage.tiles import Tile, TileCache
 from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures
 from lmdeploy_vico.vision.encoder import RoutingGroup, VisionEncoder, VisualTokens
 from lmdeploy_vico.vision.resample import pass_order
-from lmdeploy_vico.vision.routing import Compression, parse_compression
 from lmdeploy_vico.vision.tiling import tile_digests
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from PIL import Image
 
 from lmdeploy_vico.adapter.server.synthetic import KEY as SYNTHETIC_KEY
 from lmdeploy_vico.adapter.server.synthetic import synthetic_image
+from lmdeploy_vico.choices import Compression, parse_compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED
 from lmdeploy_vico.stage.stage import ImageJob
-from lmdeploy_vico.vision.routing import Compression, parse_compression
 
 # OpenAI's `detail`, as LMDeploy reads it for InternVL; "auto" means the checkpoint's.
 DETAIL_TILES = {'low': 6, 'medium': 12, 'high': 24}

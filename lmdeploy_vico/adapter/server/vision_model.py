@@ -34,6 +34,7 @@ from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, assemble, check_i
 from lmdeploy_vico.adapter.server.requests import check_texts, media_jobs, prompt_compression
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder, are_synthetic
 from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
+from lmdeploy_vico.choices import Compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
@@ -41,7 +42,6 @@ from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.routing import Compression
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 

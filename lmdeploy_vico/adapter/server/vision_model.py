@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,12 @@ from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_to
 from lmdeploy_vico.choices import Compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
-from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
+
+logger = logging.getLogger(__name__)
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
@@ -82,7 +84,6 @@ class VicoVisionModel(VisionModel):
                 says why.
         """
         require_all_hooks()
-        get_logger()  # which implementation of the kernels runs is logged below, by a room that knows no handlers
         began = time.perf_counter()
         self.backend_config = backend_config
         self.options = options = Options.load(backend_config.hf_overrides)
@@ -123,7 +124,7 @@ class VicoVisionModel(VisionModel):
         del self.stage
 
     def _log_start(self, encoders: Sequence[VisionEncoder], capacity: int | None, seconds: float) -> None:
-        encoder, options, logger = encoders[0], self.options, get_logger()
+        encoder, options = encoders[0], self.options
         config = encoder.config
         logger.info('lmdeploy-vico %s serves %s', __version__, self.model_path)
         logger.info(

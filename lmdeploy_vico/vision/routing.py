@@ -1,26 +1,10 @@
 """The routing rule: which tiles of a prompt are compressed to 64 visual tokens."""
 
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal, TypeAlias
 
 import torch
 
-Compression: TypeAlias = Literal['auto', 'none', 'all'] | float
-
-ACCEPTED = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
-
-
-def parse_compression(value: object, source: str = 'compression') -> Compression:
-    """Check a value from a request, an option or a caller.
-
-    Raises:
-        ValueError: naming ``source`` and the accepted values.
-    """
-    if value in ('auto', 'none', 'all') and isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
-    raise ValueError(f'{source} must be {ACCEPTED}, not {value!r}.')
+from lmdeploy_vico.choices import Compression
 
 
 def route(

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lmdeploy_vico.choices import parse_compression
 from lmdeploy_vico.config import GRID, TOKENS_COMPRESSED, TOKENS_FULL, InternViTConfig, VicoConfig
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures
 from lmdeploy_vico.vision.encoder import VisionEncoder, VisualTokens
-from lmdeploy_vico.vision.routing import parse_compression, route
+from lmdeploy_vico.vision.routing import route
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, Tiling, cut_grid
 
 D, H = 4, 8  # widths of patch tokens and of visual tokens

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lmdeploy_vico.checkpoints.files import Checkpoint
+from lmdeploy_vico.choices import Speedups
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels import attention_pool, implementation, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.vision.encoder import VisionEncoder
-from lmdeploy_vico.vision.model.speedups import Speedups
 
 REFERENCES = (
     (attention_pool, 'attention_pool_torch'),

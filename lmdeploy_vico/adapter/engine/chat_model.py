@@ -23,7 +23,7 @@ from lmdeploy_vico.checkpoints.initialisation import fill
 from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL, VISION
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
-from lmdeploy_vico.log import get_logger
+from lmdeploy_vico.log import setup
 from lmdeploy_vico.options import OVERRIDES_KEY, Options
 
 MODALITY = 'image'
@@ -53,8 +53,8 @@ class VisualTokensMixin:
         # In LMDeploy's engine process and its workers, where the options arrive as an attribute of the config.
         options = Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})})
         use(options.kernels)
+        setup()
         super().__init__(config.llm_config, *args, **kwargs)
-        get_logger()  # so that it is seen which implementation packs
         self._compile_pack()
         self.vico_dummy_weights = options.dummy_weights
 

@@ -4,6 +4,7 @@ None of these hooks changes what LMDeploy does for a model that is not a ViCO ch
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 import wrapt
 
-from lmdeploy_vico.log import get_logger
+logger = logging.getLogger(__name__)
 
 _LOADER = 'config_from_pretrained'
 
@@ -56,7 +57,7 @@ def choose_pytorch_engine(module: ModuleType) -> None:
         if os.path.exists(os.path.join(model_path, 'triton_models')):
             return True  # converted for TurboMind: there is no config to read
         if isinstance(get_model_arch(model_path, trust_remote_code=trust_remote_code)[1], VicoChatConfig):
-            get_logger().info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', model_path)
+            logger.info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', model_path)
             return False
         return True
 

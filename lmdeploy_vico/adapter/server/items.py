@@ -8,9 +8,9 @@ from PIL import Image
 
 from lmdeploy_vico.adapter.server.synthetic import KEY as SYNTHETIC_KEY
 from lmdeploy_vico.adapter.server.synthetic import SyntheticImage, synthetic_image
+from lmdeploy_vico.choices import Compression, parse_compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED
 from lmdeploy_vico.stage.jobs import ImageJob
-from lmdeploy_vico.vision.routing import Compression, parse_compression
 from lmdeploy_vico.vision.tiling import Grid, Tiling
 
 # OpenAI's `detail`, as LMDeploy reads it for InternVL; "auto" means the checkpoint's.

@@ -12,9 +12,9 @@ from typing import Any
 from lmdeploy_vico.adapter.server.items import Item, MediaItem, Rules, SyntheticItem, TextItem, parse_item
 from lmdeploy_vico.adapter.server.synthetic import KEY as SYNTHETIC_KEY
 from lmdeploy_vico.adapter.server.synthetic import SyntheticImage
+from lmdeploy_vico.choices import Compression, parse_compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import ImageJob
-from lmdeploy_vico.vision.routing import Compression, parse_compression
 
 Job = ImageJob | SyntheticImage
 

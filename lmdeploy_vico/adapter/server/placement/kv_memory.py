@@ -5,6 +5,7 @@ one of the ranks' devices costs every rank its memory, and one on each of them c
 weights' bytes; what a rank takes besides has been measured on no GPU yet.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,10 +21,11 @@ from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes
 from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
 from lmdeploy_vico.host_memory import GIB
-from lmdeploy_vico.log import get_logger
 
 if TYPE_CHECKING:
     from lmdeploy.pytorch.config import DistConfig
+
+logger = logging.getLogger(__name__)
 
 CUDA_CONTEXT = GIB // 2  # what a process takes of a device by using it; an estimate
 RANK_OVERHEAD = GIB  # a rank's CUDA context, NCCL's buffers and workspaces; an estimate
@@ -92,7 +94,6 @@ def report_kv_cache(
         engine: LMDeploy's config.
         before: what the vision side's devices had free before it was loaded.
     """
-    logger = get_logger()
     try:
         devices = engine_devices(engine)
         if devices[0].type == 'cpu':
@@ -112,7 +113,6 @@ def report_kv_cache(
 
 
 def _log(here: int, elsewhere: int, shared: bool, engine: PytorchEngineConfig) -> None:
-    logger = get_logger()
     if not shared:
         logger.info('KV cache: about %.1f GiB a rank (estimate); the vision side is on other devices', here / GIB)
         return

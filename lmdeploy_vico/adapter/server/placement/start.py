@@ -1,6 +1,7 @@
 """Starts the vision side of a server: reads the options, loads the weights, and says in the log what it does."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +15,19 @@ from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.placement.devices import vision_devices
 from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
-from lmdeploy_vico.adapter.server.placement.replicas import GIB, Replicas
+from lmdeploy_vico.adapter.server.placement.replicas import Replicas
 from lmdeploy_vico.adapter.server.placement.weights import open_weights
 from lmdeploy_vico.adapter.server.served import PixelBudget
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.kernels.implementation import use
-from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tiling import Tiling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,6 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
     Raises:
         UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the text says why.
     """
-    get_logger()  # which implementation of the kernels runs is logged below, by a room that knows no handlers
     began = time.perf_counter()
     options = Options.load(backend_config.hf_overrides)
     use(options.kernels)
@@ -109,7 +111,7 @@ def _log_start(
     limited: bool,
     seconds: float,
 ) -> None:
-    encoder, logger = encoders[0], get_logger()
+    encoder = encoders[0]
     logger.info('lmdeploy-vico %s serves %s', __version__, model_path)
     logger.info(
         'vision side on %s in %s (tile batch %d, loaded in %.1f s)',

@@ -1,5 +1,6 @@
 """Serving without weights, to size a deployment: which weights a start uses, and what cannot be made up."""
 
+import logging
 from copy import deepcopy
 from typing import Any
 
@@ -7,8 +8,9 @@ from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError, Weights
 from lmdeploy_vico.checkpoints.initialisation import DummyWeights
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes, quantised_shapes
 from lmdeploy_vico.config import UnsupportedCheckpointError
-from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import PREFIX, Options
+
+logger = logging.getLogger(__name__)
 
 SWITCH = f'{PREFIX}DUMMY_WEIGHTS=1'
 
@@ -23,7 +25,7 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
         return _open_checkpoint(model_path, _as_served(hf_config, backend_config))
     if backend_config.model_format or is_quantised(hf_config.llm_config, hf_config):
         raise UnsupportedCheckpointError('dummy_weights cannot make up quantised weights: serve without quantisation.')
-    get_logger().warning(
+    logger.warning(
         'DUMMY WEIGHTS: all weights are made up, none of %s is read. The answers are random; for sizing only.',
         model_path,
     )

@@ -36,6 +36,7 @@ def clock() -> Callable[[], float]:
 
 
 QUIET = 0.1  # cores that other processes may use in a turn that counts
+PATIENCE = 4  # times the seconds that there are for quiet turns, where others use the machine
 
 
 class Neighbours:
@@ -103,7 +104,7 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0
 
 
 def undisturbed(
-    functions: dict[str, Callable[[], object]], seconds: float = 1.0, patience: int = 4
+    functions: dict[str, Callable[[], object]], seconds: float = 1.0, patience: int = PATIENCE
 ) -> dict[str, Timing]:
     """Time functions that keep many cores busy, in turns of one call, in wall time, for about so many seconds each.
 

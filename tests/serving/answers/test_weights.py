@@ -1,7 +1,7 @@
 """Random weights of published shapes are served from their files, by the plugin and by LMDeploy's own classes."""
 
 import pytest
-from serving.conftest import Client
+from serving.client import Client
 
 from lmdeploy_vico.checkpoints.random import make_checkpoint_with_weights
 from lmdeploy_vico.checkpoints.random.configuration import SIZES

@@ -14,12 +14,10 @@ import numpy as np
 import openai
 import pytest
 from parity.conversations import data_url, on_the_wire
-from parity.judge import TOKENS, Answer
+from parity.judge import Answer
 from PIL import Image
-from serving.conftest import Client
+from serving.client import ask_together
 from waiting import HANG
-
-from lmdeploy_vico.launch import ApiServer
 
 CLIENTS = 16
 PATIENCE = 10  # the official client waits as it is told, and tries again
@@ -29,37 +27,15 @@ IMAGES, TILES = 40, 13  # of the request that keeps the stage busy, and of each 
 PREPARED, DECODED = 'vico:encoder_preprocess_seconds_count', 'vico:encoder_decode_seconds_count'
 
 
-@pytest.fixture(scope='module')
-def server(serve, make_checkpoint) -> ApiServer:
-    return serve(make_checkpoint(), LMDEPLOY_VICO_MAX_QUEUED_TILES='8')
-
-
-async def ask(client: openai.AsyncOpenAI, model: str, messages: list) -> Answer | openai.APIStatusError:
-    try:
-        completion = await client.chat.completions.create(
-            model=model,
-            messages=messages,
-            max_tokens=TOKENS,
-            temperature=0,
-            extra_body={'return_token_ids': True, 'ignore_eos': True},
-        )
-    except openai.APIStatusError as error:
-        return error
-    return Answer(tuple(completion.choices[0].model_extra['output_ids']), completion.usage.prompt_tokens)
-
-
-async def ask_together(server: ApiServer, messages: list, count: int, max_retries: int = 0) -> list:
-    client = openai.AsyncOpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=max_retries, timeout=HANG)
-    model = (await client.models.list()).data[0].id
-    return await asyncio.gather(*(ask(client, model, messages) for _ in range(count)))
+pytestmark = pytest.mark.served(LMDEPLOY_VICO_MAX_QUEUED_TILES='8')
 
 
 @pytest.mark.busy
-def test_refused_and_recovered(server, prompts, judge):
+def test_refused_and_recovered(client, prompts, judge):
     messages = on_the_wire(prompts['one photograph'])
 
-    together = asyncio.run(ask_together(server, messages, CLIENTS))
-    later = asyncio.run(ask_together(server, messages, 3, max_retries=PATIENCE))
+    together = asyncio.run(ask_together(client.server, messages, CLIENTS))
+    later = asyncio.run(ask_together(client.server, messages, 3, max_retries=PATIENCE))
     refused = [answer for answer in together if isinstance(answer, openai.APIStatusError)]
     answers = [answer for answer in together if isinstance(answer, Answer)]
     assert refused and answers and len(refused) + len(answers) == CLIENTS
@@ -71,8 +47,8 @@ def test_refused_and_recovered(server, prompts, judge):
 
 
 @pytest.mark.busy
-def test_refusals_wait_for_nothing_and_decode_nothing(server, pictures, prompts, judge):
-    client = Client(server)
+def test_refusals_wait_for_nothing_and_decode_nothing(client, pictures, prompts, judge):
+    server = client.server
     picture = data_url(pictures['page'], 'JPEG')
     damaged = picture[: picture.index(',') + 1 + 2000]  # its first 1500 bytes
     for _ in range(ATTEMPTS):
@@ -89,7 +65,7 @@ def test_refusals_wait_for_nothing_and_decode_nothing(server, pictures, prompts,
     # Whoever decodes a damaged picture answers 400.
     assert set(answers) == {(503, '1')}
     assert counts == (prepared, decoded)
-    [answer] = asyncio.run(ask_together(server, on_the_wire(prompts['one photograph']), 1, max_retries=PATIENCE))
+    [answer] = asyncio.run(ask_together(client.server, on_the_wire(prompts['one photograph']), 1, max_retries=PATIENCE))
     judge().check(prompts['one photograph'], answer)
     with contextlib.closing(connect(server)) as connection:
         assert ask_once(connection, client.model, damaged) == (400, None)
@@ -145,8 +121,8 @@ def refusals(server, model, urls):
         return list(chain(*pool.map(ask, urls)))
 
 
-def test_metrics_tell_of_it(server):
-    with urllib.request.urlopen(f'{server.url}/metrics') as response:
+def test_metrics_tell_of_it(client):
+    with urllib.request.urlopen(f'{client.server.url}/metrics') as response:
         text = response.read().decode()
     for name in ('vico:tiles_total{resolution="low"}', 'vico:visual_tokens_total', 'vico:encoder_tiles_per_batch_'):
         assert name in text

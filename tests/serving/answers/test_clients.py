@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from parity.conversations import Message
 from PIL import Image
-from serving.conftest import Client
+from serving.configurations import DEFAULT
 
 CLIENTS, REQUESTS = 16, 4  # requests one after the other of each client
 SHARED = 4  # pictures that several clients send
 MAX_TILES = 6  # and a thumbnail
+HITS, SAVED = 'vico:embedding_cache_hits_total', 'vico:visual_tokens_saved_total'
 
 
 def random_picture(rng: np.random.Generator) -> Image.Image:
@@ -33,22 +34,23 @@ def random_conversation(rng: np.random.Generator, shared: list[Image.Image], nam
     return [{'role': 'user', 'content': [*images, text]}]
 
 
-def test_every_answer_is_right(serve, make_checkpoint, judge):
+@DEFAULT
+def test_every_answer_is_right(client, judge):
     rng = np.random.default_rng(16)
     shared = [random_picture(rng) for _ in range(SHARED)]
     asked = {
-        client: {f'{client}, {turn}': random_conversation(rng, shared, f'{client}, {turn}') for turn in range(REQUESTS)}
-        for client in range(CLIENTS)
+        number: {f'{number}, {turn}': random_conversation(rng, shared, f'{number}, {turn}') for turn in range(REQUESTS)}
+        for number in range(CLIENTS)
     }
-    server = Client(serve(make_checkpoint()))
+    hits, saved = (client.metric(name) for name in (HITS, SAVED))
 
-    def run(client):
-        return {name: server.chat(messages) for name, messages in asked[client].items()}
+    def run(number):
+        return {name: client.chat(messages) for name, messages in asked[number].items()}
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         answers = list(pool.map(run, asked))
-    assert server.metric('vico:embedding_cache_hits_total') > 0
-    assert server.metric('vico:visual_tokens_saved_total') > 0
+    assert client.metric(HITS) > hits
+    assert client.metric(SAVED) > saved
     for conversations, answered in zip(asked.values(), answers, strict=True):
         for name, messages in conversations.items():
             judge().check(messages, answered[name], name=name)

@@ -2,65 +2,26 @@
 
 import asyncio
 import base64
-import json
 import re
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
 from parity.conversations import data_url, on_the_wire
 from parity.judge import TOKENS
 from PIL import Image
-from serving.conftest import Client
-from serving.test_overload import ask_together
-from waiting import HANG
+from serving.client import PeakMemory, ask_together, chat, generate, image_item, post
+from serving.configurations import LIMITED, MEMORY
 
 GOOD = 'one photograph'
-MEMORY = 2**28  # for decoded pictures
 
 
-@pytest.fixture(scope='module')
-def client(serve, make_checkpoint):
-    return Client(serve(make_checkpoint(), '--session-len', '16384', LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY)))
+pytestmark = LIMITED
 
 
 @pytest.fixture(autouse=True)
 def still_right_afterwards(client, prompts, judge):
     yield
     judge().check(prompts[GOOD], client.chat(prompts[GOOD]), name=GOOD)
-
-
-def post(client, path, body):
-    """POST JSON; returns the status and the decoded body."""
-    request = urllib.request.Request(
-        client.server.url + path,
-        json.dumps(body).encode(),
-        {'Content-Type': 'application/json', 'anthropic-version': '2023-06-01'},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=HANG) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def chat(client, *items, text='What is this?', **extra):
-    content = [{'type': 'text', 'text': text}, *items]
-    body = {
-        'model': client.model,
-        'messages': [{'role': 'user', 'content': content}],
-        'max_tokens': TOKENS,
-        'temperature': 0,
-        'return_token_ids': True,
-        'ignore_eos': True,
-    }
-    return post(client, '/v1/chat/completions', body | extra)
-
-
-def image_item(url, **params):
-    return {'type': 'image_url', 'image_url': {'url': url, **params}}
 
 
 def png(data=b''):
@@ -117,12 +78,6 @@ def test_other_modalities(client):
         assert 'are not supported; text, image_url and video_url are' in body['message']
 
 
-def peak_memory(client):
-    """Bytes that the server, without its engine, has had at most."""
-    status = Path(f'/proc/{client.server.pid}/status').read_text()
-    return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) * 1024
-
-
 def large_picture(side):
     """Black, in a small file."""
     return image_item(data_url(Image.new('1', (side, side))), max_dynamic_patch=1)
@@ -130,20 +85,20 @@ def large_picture(side):
 
 @pytest.mark.busy
 def test_many_large_pictures_in_small_files(client):
-    before = peak_memory(client)
+    memory = PeakMemory(client)
     status, body = chat(client, *[large_picture(4000)] * 200)  # 64 MB of pixels each
     assert status == 400, body
     assert re.search(
         r'take at least \d+ bytes of memory, more than the limit of \d+ \(option max_decod', body['message']
     )
     assert f'the limit of {MEMORY} ' in body['message']
-    assert peak_memory(client) - before < 3 * MEMORY
+    assert memory.growth() < 3 * MEMORY
 
 
 @pytest.mark.busy
 def test_large_pictures_of_many_requests(client, judge):
     messages = [{'role': 'user', 'content': [large_picture(4500)]}]  # one has room, two do not
-    before = peak_memory(client)
+    memory = PeakMemory(client)
     answers = asyncio.run(ask_together(client.server, messages, 8))
     refused = [answer for answer in answers if isinstance(answer, openai.APIStatusError)]
     assert refused and len(refused) < len(answers)
@@ -155,7 +110,7 @@ def test_large_pictures_of_many_requests(client, judge):
     for answer in answers:
         if answer not in refused:
             judge().check(shown, answer)
-    assert peak_memory(client) - before < 3 * MEMORY
+    assert memory.growth() < 3 * MEMORY
 
 
 def test_prompt_longer_than_the_session(client, pictures):
@@ -190,10 +145,6 @@ def test_image_token_typed_in_an_image_prompt(client, judge, pictures):
     ]
     messages = [{'role': 'user', 'content': content}]
     judge().check(messages, client.chat(messages), name='typed around an image')
-
-
-def generate(client, **body):
-    return post(client, '/generate', {'max_tokens': TOKENS, 'temperature': 0, 'ignore_eos': True, **body})
 
 
 def image_token(judge):

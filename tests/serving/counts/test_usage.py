@@ -4,14 +4,12 @@ import pytest
 from parity.conversations import on_the_wire
 from parity.prompts import Picture, chat_segments
 from PIL import Image
-from serving.conftest import Client
+from serving.configurations import CACHING
 
 NAMES = ('one photograph', 'images in the history', 'a compression of its own', 'the image token typed', 'text only')
 
 
-@pytest.fixture(scope='module')
-def client(serve, make_checkpoint):
-    return Client(serve(make_checkpoint(), '--enable-prefix-caching'))
+pytestmark = CACHING
 
 
 @pytest.fixture(scope='module')

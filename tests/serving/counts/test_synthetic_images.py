@@ -4,17 +4,14 @@ import urllib.request
 
 import openai
 import pytest
-from serving.conftest import Client
+from serving.configurations import CACHING
 
 PIXEL = (
     'data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC'
 )
 
 
-@pytest.fixture(scope='module')
-def client(serve, make_checkpoint):
-    environment = {'LMDEPLOY_VICO_SYNTHETIC_IMAGES': '1'}
-    return Client(serve(make_checkpoint(), '--enable-prefix-caching', **environment))
+pytestmark = CACHING
 
 
 def ask(client, *images):
@@ -31,8 +28,8 @@ def synthetic(tiles, compressed, seed):
     return {'synthetic': {'tiles': tiles, 'compressed': compressed, 'seed': seed}}
 
 
-def tiles_encoded(client):
-    """The number of tiles that the vision side has encoded so far."""
+def routed_tiles(client):
+    """How many tiles have been given to the language model, whatever their resolution."""
     with urllib.request.urlopen(f'{client.server.url}/metrics') as metrics:
         lines = metrics.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith('vico:tiles_total{'))
@@ -40,7 +37,7 @@ def tiles_encoded(client):
 
 def test_tokens_are_counted_and_cached_by_seed(client):
     text = ask(client, synthetic(1, 1, 0)).prompt_tokens - 64
-    before = tiles_encoded(client)
+    before = client.encoded_tiles(), routed_tiles(client)
     usages = [ask(client, synthetic(6, 3, seed)) for seed in (1, 1, 2)]
     visual = 3 * 64 + 3 * 256
     for usage in usages:
@@ -50,7 +47,7 @@ def test_tokens_are_counted_and_cached_by_seed(client):
     assert again > visual // 2 and max(first, other) < 64
     several = ask(client, synthetic(2, 0, 3), synthetic(1, 1, 4))
     assert several.prompt_tokens_details.to_dict()['image_tokens'] == 2 * 256 + 64
-    assert tiles_encoded(client) == before
+    assert (client.encoded_tiles(), routed_tiles(client)) == before
     assert ask(client, {}).prompt_tokens == text + 256  # a real image, of one tile
 
 

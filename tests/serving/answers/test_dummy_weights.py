@@ -2,7 +2,7 @@
 
 import pytest
 from parity.conversations import on_the_wire
-from serving.conftest import Client
+from serving.client import Client
 
 from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
 from lmdeploy_vico.checkpoints.random.configuration import SIZES

@@ -9,19 +9,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 from benchmarks.serving.answers import Answer, gap
 from benchmarks.serving.growth import Sampler
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
 
 
 def soak(*arguments):
     command = [sys.executable, '-m', 'benchmarks', 'soak', *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 
+@pytest.mark.server
 def test_every_answer_is_right(tmp_path):
     output = tmp_path / 'soak.json'
     done = soak('--requests', 100, '--output-file', output)

@@ -5,27 +5,17 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving.conftest import Client
+from serving.configurations import KINDS
 
-KINDS = {
-    'layer_norm, dense': {'vit': 'layer_norm', 'llm': 'dense'},
-    'rms_norm, dense': {'vit': 'rms_norm', 'llm': 'dense'},
-    # In float32: bfloat16 rounding flips nearly tied experts, here and in any other implementation.
-    'layer_norm, MoE': {'vit': 'layer_norm', 'llm': 'moe', 'dtype': 'float32'},
-}
 CONCURRENCY = 16
 
 
-@pytest.fixture(scope='module', params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(kind, id=name, marks=pytest.mark.served(checkpoint=kind)) for name, kind in KINDS.items()],
+)
 def kind(request):
     return request.param
-
-
-@pytest.fixture(scope='module')
-def client(kind, serve, make_checkpoint):
-    server = serve(make_checkpoint(**kind))
-    yield Client(server)
-    server.stop()
 
 
 def test_alone_and_in_random_batches(client, kind, prompts, judge):
@@ -48,6 +38,7 @@ def test_compression_of_a_request(client, kind, prompts, judge, compression):
     judge(**kind).check(prompts[name], answer, compression, name=name)
 
 
+@pytest.mark.usefixtures('kind')
 def test_start_up_log_says_what_runs(client):
     log = client.server.log_text()
     assert 'vision kernels on cpu: torch' in log

@@ -4,7 +4,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving.conftest import Client
+from serving.client import Client
+from serving.configurations import BLOCK, CACHING
 
 WITH_IMAGES = ('one photograph', 'two images with text between', 'images in the history', 'very tall')
 
@@ -17,11 +18,13 @@ def check_all(client, prompts, judge, **kind):
     return answers
 
 
-@pytest.mark.parametrize('block_size', [64, 128])
-def test_prefix_caching(serve, make_checkpoint, prompts, judge, block_size):
-    arguments = ['--enable-prefix-caching', '--cache-block-seq-len', str(block_size)]
-    server = serve(make_checkpoint(), *arguments, '--max-prefill-token-num', '512')
-    client = Client(server)
+LARGE_BLOCKS = ('--enable-prefix-caching', '--cache-block-seq-len', '128', '--max-prefill-token-num', '512')
+
+
+@pytest.mark.parametrize(
+    'block_size', [pytest.param(BLOCK, marks=CACHING), pytest.param(128, marks=pytest.mark.served(*LARGE_BLOCKS))]
+)
+def test_prefix_caching(client, prompts, judge, block_size):
     check_all(client, prompts, judge)
     for name in (*WITH_IMAGES, 'text only, two turns'):
         again = client.chat(prompts[name])
@@ -32,7 +35,6 @@ def test_prefix_caching(serve, make_checkpoint, prompts, judge, block_size):
     other = client.chat(prompts[name], mm_processor_kwargs={'image': {'compression': 'all'}})
     judge().check(prompts[name], other, 'all', name=name)
     assert other.cached_tokens < block_size
-    server.stop()
 
 
 def test_server_wide_compression_and_tensor_parallelism(serve, make_checkpoint, prompts, judge):

@@ -1,6 +1,7 @@
 """A plain InternVL checkpoint keeps LMDeploy's own classes and answers."""
 
-from serving.conftest import Client
+from serving.client import Client
+from serving.configurations import DEFAULT
 
 NAMES = ('one photograph', 'a scanned page', 'two images with text between', 'text only, two turns')
 
@@ -23,9 +24,8 @@ def test_same_answers_with_the_plugin_and_without(serve, make_checkpoint, prompt
         judge(**plain).check(prompts[name], answer, name=name)
 
 
-def test_uncompressed_is_the_reference_at_256_tokens(serve, make_checkpoint, prompts, judge):
-    server = serve(make_checkpoint(), LMDEPLOY_VICO_COMPRESSION='none')
-    client = Client(server)
+@DEFAULT
+def test_uncompressed_is_the_reference_at_256_tokens(client, prompts, judge):
     for name in NAMES:
-        judge().check(prompts[name], client.chat(prompts[name]), 'none', name=name)
-    server.stop()
+        answer = client.chat(prompts[name], mm_processor_kwargs={'image': {'compression': 'none'}})
+        judge().check(prompts[name], answer, 'none', name=name)

@@ -11,7 +11,7 @@ from parity.judge import TOKENS, Answer, Judge
 from parity.videos import moving_crops, read_video, write_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from serving.test_server import KINDS
+from serving.configurations import KINDS
 from waiting import HANG
 
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
@@ -19,6 +19,8 @@ from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
 SHORT = ('a scanned page', 'two images with text between', 'text only')
 RANK, ALPHA = 4, 8
+
+pytestmark = pytest.mark.server
 
 
 def ask(pipe, conversations, **options):
@@ -73,29 +75,34 @@ def test_overrides_reach_the_router(make_checkpoint, prompts, judge):
     judge().check(prompts['one photograph'], answer, 'none')
 
 
-def test_pairs_of_a_prompt_and_images(make_checkpoint, pictures, judge):
+@pytest.fixture(scope='module')
+def pipe(make_checkpoint):
+    """A pipeline with LMDeploy's defaults."""
     with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
-        images = [pictures['page'], pictures['astronaut']]
-        [answer] = ask(pipe, [('Compare', images)])
-        content = [
-            {'type': 'text', 'text': 'Compare'},
-            *({'type': 'image_url', 'image_url': {'url': image}} for image in images),
-        ]
-        judge().check([{'role': 'user', 'content': content}], answer)
+        yield pipe
 
 
-def test_a_video_file_and_one_lazy_picture_many_times(make_checkpoint, pictures, judge, tmp_path):
+def test_pairs_of_a_prompt_and_images(pipe, pictures, judge):
+    images = [pictures['page'], pictures['astronaut']]
+    [answer] = ask(pipe, [('Compare', images)])
+    content = [
+        {'type': 'text', 'text': 'Compare'},
+        *({'type': 'image_url', 'image_url': {'url': image}} for image in images),
+    ]
+    judge().check([{'role': 'user', 'content': content}], answer)
+
+
+def test_a_video_file_and_one_lazy_picture_many_times(pipe, pictures, judge, tmp_path):
     pictures['page'].save(tmp_path / 'page.png')
     video = write_video(tmp_path / 'coffee.mp4', moving_crops(pictures['coffee'], 20))
     question = {'type': 'text', 'text': 'Which came first?'}
-    with pipeline(str(make_checkpoint()), backend_config=PytorchEngineConfig(**TINY_ENGINE, session_len=8192)) as pipe:
-        with Image.open(tmp_path / 'page.png') as lazy:
-            images = [{'type': 'image', 'image': lazy, 'max_dynamic_patch': 1}] * 20
-            file = {'type': 'video', 'video': str(video), 'num_frames': 4}
-            [answer] = ask(pipe, [[{'role': 'user', 'content': [*images, file, question]}]])
-        images = [{'type': 'image', 'image': pictures['page'], 'max_dynamic_patch': 1}] * 20
-        frames = {'type': 'video_url', 'video_url': {'frames': read_video(video, 4)}}
-        judge().check([{'role': 'user', 'content': [*images, frames, question]}], answer)
+    with Image.open(tmp_path / 'page.png') as lazy:
+        images = [{'type': 'image', 'image': lazy, 'max_dynamic_patch': 1}] * 20
+        file = {'type': 'video', 'video': str(video), 'num_frames': 4}
+        [answer] = ask(pipe, [[{'role': 'user', 'content': [*images, file, question]}]])
+    images = [{'type': 'image', 'image': pictures['page'], 'max_dynamic_patch': 1}] * 20
+    frames = {'type': 'video_url', 'video_url': {'frames': read_video(video, 4)}}
+    judge().check([{'role': 'user', 'content': [*images, frames, question]}], answer)
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

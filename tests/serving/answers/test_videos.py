@@ -3,25 +3,18 @@
 import base64
 import io
 import re
-import urllib.request
 
 import cv2
 import pytest
 from parity.conversations import data_url, video_url
 from parity.videos import moving_crops, read_video, write_video
 from PIL import Image
-from serving.conftest import Client
-from serving.test_bad_requests import chat, generate, peak_memory
+from serving.client import PeakMemory, chat, generate
+from serving.configurations import LIMITED, MEMORY, SESSION_LEN
 
 FRAMES = 64
-SESSION_LEN = 16384
-MEMORY = 2**28  # for decoded frames
 
-
-@pytest.fixture(scope='module')
-def client(serve, make_checkpoint):
-    limits = {'LMDEPLOY_VICO_MAX_DECODED_BYTES': str(MEMORY)}
-    return Client(serve(make_checkpoint(), '--session-len', str(SESSION_LEN), **limits))
+pytestmark = LIMITED
 
 
 @pytest.fixture(scope='module')
@@ -112,18 +105,13 @@ def test_huge_frames(client, judge, pictures, tmp_path):
     for crop in moving_crops(pictures['coffee'], 12):
         writer.write(cv2.resize(crop, size, interpolation=cv2.INTER_NEAREST)[..., ::-1])
     writer.release()
-    before = peak_memory(client)
+    memory = PeakMemory(client)
     messages = user(video(file, 12), text('What happens?'))
     judge().check(messages, client.chat(messages))
-    assert peak_memory(client) - before < 2 * MEMORY
+    assert memory.growth() < 2 * MEMORY
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def tiles_encoded(client):
-    with urllib.request.urlopen(f'{client.server.url}/metrics') as response:
-        return re.search(r'^vico:encoder_tiles_per_batch_sum.* (\S+)$', response.read().decode(), re.M)[1]
 
 
 @pytest.fixture(scope='module')
@@ -137,21 +125,21 @@ def long_video(pictures, tmp_path_factory):
     'compression, params, least', [('none', {'num_frames': 64}, 64 * 256), ('auto', {'num_frames': -1}, 257 * 64)]
 )
 def test_a_video_that_cannot_fit_is_refused_before_it_is_encoded(client, long_video, compression, params, least):
-    before = tiles_encoded(client)
+    before = client.encoded_tiles()
     item = {'type': 'video_url', 'video_url': {'url': long_video, **params}}
     status, body = chat(client, item, mm_processor_kwargs={'image': {'compression': compression}})
     assert status == 400
     assert f'at least {least} visual tokens, more than the model context length ({SESSION_LEN})' in body['message']
-    assert tiles_encoded(client) == before
+    assert client.encoded_tiles() == before
 
 
 def test_50_images_that_cannot_fit_are_refused_before_they_are_encoded(client, pictures):
-    before = tiles_encoded(client)
+    before = client.encoded_tiles()
     status, body = chat(client, *[image(data_url(crop)) for crop in crops(pictures, 50, width=150)])
     assert status == 400
     least = 50 * 7 * 64
     assert f'at least {least} visual tokens, more than the model context length ({SESSION_LEN})' in body['message']
-    assert tiles_encoded(client) == before
+    assert client.encoded_tiles() == before
 
 
 def refused_after_routing(client, items, least):
@@ -217,11 +205,11 @@ def test_bad_options_of_a_request(client, options, message):
 
 def test_a_sequence_of_huge_frames(client):
     frame = data_url(Image.new('L', (3840, 2160)), 'JPEG').partition(',')[2]
-    before = peak_memory(client)
+    memory = PeakMemory(client)
     status, body = chat(client, bad('data:video/jpeg;base64,' + ','.join([frame] * 100)))
     assert status == 400, body
     assert re.search(rf'take at least \d+ bytes of memory, more than the limit of {MEMORY} ', body['message'])
-    assert peak_memory(client) - before < 3 * MEMORY
+    assert memory.growth() < 3 * MEMORY
 
 
 def test_videos_in_raw_prompts(client):

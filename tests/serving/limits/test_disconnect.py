@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 from parity.conversations import data_url
 from PIL import Image
-from serving.conftest import Client
 from waiting import HANG
 
 IMAGES, TILES = 20, 13  # images of a request, and tiles of each, the thumbnail included
 ATTEMPTS = 5  # to leave while half of the tiles are still to be encoded
 
 
-@pytest.fixture(scope='module')
-def client(serve, make_checkpoint):
-    return Client(serve(make_checkpoint(), LMDEPLOY_VICO_COMPRESSION='all'))
+pytestmark = pytest.mark.served(LMDEPLOY_VICO_COMPRESSION='all')
 
 
 def chat(client, urls, **extra):

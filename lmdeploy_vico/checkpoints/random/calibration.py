@@ -1,9 +1,11 @@
 """Fit the few layers of a random checkpoint on which its use for tests depends.
 
-On synthetic tiles, in float64 (so that the result does not depend on how a matrix product is split over threads), the
-patch filters and the projectors' last layers are scaled to a standard deviation of one, and the router's last layer is
-fitted so that smooth tiles score above 0.5 (64 visual tokens) and detailed ones below (256). That holds for
-photographs, pages and flat colours, not for everything: full-contrast noise is out of a linear layer's reach.
+On synthetic tiles, the patch filters and the last layers of the projectors are scaled to outputs with a standard
+deviation of one. The router's last layer is fitted so that smooth tiles score above 0.5 (compressed) and detailed ones
+below (full). This works for photographs, pages and flat colours. It does not work for noise of full contrast, which is
+out of reach of a linear layer.
+
+All is computed in float64, so that the result does not depend on how a matrix product is split over threads.
 """
 
 import torch
@@ -18,7 +20,7 @@ from lmdeploy_vico.config import InternViTConfig
 DETAIL_CENTER = -3.5
 ODDS_SPREAD = 2.5
 RIDGE = 0.1
-CHUNK = 12
+CHUNK = 12  # tiles that are computed at a time
 CLASSIFIER = f'{GATING}gate.1'
 
 
@@ -63,7 +65,7 @@ def _standardize_projector(weights: dict[str, Tensor], tokens: Tensor, last: str
 
 
 def _fit_gate(weights: dict[str, Tensor], tokens: Tensor, log_detail: Tensor) -> None:
-    """Ridge regression of a tile's smoothness on what the last layer sees, scaled to log odds of compression."""
+    """Fit the last layer: a ridge regression of tiles' smoothness on its inputs, scaled to log odds of compression."""
     features = torch.cat([forward.gate_features(weights, x) for x in tokens.split(CHUNK)])
     smoothness = DETAIL_CENTER - log_detail
     mean, center = features.mean(dim=0), smoothness.mean()

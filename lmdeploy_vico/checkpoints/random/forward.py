@@ -67,7 +67,7 @@ def vit(weights: Weights, pixels: Tensor, layers: int, heads: int) -> Tensor:
 
 
 def gate_features(weights: Weights, tokens: Tensor) -> Tensor:
-    """Return what the router's last linear layer sees, ``[n, D]``, for patch tokens ``[n, tokens, D]``."""
+    """Return the input of the router's last linear layer, ``[n, D]``, for patch tokens ``[n, tokens, D]``."""
     x = weights[f'{POOLING}query_token'].to(tokens.dtype).expand(len(tokens), 1, -1)
     for step in (1, 2, 2, 2):
         name = f'{POOLING}attn{step}'

@@ -1,4 +1,7 @@
-"""Serving without weights, to size a deployment: which weights a start uses, and what cannot be made up."""
+"""Open the weights that a server starts with, and check that both sides can be served from them.
+
+With the option ``dummy_weights`` they are random and no file is read: for sizing a deployment.
+"""
 
 import logging
 from copy import deepcopy
@@ -16,10 +19,19 @@ SWITCH = f'{PREFIX}DUMMY_WEIGHTS=1'
 
 
 def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: Options) -> Weights:
-    """The checkpoint's weights, complete for both sides; or made-up ones, if the option says so.
+    """Return the checkpoint's weights, or random ones if ``dummy_weights`` is set.
+
+    The language model's tensors have been checked then. The vision encoder checks its own when it loads them.
+
+    Args:
+        model_path: the checkpoint's directory.
+        hf_config: the checkpoint's config; not changed.
+        backend_config: LMDeploy's PytorchEngineConfig.
+        options: the server's.
 
     Raises:
-        UnsupportedCheckpointError: tensors are missing or misshapen, or are quantised and cannot be made up or served.
+        UnsupportedCheckpointError: tensors are missing or misshapen, or LMDeploy cannot serve their quantisation, or
+            random weights are asked for in place of quantised ones.
     """
     if not options.dummy_weights:
         return _open_checkpoint(model_path, _as_served(hf_config, backend_config))
@@ -33,8 +45,8 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
 
 
 def _as_served(hf_config: Any, backend_config: Any) -> Any:
-    """The config as the engine sees it: with ``--hf-overrides`` applied."""
-    # Here, as in devices.py: LMDeploy's vision models, and with them this module, are imported before its engine.
+    """Return the config as the engine sees it: with ``--hf-overrides`` applied."""
+    # LMDeploy imports its vision models, and with them this module, before its engine.
     from lmdeploy.pytorch.config import override_hf_config
 
     config = deepcopy(hf_config)

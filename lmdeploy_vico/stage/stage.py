@@ -72,9 +72,10 @@ class VisionStage:
         ]
         self._start_workers()
         # The devices are ready: results of their warming up take none of this memory. The first batch waits for it.
-        if copying := [encoder for encoder in encoders if encoder.copies_results]:
+        copying = [encoder for encoder in encoders if encoder.copies_results]
+        if copying:
             self._memory = self._work.memory = StageMemory(copying, output_dtype, self._cache)
-        for encoder in encoders:
+        for encoder in copying:
             encoder.use_memory(self._memory)
 
     def admit(self, size: int) -> Admission:

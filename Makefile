@@ -10,10 +10,14 @@ ON_CPU := $(TEST_ENV) CUDA_VISIBLE_DEVICES= VICO_TEST_DEVICE=cpu
 ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 # The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
 INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/test_chat_model.py
+PYTEST := $(BIN)/python -m pytest --durations=10
+QUICK := not gpu and not server and not slow
+# Two parts at a time, on a core each. Each prints what it has to say when it is done, and the others go on if it fails.
+PARTS := $(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak kernel-resources clean
+.PHONY: help setup demo check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -33,9 +37,35 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a user would
 	@$(BIN)/lmdeploy-vico demo
 
-test: $(STAMP) ## Run the tests, without a GPU that may be there
-	@$(ON_CPU) TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
-	@$(ON_CPU) $(BIN)/python -m pytest -m 'not gpu' $(addprefix --ignore=,$(INTERPRETED))
+check: $(STAMP) ## Check the code, and run every test that starts no LMDeploy process (under 5 minutes on 2 cores)
+	@echo '==> Two parts at a time; each prints when it is done'
+	@$(PARTS) lint check-interpreted check-plain
+
+test: $(STAMP) ## Run every test that needs no GPU, with the servers that they start (15 minutes on 2 cores)
+	@echo '==> Two parts at a time; each prints when it is done'
+	@$(PARTS) test-servers test-interpreted test-plain
+
+# The parts of check and test.
+.PHONY: check-interpreted check-plain test-interpreted test-plain test-servers
+check-interpreted: $(STAMP)
+	@echo "==> Tests in Triton's interpreter, without the slow ones"
+	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(QUICK)' $(INTERPRETED)
+
+check-plain: $(STAMP)
+	@echo '==> Tests that start no LMDeploy process, without the slow ones'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(QUICK)' $(addprefix --ignore=,$(INTERPRETED))
+
+test-interpreted: $(STAMP)
+	@echo "==> Tests in Triton's interpreter"
+	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m 'not gpu and not server' $(INTERPRETED)
+
+test-plain: $(STAMP)
+	@echo '==> Tests that start no LMDeploy process'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(addprefix --ignore=,$(INTERPRETED))
+
+test-servers: $(STAMP)
+	@echo '==> Tests that start LMDeploy'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server'
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)

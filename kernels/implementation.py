@@ -13,11 +13,13 @@ from functools import cache
 import torch
 import triton
 
-AUTO, TRITON, TORCH = CHOICES = ('auto', 'triton', 'torch')
+from lmdeploy_vico.kernels.choice import AUTO, CHOICES, TORCH, TRITON
+
 # Read when a kernel is defined, so it holds for the whole process.
 INTERPRETED = triton.knobs.runtime.interpret
 LEAST_CAPABILITY = (8, 0)  # bfloat16 matrix instructions and asynchronous copies
 
+logger = logging.getLogger(__name__)
 _requested = AUTO
 
 
@@ -50,7 +52,7 @@ def _resolve(choice: str, device: torch.device) -> str:
         raise RuntimeError(f'The Triton kernels were asked for, but {obstacle}')
     chosen = TORCH if choice == TORCH or obstacle else TRITON
     detail = " (Triton's interpreter)" if chosen == TRITON and INTERPRETED else ''
-    logging.getLogger('lmdeploy_vico').info('vision kernels on %s: %s%s', device, chosen, detail)
+    logger.info('vision kernels on %s: %s%s', device, chosen, detail)
     return chosen
 
 

@@ -14,7 +14,7 @@ SWITCH = 'LMDEPLOY_VICO'
 MODES = ('1', 'cpu', '0')
 OFF = ('no', 'off', 'false')  # count as 0
 
-logger = logging.getLogger('lmdeploy_vico')
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint's ``config.json`` says, in the form the vision side needs it."""
+"""A checkpoint's ``config.json`` as the vision side reads it, and the constants that all ViCO models share."""
 
 import json
 from collections.abc import Mapping
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURE = 'InternVLChatModel'
-IMAGE_SIZE = 448
-PATCH_SIZE = 14
+IMAGE_SIZE = 448  # pixels along a side of a tile
+PATCH_SIZE = 14  # pixels along a side of a patch
 GRID = IMAGE_SIZE // PATCH_SIZE  # patches along a side of a tile
-TOKENS_FULL = 256  # visual tokens of a tile shuffled by 2
-TOKENS_COMPRESSED = 64  # visual tokens of a tile shuffled by 4
+ROUTER_HEADS = 16  # attention heads of the router's pooling, whatever the ViT's width
+TOKENS_FULL = 256  # visual tokens of a full tile
+TOKENS_COMPRESSED = 64  # visual tokens of a compressed tile
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 class UnsupportedCheckpointError(ValueError):
-    """The checkpoint is not one this plugin can serve; the message says why in one sentence."""
+    """This plugin cannot serve the checkpoint; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class InternViTConfig:
 
 @dataclass(frozen=True)
 class VicoConfig:
-    """Everything about a ViCO checkpoint that the vision side depends on.
+    """The part of a ViCO checkpoint's config that the vision side depends on.
 
     Attributes:
         vision: the InternViT's shape.
@@ -116,7 +117,7 @@ class VicoConfig:
 
 
 def is_vico(config: Mapping[str, Any]) -> bool:
-    """Whether a config describes a ViCO checkpoint, rather than a plain InternVL or any other model."""
+    """Return whether a config describes a ViCO checkpoint, rather than a plain InternVL or any other model."""
     architectures = config.get('architectures') or []
     return ARCHITECTURE in architectures and bool(config.get('flash_mode'))
 

@@ -1,22 +1,23 @@
-"""How much memory the host has for this process: a container's control group may allow less than there is."""
+"""The memory that this process can use: a container's control group may allow less than the host has."""
 
 import os
 
 import psutil
 
+GIB = 2**30  # bytes
 CGROUP = '/sys/fs/cgroup'
 
 
 def total_memory() -> int:
-    """Host memory in bytes, or the control group's limit where that is lower."""
+    """Return the host's memory in bytes, or the control group's limit where that is lower."""
     return min([psutil.virtual_memory().total, *_cgroup_values('memory.max', 'memory/memory.limit_in_bytes')])
 
 
 def available_memory() -> int:
-    """Memory in bytes that a new allocation can get, of the host or of the control group.
+    """Return the bytes that a new allocation can get, within the host's and the control group's memory.
 
-    A control group's use includes the files that the kernel keeps for want of anything better. It gives them up when
-    memory is asked for, and they fill the group sooner or later: what has not been read again counts as available.
+    A control group's use includes the file cache, which fills the group sooner or later and which the kernel frees when
+    memory is needed. So files that were not read a second time count as available.
     """
     used = _cgroup_values('memory.current', 'memory/memory.usage_in_bytes')
     left = [max(0, total_memory() - max(0, value - _cgroup_files())) for value in used]
@@ -24,7 +25,11 @@ def available_memory() -> int:
 
 
 def _cgroup_values(*names: str) -> list[int]:
-    """The first readable integer among control-group files (version 2, then 1), as a list of at most one."""
+    """Return the integer in the first readable of these control-group files, in a list; empty if there is none.
+
+    Args:
+        names: the file of version 2 of control groups, then that of version 1.
+    """
     for name in names:
         try:
             text = _read(name).strip()
@@ -35,7 +40,7 @@ def _cgroup_values(*names: str) -> list[int]:
 
 
 def _cgroup_files() -> int:
-    """Bytes of files that a control group keeps and nobody has read twice, its children's included."""
+    """Return the bytes of cached files that were read once, of the control group and its children."""
     for name, key in (('memory.stat', 'inactive_file'), ('memory/memory.stat', 'total_inactive_file')):
         try:
             values = dict(line.split() for line in _read(name).splitlines())

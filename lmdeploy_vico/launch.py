@@ -1,4 +1,10 @@
-"""Runs the unmodified ``lmdeploy serve api_server`` as a user would, on a free port, and stops it."""
+"""Start an unmodified ``lmdeploy serve api_server`` on a free port, wait until it is ready, and stop it.
+
+    with ApiServer(checkpoint, '--tp', '2', log=Path('server.log')) as server:
+        requests.get(f'{server.url}/v1/models')
+
+Tests, the demonstration and the benchmarks use it. It loads no torch.
+"""
 
 import contextlib
 import os
@@ -18,13 +24,13 @@ from lmdeploy_vico.checkpoints.random.limits import server_arguments
 from lmdeploy_vico.ports import hold_port
 
 LOOPBACK = '127.0.0.1'
-POLL = 0.1  # seconds between two looks at the server's health
-LOOK = 10  # seconds for such a look
-STOPPING = 20  # seconds that a server is given to end by itself
+POLL = 0.1  # seconds between two requests for the server's health
+HEALTH_TIMEOUT = 10  # seconds for such a request
+STOP_TIMEOUT = 20  # seconds that a server has to end by itself after SIGINT
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or has died; the message ends with its log."""
+    """The server did not start, or has ended; the message ends with its log."""
 
 
 class ApiServer:
@@ -32,12 +38,18 @@ class ApiServer:
 
     Args:
         checkpoint: what to serve; a tiny one gets the limits of :mod:`lmdeploy_vico.checkpoints.random.limits`.
-        arguments: further command line arguments, which win over those limits.
+        arguments: further command line arguments, which override those limits.
         environment: variables to set for the server; a value of None removes one.
         log: file for the server's output.
-        timeout: seconds to wait until it is ready.
-        program: what takes the place of the ``lmdeploy`` command of the Python that runs us, whatever PATH says; its
-            module where there is no command beside that Python, as after ``pip install --target``.
+        timeout: seconds to wait until the server is ready.
+        program: what to run instead of the ``lmdeploy`` command. That is the one beside the running Python, whatever
+            PATH says, or ``python -m lmdeploy`` if there is none, as after ``pip install --target``.
+
+    Attributes:
+        url: of the server, without a slash at the end.
+        port: of the server, on the loopback interface.
+        command: the server's command line.
+        log: as given.
     """
 
     def __init__(
@@ -59,7 +71,7 @@ class ApiServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def again(self, *arguments: str, log: Path) -> 'ApiServer':
-        """Another server of the same checkpoint, not started yet, with more arguments and a log of its own."""
+        """Return a server of the same checkpoint that is not started, with more arguments and a log of its own."""
         return ApiServer(
             self._checkpoint,
             *self._arguments,
@@ -85,7 +97,7 @@ class ApiServer:
         self.stop()
 
     def _choose_port(self) -> None:
-        self._port_holder = hold_port(LOOPBACK)  # a server comes to its port when its model is loaded
+        self._port_holder = hold_port(LOOPBACK)  # the server takes its port only when its model is loaded
         self.port = self._port_holder.getsockname()[1]
         self.url = f'http://{LOOPBACK}:{self.port}'
         address = ('--server-name', LOOPBACK, '--server-port', str(self.port))
@@ -93,8 +105,8 @@ class ApiServer:
         self.command = ['lmdeploy', 'serve', 'api_server', self._checkpoint, *address, *given]
 
     def start(self) -> None:
-        """Start the process; returns at once."""
-        if self._port_holder.fileno() < 0:  # has been started before, and let its port go
+        """Start the process and return at once."""
+        if self._port_holder.fileno() < 0:  # it was started before, and its port is free again
             self._choose_port()
         environment = {**os.environ, **self._environment}
         with self.log.open('wb') as output:
@@ -108,14 +120,18 @@ class ApiServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Return once ``/health`` answers; raises :class:`ServerError` if the process ends or time runs out."""
+        """Return once ``/health`` answers.
+
+        Raises:
+            ServerError: the process ended, time ran out, or another program answers on the port.
+        """
         deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
             if not self.alive():
                 raise ServerError(f'The server ended while starting:\n{self.log_tail()}')
             with (
                 contextlib.suppress(OSError, HTTPException),
-                urllib.request.urlopen(f'{self.url}/health', timeout=LOOK),
+                urllib.request.urlopen(f'{self.url}/health', timeout=HEALTH_TIMEOUT),
             ):
                 self._require_own_port()
                 self._port_holder.close()
@@ -124,28 +140,28 @@ class ApiServer:
         raise ServerError(f'The server was not ready after {self._timeout:g} s:\n{self.log_tail()}')
 
     def _require_own_port(self) -> None:
-        """Somebody else may have asked for this port by its number before the server came to it."""
+        """Raise ServerError if another program took the port, by its number, before the server did."""
         connections = psutil.Process(self.pid).net_connections('inet') if self.alive() else []
         if self.port not in [one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN]:
             raise ServerError(f'Another program listens on port {self.port}. Try again.\n{self.log_tail()}')
 
     def wait_until_ended(self) -> int:
-        """Wait for a server that is expected to refuse to start; returns its exit code."""
+        """Wait until a server that should refuse to start has ended; return its exit code."""
         assert self._process is not None
         return self._process.wait(timeout=self._timeout)
 
     @property
     def pid(self) -> int:
-        """The process that was started; those that it starts are its children."""
+        """The id of the started process."""
         assert self._process is not None
         return self._process.pid
 
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Return whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """Stop the server and whatever it started; does nothing if it has ended."""
+        """Stop the server and every process that it started; do nothing if it was not started."""
         self._port_holder.close()
         if self._process is None:
             return
@@ -153,30 +169,30 @@ class ApiServer:
             if self.alive():
                 self._process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(timeout=STOPPING)
-        finally:  # interrupted once more, too
+                    self._process.wait(timeout=STOP_TIMEOUT)
+        finally:  # also if a second interrupt arrives while we wait
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # its own session: nothing else is in it
+                os.killpg(self._process.pid, signal.SIGKILL)  # the group holds nothing but the server's processes
             self._process.wait()
 
     @property
     def environment(self) -> Mapping[str, str | None]:
-        """What its environment has besides, or instead of, that of this process; None where it lacks something."""
+        """Variables in which the server's environment differs from this process's; None for a removed one."""
         return self._environment
 
     def log_text(self, most: int | None = None) -> str:
-        """What the server has printed: everything, or the last bytes, at ``most`` so many."""
+        """Return the server's output so far: all of it, or the last ``most`` bytes."""
         with self.log.open('rb') as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most) if most else 0)
             return file.read().decode(errors='replace')
 
     def log_tail(self, lines: int = 40) -> str:
-        """The last lines of the log."""
+        """Return the last lines of the log."""
         return '\n'.join(self.log_text().splitlines()[-lines:])
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that nothing listens on."""
+    """Return a TCP port of the loopback interface on which nothing listens."""
     with hold_port(LOOPBACK) as holder:
         return int(holder.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The plugin's logger: its few start-up lines are shown even where LMDeploy's own log is set to errors only."""
+"""The plugin's log. Every module logs to ``logging.getLogger(__name__)``; what is shown is set up here, once."""
 
 import logging
 import sys
@@ -7,13 +7,17 @@ NAME = 'lmdeploy_vico'
 _FORMAT = '%(asctime)s - %(name)s - %(levelname)s - %(message)s'
 
 
-def get_logger() -> logging.Logger:
-    """The logger ``lmdeploy_vico``; writes to stderr at INFO unless the program has configured logging itself."""
+def setup() -> None:
+    """Show the plugin's log on stderr from INFO on, unless the program has configured logging itself.
+
+    Called where a process first handles a ViCO checkpoint: where the config is read, and, in the engine's processes,
+    where the model is made. The few start-up lines are then shown even where LMDeploy's own log is set to errors only.
+    """
     logger = logging.getLogger(NAME)
-    if not logger.hasHandlers() and logger.level == logging.NOTSET:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(_FORMAT))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-    return logger
+    if logger.hasHandlers() or logger.level != logging.NOTSET:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,26 +1,107 @@
-"""Server-wide options, from ``LMDEPLOY_VICO_<NAME>`` or ``--hf-overrides '{"vico": {"<name>": ...}}'``."""
+"""Server-wide options, from ``LMDEPLOY_VICO_<NAME>`` or ``--hf-overrides '{"vico": {"<name>": ...}}'``.
+
+Each is declared once, as a field of :class:`Options`: from there come its checks, its error messages, what
+``lmdeploy-vico options`` prints and the table in docs/options.md.
+"""
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lmdeploy_vico.choices import (
+    COMPRESSIONS,
+    NO_SPEEDUPS,
+    SPEEDUPS,
+    Compression,
+    Speedups,
+    parse_compression,
+    parse_speedups,
+)
 from lmdeploy_vico.host_memory import total_memory
-from lmdeploy_vico.kernels.implementation import AUTO, CHOICES
-from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups, parse_speedups
-from lmdeploy_vico.vision.routing import Compression, parse_compression
+from lmdeploy_vico.kernels.choice import AUTO, CHOICES
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
-LEAST = {'max_tiles': 1, 'preprocess_threads': 1, 'tile_batch': 0, 'max_queued_tiles': 1}
-LEAST |= {'max_decoded_bytes': 1, 'cache_bytes': 0}
-FLAGS = ('dummy_weights', 'synthetic_images')
+_METADATA = 'option'
 _TRUTH = {'0': False, '1': True, 'false': False, 'true': True}
 
 
 class OptionError(ValueError):
-    """An unknown option or a bad value; the message names it and what is accepted."""
+    """An unknown option or a bad value; the message names it, where it was set, and what is accepted."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values an option takes.
+
+    Attributes:
+        accepted: the values in words, after "must be".
+        parse: the value that the option gets; raises ValueError for one that is not accepted.
+        numeric: whether the text of an environment variable that looks like a number is one.
+    """
+
+    accepted: str
+    parse: Callable[[Any], Any]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is said of one option.
+
+    Attributes:
+        kind: what values it takes.
+        default: in words.
+        meaning: sentences in Markdown.
+    """
+
+    kind: Kind
+    default: str
+    meaning: str
+
+
+def _at_least(least: int) -> Kind:
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(value)
+        return value
+
+    return Kind(f'an integer of at least {least}', parse)
+
+
+def _parse_flag(value: Any) -> bool:
+    truth = _TRUTH.get(str(value).lower()) if isinstance(value, bool | int | str) else None
+    if truth is None:
+        raise ValueError(value)
+    return truth
+
+
+def _parse_kernels(value: Any) -> str:
+    if value not in CHOICES:
+        raise ValueError(value)
+    return str(value)
+
+
+def _parse_devices(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(value)
+    return value
+
+
+COMPRESSION = Kind(COMPRESSIONS, parse_compression)
+FLAG = Kind('0, 1, true or false', _parse_flag)
+KERNELS = Kind(f'one of {", ".join(CHOICES)}', _parse_kernels, numeric=False)
+DEVICES = Kind('"auto", or devices like "cuda:0", "cuda:0,cuda:1" or "cpu"', _parse_devices, numeric=False)
+NAMES = Kind(f'a comma-separated list of {", ".join(SPEEDUPS)}, or empty', parse_speedups, numeric=False)
+
+
+def _option(kind: Kind, default: Any, meaning: str, words: str = '') -> Any:
+    """Declare an option; ``default`` is a value, or a function that computes one and is described by ``words``."""
+    declaration = Declaration(kind, words or str(default), meaning)
+    where = 'default_factory' if callable(default) else 'default'
+    return dataclasses.field(**{where: default}, metadata={_METADATA: declaration})
 
 
 def _default_threads() -> int:
@@ -39,54 +120,92 @@ def _default_decoded_bytes() -> int:
 class Options:
     """What an operator can set.
 
-    Attributes:
-        compression: for requests that do not say: "auto" (the checkpoint's thresholds), "none", "all" or a share.
-        max_tiles: the most tiles an image may be cut into, without its thumbnail, whatever a client or the checkpoint
-            asks for (``max_dynamic_patch``).
-        preprocess_threads: threads that resize and cut images; Pillow releases the GIL.
-        vision_device: where the vision side runs: "auto" (each device that the engine of this server uses, or the CPU),
-            "cpu", "cuda:1", or several devices that share the work, "cuda:0,cuda:1".
-        tile_batch: tiles per device batch; 0 chooses for the ViT's width and the device.
-        max_queued_tiles: tiles that may wait to be encoded; beyond, requests with images are answered with a 503.
-        max_decoded_bytes: host memory for decoded images and video frames; a request that alone needs more is answered
-            with a 400, one that finds no room beside the others with a 503.
-        cache_bytes: host memory for the ViT-level results of tiles that may be asked about again; 0 keeps none.
-        kernels: what computes the vision kernels: "auto" (Triton on CUDA devices, torch elsewhere), "triton", "torch".
-        vit_speedups: faster ways to compute parts of the ViT, a comma-separated list of "cudnn_attention",
-            "residual_norm", "padded_patches" and "strided_qk_norm"; none by default (see vision/model/speedups.py).
-        dummy_weights: make all weights up instead of reading them, for measuring: the answers mean nothing.
-        synthetic_images: let an image item ask for made-up visual tokens, for measuring the language model alone.
+    Raises:
+        OptionError: a value that is not accepted.
     """
 
-    compression: Compression = 'auto'
-    max_tiles: int = 40
-    preprocess_threads: int = dataclasses.field(default_factory=_default_threads)
-    vision_device: str = 'auto'
-    tile_batch: int = 0
-    max_queued_tiles: int = 2048
-    max_decoded_bytes: int = dataclasses.field(default_factory=_default_decoded_bytes)
-    cache_bytes: int = dataclasses.field(default_factory=_default_cache_bytes)
-    kernels: str = AUTO
-    vit_speedups: Speedups = NO_SPEEDUPS
-    dummy_weights: bool = False
-    synthetic_images: bool = False
+    compression: Compression = _option(
+        COMPRESSION,
+        'auto',
+        'How much is compressed for requests that do not say. `auto` follows the thresholds of the checkpoint.',
+    )
+    max_tiles: int = _option(
+        _at_least(1),
+        40,
+        'The most tiles that an image is cut into, without its thumbnail, whatever a client or the checkpoint asks '
+        'for (`max_dynamic_patch`).',
+    )
+    preprocess_threads: int = _option(
+        _at_least(1),
+        _default_threads,
+        'Threads that resize images and cut them into tiles.',
+        'the number of cores, at most 16',
+    )
+    vision_device: str = _option(
+        DEVICES,
+        'auto',
+        "Where images are encoded. `auto` takes each device that this server's engine uses, or the CPU if it uses "
+        'none. Several devices of one kind share the tiles. It must be given where the engine joins a Ray cluster '
+        'that already runs, and where it has ranks on other machines.',
+    )
+    tile_batch: int = _option(
+        _at_least(0), 0, 'Tiles in a device batch. 0 chooses a number for the checkpoint and the device.'
+    )
+    max_queued_tiles: int = _option(
+        _at_least(1),
+        2048,
+        'Tiles that may wait to be encoded. While more wait, requests with images get a 503 with `Retry-After`.',
+    )
+    max_decoded_bytes: int = _option(
+        _at_least(1),
+        _default_decoded_bytes,
+        'Host memory for the decoded images and video frames of all requests, 8 bytes a pixel. A request that alone '
+        'needs more gets a 400; one that finds no room beside the others gets a 503 with `Retry-After`.',
+        '16 GiB, at most 1/8 of the memory',
+    )
+    cache_bytes: int = _option(
+        _at_least(0),
+        _default_cache_bytes,
+        'Host memory for encoded tiles that may be asked about again, whatever their compression; 0 keeps none. Where '
+        'CUDA devices encode, it is pinned once, while the engine starts, with at most 400 MiB and 300 MiB a device '
+        'for what is in flight. Where the host cannot give that much, a warning says so and the server runs with what '
+        'it got.',
+        '4 GiB, at most 1/16 of the memory',
+    )
+    kernels: str = _option(
+        KERNELS,
+        AUTO,
+        'What computes the operations of `kernels/`. `auto` takes Triton on CUDA devices from compute capability 8.0 '
+        'on, and torch elsewhere.',
+    )
+    vit_speedups: Speedups = _option(
+        NAMES,
+        NO_SPEEDUPS,
+        'Faster ways to compute parts of the ViT: `cudnn_attention` (Hopper GPUs), `residual_norm`, `padded_patches` '
+        "and `strided_qk_norm` (InternViT-6B). Each may change the last bits of a tile's tokens; none makes them "
+        'depend on other tiles. One that cannot run stops the start. The benchmark `vit_speed` says which pay on a '
+        'GPU; no GPU has been asked yet, so all are off.',
+        'empty',
+    )
+    dummy_weights: bool = _option(
+        FLAG,
+        False,
+        'Make all weights up on the device instead of reading them from files, to size a deployment. The answers are '
+        'random.',
+        '0',
+    )
+    synthetic_images: bool = _option(
+        FLAG,
+        False,
+        'Let an image item ask for made-up visual tokens, to measure the language model alone: `"synthetic": '
+        '{"tiles": 10, "compressed": 5, "seed": 7}`, with all three keys, beside a `url` of any picture, which is '
+        'ignored.',
+        '0',
+    )
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, 'compression', parse_compression(self.compression))
-            object.__setattr__(self, 'vit_speedups', parse_speedups(self.vit_speedups))
-        except ValueError as error:
-            raise OptionError(str(error)) from error
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise OptionError(f'{name} must be an integer of at least {least}, not {value!r}.')
-        for name in FLAGS:
-            object.__setattr__(self, name, _parse_flag(name, getattr(self, name)))
-        if self.kernels not in CHOICES:
-            raise OptionError(f'kernels must be one of {", ".join(CHOICES)}, not {self.kernels!r}.')
-        if not isinstance(self.vision_device, str) or not self.vision_device:
-            raise OptionError(f'vision_device must be "auto" or a device like "cuda:0", not {self.vision_device!r}.')
+        for name in DECLARATIONS:
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
 
     @classmethod
     def load(cls, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> 'Options':
@@ -100,13 +219,20 @@ class Options:
             OptionError: an unknown name or a bad value.
         """
         values = environment_options(environ)
+        sources = {name: f'the environment variable {PREFIX}{name.upper()}' for name in values}
         section = (overrides or {}).get(OVERRIDES_KEY, {})
         if not isinstance(section, Mapping):
             raise OptionError(f'--hf-overrides: "{OVERRIDES_KEY}" must be an object, not {section!r}.')
         for name, value in section.items():
-            _check_name(name, f'--hf-overrides "{OVERRIDES_KEY}" {name!r}')
-            values[name] = value
-        return cls(**values)
+            source = f'--hf-overrides "{OVERRIDES_KEY}"'
+            _check_name(name, f'{source} {name!r}')
+            values[name], sources[name] = value, source
+        return cls(**{name: _checked(name, value, sources[name]) for name, value in values.items()})
+
+
+DECLARATIONS: Mapping[str, Declaration] = {
+    field.name: field.metadata[_METADATA] for field in dataclasses.fields(Options)
+}
 
 
 def environment_options(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -116,26 +242,26 @@ def environment_options(environ: Mapping[str, str] | None = None) -> dict[str, A
         if variable.startswith(PREFIX):
             name = variable[len(PREFIX) :].lower()
             _check_name(name, variable)
-            values[name] = _parse_text(name, text)
+            values[name] = _number(text) if DECLARATIONS[name].kind.numeric else text
     return values
 
 
-def _parse_flag(name: str, value: Any) -> bool:
-    truth = _TRUTH.get(str(value).lower()) if isinstance(value, bool | int | str) else None
-    if truth is None:
-        raise OptionError(f'{name} must be 0, 1, true or false, not {value!r}.')
-    return truth
+def _checked(name: str, value: Any, source: str = '') -> Any:
+    kind = DECLARATIONS[name].kind
+    try:
+        return kind.parse(value)
+    except ValueError as error:
+        said = f', as {source} says' if source else ''
+        raise OptionError(f'{name} must be {kind.accepted}, not {value!r}{said}.') from error
 
 
 def _check_name(name: str, given: str) -> None:
-    known = [field.name for field in dataclasses.fields(Options)]
-    if name not in known:
-        raise OptionError(f'{given} is not an option; the options are {", ".join(known)}.')
+    if name not in DECLARATIONS:
+        raise OptionError(f'{given} is not an option; the options are {", ".join(DECLARATIONS)}.')
 
 
-def _parse_text(name: str, text: str) -> Any:
-    if name == 'vision_device':
-        return text
+def _number(text: str) -> Any:
+    """The number that a text stands for, or the text itself."""
     for number in (int, float):
         try:
             return number(text)

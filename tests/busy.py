@@ -2,8 +2,8 @@
 
     python -m pytest -p busy -m busy --times 50 tests
 
-What is started once for a module, as a server, is started once; a test that takes long has a limit to its rounds of
-its own, as in ``@pytest.mark.busy(times=15)``. The last lines say how many rounds each test passed.
+A shared server is started once. A test that takes long has a limit to its rounds of its own, as in
+``@pytest.mark.busy(times=15)``. The last lines say how many rounds each test passed.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Fixtures shared by all rooms: tiny checkpoints, real pictures, prompts, and the judge of answers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from parity.conversations import conversations
 from PIL import Image
+from tiers import Guard, mark
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -16,6 +17,25 @@ MakeCheckpoint = Callable[..., Path]
 # what they compare was counted on a CPU. PyTorch looks at this when a device is used first, long after this line.
 if os.environ.get('VICO_TEST_DEVICE') != 'cuda':
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
+GUARD = Guard()
+
+
+def pytest_configure() -> None:
+    GUARD.install()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    mark(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    GUARD.closed = item.get_closest_marker('server') is None
+    result = yield
+    GUARD.closed = False
+    return result
 
 
 @pytest.fixture(scope='session')

@@ -1,10 +1,14 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from lmdeploy_vico import host_memory
-from lmdeploy_vico.options import OptionError, Options
-from lmdeploy_vico.vision.model.speedups import Speedups
+from lmdeploy_vico import cli, host_memory
+from lmdeploy_vico.choices import Speedups
+from lmdeploy_vico.options import DECLARATIONS, OptionError, Options
 
 
 def load(overrides=None, **environ):
@@ -14,6 +18,15 @@ def load(overrides=None, **environ):
 def test_defaults():
     options = load(PATH='/bin', LMDEPLOY_VICO='1')
     assert options.compression == 'auto' and options.max_tiles == 40 and options.preprocess_threads >= 1
+
+
+def test_reading_options_loads_neither_torch_nor_triton():
+    code = (
+        'import sys; from lmdeploy_vico.options import Options; Options.load({}, {}); '
+        'print([m for m in ("torch", "triton", "lmdeploy", "numpy") if m in sys.modules])'
+    )
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == '[]'
 
 
 @pytest.mark.parametrize('limit, cached, decoded', [(None, 4, 16), (80, 4, 10), (8, 0.5, 1)])
@@ -72,6 +85,45 @@ def test_flags(text, flag):
 def test_mistakes_stop_the_start(overrides, environ, message):
     with pytest.raises(OptionError, match=message):
         load(overrides, **environ)
+
+
+@pytest.mark.parametrize(
+    'overrides, environ, source',
+    [
+        (None, {'LMDEPLOY_VICO_MAX_TILES': '0'}, 'not 0, as the environment variable LMDEPLOY_VICO_MAX_TILES says.'),
+        ({'vico': {'max_tiles': 'x'}}, {'LMDEPLOY_VICO_MAX_TILES': '0'}, 'not \'x\', as --hf-overrides "vico" says.'),
+    ],
+)
+def test_mistakes_say_where_they_were_made(overrides, environ, source):
+    with pytest.raises(OptionError) as refusal:
+        load(overrides, **environ)
+    assert str(refusal.value) == f'max_tiles must be an integer of at least 1, {source}'
+
+
+def test_an_override_replaces_a_mistake_in_the_environment():
+    assert load({'vico': {'max_tiles': 7}}, LMDEPLOY_VICO_MAX_TILES='many').max_tiles == 7
+
+
+@pytest.mark.parametrize('name', DECLARATIONS)
+def test_values_that_were_read_may_be_given_again(name):
+    options = load(LMDEPLOY_VICO_VIT_SPEEDUPS='residual_norm')
+    assert dataclasses.replace(options, **{name: getattr(options, name)}) == options
+
+
+def test_the_documents_are_the_declaration(capsys):
+    assert cli.main(['options', '--markdown']) == 0
+    page = (Path(__file__).parents[1] / 'docs' / 'options.md').read_text()
+    assert page == capsys.readouterr().out, 'run: lmdeploy-vico options --markdown > docs/options.md'
+    rows = [line.split('|')[1:-1] for line in page.splitlines() if line.startswith('| `')]
+    assert [row[0].strip(' `') for row in rows] == [field.name for field in dataclasses.fields(Options)]
+    assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in rows)
+
+
+def test_the_command_lists_every_option(capsys):
+    assert cli.main(['options']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(DECLARATIONS) <= set(lines)
+    assert all(len(line) <= 100 for line in lines)
 
 
 def test_vit_speedups():

@@ -9,7 +9,6 @@ every core suffers more from them than work that waits now and then. So each rou
 import hashlib
 import pickle
 import pkgutil
-import statistics
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.lib import images, models
-from benchmarks.lib.timing import Neighbours
+from benchmarks.lib.timing import Reference
 from lmdeploy_vico.adapter.server import prompt
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
@@ -44,22 +43,10 @@ def against(benchmark, pytestconfig):
     def run(ours, reference):
         turns = pytestconfig.getoption('turns')
         timer = pkgutil.resolve_name(pytestconfig.getoption('benchmark_timer'))  # pytest-benchmark's own
-        references, neighbours, used = [], Neighbours(), []
-
-        def time_reference():
-            if len(references) >= WARM_UP and (len(references) - WARM_UP) % turns == 0:
-                used.append(neighbours())
-            begun = timer()
-            reference()
-            references.append(timer() - begun)
-
-        benchmark.pedantic(ours, setup=time_reference, rounds=ROUNDS * turns, warmup_rounds=WARM_UP)
-        used.append(neighbours())
-        pairs = zip(benchmark.stats.stats.data, references[WARM_UP:], strict=True)
-        ratios = [mine / other for mine, other in pairs]
-        rounds = [ratios[start : start + turns] for start in range(0, len(ratios), turns)]
-        benchmark.extra_info['ratios'] = [statistics.median(ratios) for ratios in rounds]
-        benchmark.extra_info['neighbours'] = used[1:]  # the first is the warm-up's
+        beside = Reference(reference, timer, turns, WARM_UP)
+        benchmark.pedantic(ours, setup=beside, rounds=ROUNDS * turns, warmup_rounds=WARM_UP)
+        ratios, neighbours = beside.rounds(benchmark.stats.stats.data)
+        benchmark.extra_info.update(ratios=ratios, neighbours=neighbours)
 
     return run
 

@@ -1,13 +1,13 @@
-"""Whether anything got slower: the cases of benchmarks/gates/cases.py against stored ones, for an operator's own CI.
+"""Compare the cases of benchmarks/gates/cases.py with a stored baseline, for an operator's own CI.
 
-What is compared are ratios to fixed references, measured in turns. A case fails only when the fastest of the new rounds
-is slower than the slowest of the stored ones by more than the threshold. Both are to be measured on one kind of device,
-host and versions, since the references' speed depends on them: anything else is refused. Rounds in which other
-processes used more than --neighbours cores do not count, as long as there are three others. Where there are not,
-nothing is stored, and a case that seems slower may only be disturbed. On a GPU the vision side has a published width
-(--like), and times in seconds are stored as well, for people to read.
+Each case is timed in rounds, as a ratio to a fixed reference that takes turns with it. A case counts as slower when
+even its fastest round is slower than the slowest stored round, by more than the threshold. The references' speed
+depends on device, host and versions: a baseline from another machine or version is refused. Rounds in which other
+processes used more than --neighbours cores are left out, as long as three others remain. If fewer remain, nothing is
+stored, and a case that seems slower is reported as disturbed. On a GPU the vision side has a published width (--like),
+and times in seconds are stored as well, for people to read.
 
-Exit status: 0 nothing got slower, 1 something did, 2 it cannot be said (make ends with 2 for either).
+Exit status: 0 nothing got slower, 1 something got slower, 2 it cannot be told (make ends with 2 for either).
 
     make bench-check ARGS=--update       # store what this version does, once for each device
     make bench-check                     # later: fails if something got slower
@@ -35,12 +35,13 @@ from benchmarks.lib import models
 from benchmarks.lib.compare import (
     CANNOT_SAY,
     CheckError,
-    Comparison,
     compare_first_token,
+    compare_rounds,
     differing,
     read_json,
     report,
     report_gone,
+    rounds_that_count,
 )
 from benchmarks.lib.facts import PACKAGES, facts
 from benchmarks.lib.timing import QUIET
@@ -49,25 +50,24 @@ from lmdeploy_vico.bench.results import OutputFile
 
 CASES = Path(cases.__file__)
 THRESHOLD = 0.05
-QUIET_ROUNDS = 3  # of a case, at least, for it to count as undisturbed
 CONDITIONS = ('recipe', 'omp_wait_policy', 'like')
 SAME = (*CONDITIONS, 'device', 'processor', 'cores', 'torch_threads', 'python', *PACKAGES, 'cuda')
 
 
 def conditions(like: str) -> dict[str, Any]:
-    """What ratios depend on, for the results; threads that spin while they wait take a core from whoever works."""
+    """Return what ratios depend on. OMP_WAIT_POLICY is among it: threads that spin while they wait take a core."""
     own = (cases.RECIPE, os.environ.get('OMP_WAIT_POLICY'), like)
     return {**dict(zip(CONDITIONS, own, strict=True)), **facts()}
 
 
 def default_baseline() -> Path:
-    """Where the ratios of this kind of device are stored."""
+    """Return where the ratios of this kind of device are stored."""
     device = re.sub(r'[^a-z0-9]+', '-', str(facts()['device']).lower())
     return RESULTS / f'check-{device}.json'
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the cases, through pytest-benchmark; what is stored of them, in the names that it uses.
+    """Run the cases through pytest-benchmark and return what is stored of them, in its names.
 
     Raises:
         CheckError: a case could not be measured.
@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def stored(results: Mapping[str, Any], like: str) -> dict[str, Any]:
-    """What is kept of pytest-benchmark's results: no host names; seconds of a GPU only, as a CPU's say little."""
+    """Return what is kept of pytest-benchmark's results: no host names, and seconds only of a GPU."""
     kept = []
     for case in results['benchmarks']:
         rounds = case['extra_info']
@@ -98,21 +98,8 @@ def stored(results: Mapping[str, Any], like: str) -> dict[str, Any]:
     return {'machine_info': conditions(like), 'datetime': results['datetime'], 'benchmarks': kept}
 
 
-def ratios(results: Mapping[str, Any], neighbours: float) -> tuple[dict[str, list[float]], set[str]]:
-    """The rounds of each case that count, and the names of the disturbed cases: of these all rounds count, for once."""
-    rounds, disturbed = {}, set()
-    for case in results['benchmarks']:
-        name, info = case['name'], case['extra_info']
-        pairs = zip(info['ratios'], info['neighbours'], strict=True)
-        quiet = [ratio for ratio, used in pairs if used <= neighbours]
-        rounds[name] = quiet if len(quiet) >= QUIET_ROUNDS else info['ratios']
-        if len(quiet) < QUIET_ROUNDS:
-            disturbed.add(name)
-    return rounds, disturbed
-
-
 def read_baseline(path: Path, like: str) -> dict[str, Any]:
-    """The stored results; raises :class:`CheckError` where there are none that can be compared with."""
+    """Return the stored results; raises :class:`CheckError` where there are none that can be compared with."""
     here = conditions(like)
     make = 'On the version to compare with, run: make bench-check ARGS=--update'
     if not path.is_file():
@@ -131,24 +118,16 @@ def read_baseline(path: Path, like: str) -> dict[str, Any]:
 def compare(
     baseline: Mapping[str, Any], measured: Mapping[str, Any], arguments: argparse.Namespace, console: Console
 ) -> int:
-    """Compare what is stored and what has been measured, and say what is in one of them only; the exit status.
-
-    With --cases, others are not missed.
-    """
-    (was, disturbed_then), (now, disturbed_now) = (ratios(one, arguments.neighbours) for one in (baseline, measured))
-    for name in now:
-        if name not in was:
-            console.print(f'{name} is new and has no baseline yet.')
-    missed = report_gone([] if arguments.cases else [name for name in was if name not in now], 'measured', console)
-    disturbed = disturbed_then | disturbed_now
-    compared = [Comparison(name, was[name], now[name], disturbed=name in disturbed) for name in now if name in was]
+    """Compare what has been measured with the baseline; returns the exit status. With --cases, no other is missed."""
+    compared, gone = compare_rounds(baseline, measured, arguments.neighbours, console)
+    missed = report_gone([] if arguments.cases else gone, 'measured', console)
     if not compared:
         raise CheckError('The baseline has none of these cases.')
     return report(compared, arguments.threshold, console) or missed
 
 
 def compare_results(arguments: argparse.Namespace, console: Console) -> int:
-    """Compare two results of ``lmdeploy-vico bench``; the exit status."""
+    """Compare two results of ``lmdeploy-vico bench``; returns the exit status."""
     new, old = read_json(arguments.first_token), read_json(arguments.against)
     compared, gone = compare_first_token(old, new, console)
     missed = report_gone(gone, 'in the new file', console)
@@ -156,7 +135,7 @@ def compare_results(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def check(arguments: argparse.Namespace, path: Path, console: Console) -> int:
-    """Measure and compare with the baseline at ``path``; the exit status."""
+    """Measure and compare with the baseline at ``path``; returns the exit status."""
     output = writable(arguments.output)
     # Looked at first, so that nobody waits for measurements that cannot be compared.
     baseline = read_baseline(path, arguments.like)
@@ -166,7 +145,7 @@ def check(arguments: argparse.Namespace, path: Path, console: Console) -> int:
 
 
 def update(arguments: argparse.Namespace, path: Path, console: Console) -> None:
-    """Measure and store, having said how that compares with what is replaced, if it does."""
+    """Measure and store; a baseline that is replaced is compared with first, where it can be."""
     output, target = writable(arguments.output), writable(path)
     if arguments.cases and path.is_file():
         check_kept(path, arguments.cases)
@@ -184,7 +163,7 @@ def update(arguments: argparse.Namespace, path: Path, console: Console) -> None:
             compare(old, measured, arguments, console)
     elif why:
         console.print(why, soft_wrap=True)
-    _, disturbed = ratios(measured, arguments.neighbours)
+    _, disturbed = rounds_that_count(measured, arguments.neighbours)
     if disturbed:
         raise CheckError(
             f'Nothing is stored, as other processes used more than {arguments.neighbours} cores while these were '
@@ -205,7 +184,7 @@ def check_kept(path: Path, cases: Sequence[str]) -> None:
 
 
 def writable(path: Path | None) -> OutputFile | None:
-    """The file to write later; raises :class:`CheckError` where that would fail, before anything is measured."""
+    """Return the file to write later; raises :class:`CheckError` now if it cannot be written."""
     if path is None:
         return None
     try:
@@ -227,7 +206,7 @@ def write(file: OutputFile | None, results: Mapping[str, Any], console: Console)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """The exit status; raises :class:`CheckError`."""
+    """Do what the arguments ask; returns the exit status. Raises :class:`CheckError`."""
     if arguments.first_token:
         return compare_results(arguments, console)
     path = arguments.baseline or default_baseline()

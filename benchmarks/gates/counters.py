@@ -40,6 +40,8 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks import RESULTS
+from benchmarks.lib import compare
+from benchmarks.lib.compare import Difference
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle
 
@@ -250,29 +252,14 @@ def measure(checkpoint: Path) -> Counts:
     return {'lmdeploy': version('lmdeploy'), 'torch': version('torch').partition('+')[0], 'requests': found}
 
 
-class Difference(NamedTuple):
-    """A counter that has changed; None where there is no such request or counter."""
-
-    counter: str
-    request: str
-    was: int | None
-    now: int | None
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Every counter that is not the same, leaving out :data:`OPERATORS` if torch's version is not."""
+def differences(was: Counts, now: Counts) -> list[Difference]:
+    """Return every counter that is not the same, leaving out :data:`OPERATORS` if torch's version is not."""
     left_out = () if was['torch'] == now['torch'] else OPERATORS
-    found = []
-    for request in {**was['requests'], **now['requests']}:
-        before, after = (side['requests'].get(request, {}) for side in (was, now))
-        for counter in {**before, **after}:
-            if counter not in left_out and before.get(counter) != after.get(counter):
-                found.append(Difference(counter, request, before.get(counter), after.get(counter)))
-    return found
+    return compare.differences(was['requests'], now['requests'], left_out)
 
 
-def report(was: Mapping[str, Any], now: Mapping[str, Any], console: Console) -> bool:
-    """Say what has changed; returns whether something has."""
+def report(was: Counts, now: Counts, console: Console) -> bool:
+    """Say what has changed; returns whether anything has."""
     found = differences(was, now)
     if was['torch'] != now['torch']:
         console.print(f'Operators were counted with torch {was["torch"]}, not {now["torch"]}: they are not compared.')

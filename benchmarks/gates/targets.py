@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import RESULTS
+from benchmarks.lib.compare import Key, Measured, Target
 from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS, TILES
 from lmdeploy_vico.checkpoints.random.configuration import Size
 from lmdeploy_vico.checkpoints.random.published import MODELS
@@ -33,39 +34,6 @@ TILE_RATES = {'300M': 600.0, '6B': 48.0}
 LAYERS = {'300M': 24, '6B': 45}  # fewer, to try a size, are not the model
 LATENCY, LATENCY_OF = 60.0, '300M'
 ANY = 0  # text tokens of a target that holds for all that were measured
-
-Key = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number to reach.
-
-    Attributes:
-        key: what a measured number is found by.
-        at_most: whether less is better.
-    """
-
-    key: Key
-    title: str
-    value: float
-    unit: str
-    at_most: bool = False
-
-    def met(self, measured: 'Measured') -> bool:
-        reached = measured.value <= self.value if self.at_most else measured.value >= self.value
-        return reached and not measured.failed
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number from a result: ``failed`` requests, ``note`` whether the run ended, ``beside`` a baseline or alone."""
-
-    value: float
-    file: str
-    failed: int = 0
-    note: str = ''
-    beside: bool = False
 
 
 def targets() -> list[Target]:

@@ -1,10 +1,14 @@
-"""When something counts as slower than it was, and what is said of it."""
+"""Comparing results: with earlier ones of the same benchmark, with committed counts, and with targets.
+
+Times come in rounds, and the rule for them is one: something got slower when even its fastest round is slower than the
+slowest stored one, by more than a threshold. Counts are compared exactly.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +17,7 @@ SLOWER, CANNOT_SAY = 1, 2  # exit statuses; 0 where nothing got slower
 
 
 class CheckError(Exception):
-    """What keeps a comparison from being made, and what to do about it, in a sentence."""
+    """A comparison cannot be made; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Comparison:
     Attributes:
         name: what was measured.
         was, now: its rounds; none where it failed.
-        note: why it is only said, and fails nothing, that it got slower; empty where it does.
+        note: why getting slower is reported without failing the check; empty where it fails it.
         disturbed: whether other processes kept the machine busy, so that being slower means nothing.
     """
 
@@ -35,11 +39,11 @@ class Comparison:
 
     @property
     def slower_by(self) -> float:
-        """How much slower the fastest round is than the slowest was, as a share; negative where rounds overlap."""
+        """By what share the fastest round now is slower than the slowest one then; negative where rounds overlap."""
         return min(self.now, default=float('inf')) / max(self.was) - 1
 
     def regressed(self, threshold: float) -> bool:
-        """Whether even the fastest round is slower than the slowest was, by more than a threshold."""
+        """Return whether even the fastest round is slower than the slowest one then, by more than a threshold."""
         return self.slower_by > threshold
 
     def __str__(self) -> str:
@@ -76,7 +80,7 @@ def report(comparisons: Sequence[Comparison], threshold: float, console: Console
 
 
 def report_gone(names: Sequence[str], what: str, console: Console) -> int:
-    """Say what is stored and was not measured now; returns the exit status."""
+    """Say what is stored but was not measured now; returns the exit status."""
     if names:
         console.print(f'Stored, but not {what}: {", ".join(names)}. Nothing can be said of that.', soft_wrap=True)
     return CANNOT_SAY if names else 0
@@ -91,7 +95,7 @@ def _span(rounds: Sequence[float]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises :class:`CheckError`."""
+    """Return the object in a JSON file; raises :class:`CheckError`."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -102,9 +106,119 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def differing(was: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """What differs of two descriptions, in words."""
+    """Return what differs between two descriptions, in words."""
     return [f'{name} {was.get(name)}, not {now.get(name)}' for name in names if was.get(name) != now.get(name)]
 
+
+# --- ratios, in rounds -----------------------------------------------------------------------------------------------
+
+QUIET_ROUNDS = 3  # of a case, at least, for it to count as undisturbed
+
+
+def rounds_that_count(results: Mapping[str, Any], neighbours: float) -> tuple[dict[str, list[float]], set[str]]:
+    """Return the rounds of each case in which others used at most ``neighbours`` cores, and the disturbed cases' names.
+
+    A case with fewer than three such rounds is disturbed, and keeps all of its rounds.
+    """
+    rounds, disturbed = {}, set()
+    for case in results['benchmarks']:
+        name, info = case['name'], case['extra_info']
+        pairs = zip(info['ratios'], info['neighbours'], strict=True)
+        quiet = [ratio for ratio, used in pairs if used <= neighbours]
+        rounds[name] = quiet if len(quiet) >= QUIET_ROUNDS else info['ratios']
+        if len(quiet) < QUIET_ROUNDS:
+            disturbed.add(name)
+    return rounds, disturbed
+
+
+def compare_rounds(
+    baseline: Mapping[str, Any], measured: Mapping[str, Any], neighbours: float, console: Console
+) -> tuple[list[Comparison], list[str]]:
+    """Compare what is stored with what has been measured, by case; says which cases are new.
+
+    Returns:
+        The comparisons, and the cases that are stored and were not measured.
+    """
+    (was, disturbed_then), (now, disturbed_now) = (rounds_that_count(one, neighbours) for one in (baseline, measured))
+    gone = [name for name in was if name not in now]
+    for name in now:
+        if name not in was:
+            console.print(f'{name} is new and has no baseline yet.')
+    disturbed = disturbed_then | disturbed_now
+    compared = [Comparison(name, was[name], now[name], disturbed=name in disturbed) for name in now if name in was]
+    return compared, gone
+
+
+# --- counts, exactly -------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """A counter that has changed; None where there is no such request or counter."""
+
+    counter: str
+    request: str
+    was: int | None
+    now: int | None
+
+
+def differences(
+    was: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]], left_out: Sequence[str] = ()
+) -> list[Difference]:
+    """Return every counter of every request that is not the same, but for those left out."""
+    found = []
+    for request in {**was, **now}:
+        before, after = was.get(request, {}), now.get(request, {})
+        for counter in {**before, **after}:
+            if counter not in left_out and before.get(counter) != after.get(counter):
+                found.append(Difference(counter, request, before.get(counter), after.get(counter)))
+    return found
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach.
+
+    Attributes:
+        key: what a measured number is found by.
+        at_most: whether less is better.
+    """
+
+    key: Key
+    title: str
+    value: float
+    unit: str
+    at_most: bool = False
+
+    def met(self, measured: 'Measured') -> bool:
+        """Return whether a number reaches it; one with failed requests does not."""
+        reached = measured.value <= self.value if self.at_most else measured.value >= self.value
+        return reached and not measured.failed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number from a result.
+
+    Attributes:
+        file: that it stands in.
+        failed: requests.
+        note: what else is to be said of it, such as that its run was ended early.
+        beside: whether a baseline was measured in the same run.
+    """
+
+    value: float
+    file: str
+    failed: int = 0
+    note: str = ''
+    beside: bool = False
+
+
+# --- results of ``lmdeploy-vico bench`` ------------------------------------------------------------------------------
 
 OURS = 'none'  # the server that is the plugin
 # Arguments that make another benchmark, and what a file that does not name them was measured with.
@@ -125,9 +239,9 @@ def compare_first_token(
 ) -> tuple[list[Comparison], list[str]]:
     """Compare two results of ``lmdeploy-vico bench``, by cell: seconds a request and the inverse of the speed-up.
 
-    What decides is the seconds a request of the plugin's own cells take. A speed-up is also lost when the uncompressed
-    requests get faster, and a baseline's seconds are another project's: both are only noted. Other versions are what
-    one may want to compare, and are said; another device, model, load or server is refused.
+    The seconds a request of the plugin's own cells decide. Lost speed-ups are only noted, as uncompressed requests that
+    got faster cost some too; so are the seconds of a baseline, which is another project. Results of other versions are
+    compared, and the versions named; results of another device, model, load or server are refused.
 
     Returns:
         The comparisons, and the plugin's cells that the new file lacks.
@@ -162,8 +276,8 @@ def compare_first_token(
 def _experiment(content: Mapping[str, Any]) -> dict[str, Any]:
     """What has to be the same for seconds to be comparable.
 
-    The environment variables are those of the plugin's own server. Files did not always name them, and nobody names
-    those of a server that runs already: what is not known may be anything.
+    The environment variables are those of the plugin's own server. Older files do not name them, and those of a server
+    that was running already are not known.
     """
     arguments = content['arguments']
     variables = (content.get('environment_variables') or {}).get(OURS)
@@ -182,7 +296,7 @@ _Side = tuple[Mapping[Any, Mapping[str, Any]], Mapping[str, Any]]  # the cells o
 
 
 def _compare_cell(cell: tuple[Any, ...], old: _Side, new: _Side) -> list[Comparison]:
-    """A cell that was answered then: its seconds a request and, if it is the plugin's, time over uncompressed time."""
+    """Compare a cell that was answered then: its seconds a request and, if it is the plugin's, its inverse speed-up."""
     ours = cell[1] == OURS
     answered = _answered(new[0][cell])
     seconds = _seconds(cell, *new) if answered else []
@@ -210,14 +324,14 @@ def _answered(cell: Mapping[str, Any]) -> bool:
 
 
 def _seconds(cell: Any, cells: Mapping[Any, Mapping[str, Any]], content: Mapping[str, Any]) -> list[float]:
-    """Seconds a request, round by round."""
+    """Return seconds a request, round by round."""
     durations, requests = cells[cell]['round_durations'], content['arguments']['num_prompts']
     edges = [requests * turn // len(durations) for turn in range(len(durations) + 1)]
     return [taken / (edges[turn + 1] - edges[turn]) for turn, taken in enumerate(durations)]
 
 
 def _inverse_speedups(cell: Any, cells: Mapping[Any, Mapping[str, Any]]) -> list[float]:
-    """Time over that of the plugin without compression, round by round; empty for that one itself or without it."""
+    """Return a cell's time over the uncompressed cell's, round by round; empty without that one, and for itself."""
     mode, _, text, _ = cell
     reference = (mode, OURS, text, 0.0)
     if cell == reference or reference not in cells or not _answered(cells[reference]):

@@ -1,13 +1,13 @@
 """Vision sides of published sizes with random weights: speed does not depend on the values."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmdeploy_vico.checkpoints.initialisation import DummyWeights
 from lmdeploy_vico.checkpoints.random import configuration
-from lmdeploy_vico.config import ARCHITECTURE, VicoConfig
+from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 # Name: ViT width, layers, heads, MLP width, norm type, language model width.
@@ -25,41 +25,26 @@ def config(like: str, layers: int | None = None) -> dict[str, Any]:
     vision = configuration.vision_config(size, norm)
     language = {'architectures': ['Qwen3ForCausalLM'], 'hidden_size': hidden}
     made = configuration.model_config(vision, {**language, 'eos_token_id': 0}, flash=True)
-    # Half of the tiles of any prompt are compressed.
-    return made | {'architectures': [ARCHITECTURE], 'flash_relative_threshold': 0.5, 'flash_absolute_threshold': 0.0}
+    return made | {'flash_absolute_threshold': 0.0}  # so that half of the tiles of any prompt are compressed
 
 
-@dataclass
-class RandomCheckpoint:
+class RandomCheckpoint(DummyWeights):
     """Takes a checkpoint's place where the encoder is loaded.
 
     Args:
-        seed: of the values.
         keep: whether a copy of what was loaded is kept in ``tensors``, for another implementation to load.
     """
 
-    seed: int = 0
-    keep: bool = True
-
-    def __post_init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
+        super().__init__()
+        self._keep = keep
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def require(self, expected: object, part: str = '') -> None:
-        """Everything that is expected is there."""
-
-    @torch.no_grad()
     def load_into(self, module: nn.Module) -> None:
-        """Fill every parameter: matrices so that variances stay, norms with ones, layer scales with 0.1."""
-        torch.manual_seed(self.seed)
-        for name, value in module.named_parameters():
-            if value.dim() > 1:
-                nn.init.normal_(value, std=value[0].numel() ** -0.5)
-            elif name.endswith('bias'):
-                nn.init.zeros_(value)
-            else:
-                nn.init.constant_(value, 0.1 if '.ls' in name else 1.0)
-            if self.keep:
-                self.tensors[name] = value.clone()
+        """Fill every parameter of ``module``."""
+        super().load_into(module)
+        if self._keep:
+            self.tensors = {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
 def random_encoder(

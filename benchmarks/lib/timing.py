@@ -1,12 +1,27 @@
 """Timing for the benchmarks: competitors take turns, so that drift of clocks and neighbours cancels in their ratios."""
 
 import os
+import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
+
+QUIET = 0.1  # cores that other processes may use in a turn that counts
+PATIENCE = 4  # times the seconds that there are for quiet turns, where others use the machine
+FEWEST = 3  # turns of each competitor
+TURN = 2e-3  # seconds of a turn of several calls
+
+Work = Callable[[], object]
+Item = TypeVar('Item')
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
 
 
 class CudaClock:
@@ -31,21 +46,35 @@ class CudaClock:
 
 
 def clock() -> Callable[[], float]:
-    """The clock for this machine."""
+    """Return the clock for this machine."""
     return CudaClock() if torch.cuda.is_available() else time.perf_counter
 
 
-QUIET = 0.1  # cores that other processes may use in a turn that counts
+class Meter:
+    """What the calling thread has used since the last reading."""
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def __call__(self) -> dict[str, float]:
+        """Return seconds by the clock, seconds of a processor, and page faults."""
+        last, self._last = self._last, self._read()
+        return {key: value - last[key] for key, value in self._last.items()}
+
+    @staticmethod
+    def _read() -> dict[str, float]:
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        return {'clock': time.perf_counter(), 'processor': time.thread_time(), 'faults': faults}
 
 
 class Neighbours:
-    """How many cores other processes use, by the kernel's count, which has a resolution of 10 ms."""
+    """Tells how many cores other processes use, by the kernel's count, which has a resolution of 10 ms."""
 
     def __init__(self) -> None:
         self._last = self._read()
 
     def __call__(self) -> float:
-        """The cores that others used on average since the last call."""
+        """Return the cores that others used on average since the last call."""
         last, self._last = self._last, self._read()
         now, busy, own = (new - old for new, old in zip(self._last, last, strict=True))
         return max(0.0, busy - own) / max(now, 1e-6)
@@ -58,9 +87,23 @@ class Neighbours:
         return time.perf_counter(), busy, time.process_time()
 
 
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one call, and the cores that other processes used meanwhile; 0 where nobody looked."""
+
+    seconds: float
+    elsewhere: float = 0.0
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, fastest and slowest of so many rounds; the cores others used, where it is known."""
+    """Seconds of one call: median, fastest and slowest round, the number of rounds, and the cores that others used.
+
+    ``elsewhere`` is None where nobody looked.
+    """
 
     median: float
     fastest: float
@@ -73,13 +116,41 @@ class Timing:
         return cls(statistics.median(samples), min(samples), max(samples), len(samples), elsewhere)
 
     def per(self, parts: int) -> 'Timing':
-        """The same of one of so many equal parts."""
+        """Return the timing of one of ``parts`` equal parts."""
         shares = (self.median / parts, self.fastest / parts, self.slowest / parts)
         return Timing(*shares, self.rounds, self.elsewhere)
 
 
-def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Timing]:
-    """Time functions in turns, for about so many seconds each.
+def take_turns(
+    functions: Mapping[str, Work],
+    enough: Callable[[Mapping[str, Sequence[Turn]]], bool],
+    now: Callable[[], float] = time.perf_counter,
+    calls: Mapping[str, int] = MappingProxyType({}),
+    neighbours: Callable[[], float] = lambda: 0.0,
+) -> dict[str, list[Turn]]:
+    """Call the functions one after the other, again and again.
+
+    Args:
+        enough: whether the turns so far suffice; asked before every round.
+        now: the clock, in seconds.
+        calls: of a function in one of its turns (default: one).
+        neighbours: says what others used since it was last called.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in functions}
+    while not enough(turns):
+        for name, function in functions.items():
+            repeats = calls.get(name, 1)
+            neighbours()
+            start = now()
+            for _ in range(repeats):
+                function()
+            took = (now() - start) / repeats
+            turns[name].append(Turn(took, neighbours()))
+    return turns
+
+
+def interleaved(functions: Mapping[str, Work], seconds: float = 1.0) -> dict[str, Timing]:
+    """Time functions in turns, for about ``seconds`` each.
 
     A turn is as many calls as take 2 ms, so that neither launches nor the clock's resolution count.
     """
@@ -90,53 +161,98 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float = 1.0
             function()
         start = now()
         function()
-        calls[name] = max(1, min(1000, round(2e-3 / max(now() - start, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+        calls[name] = max(1, min(1000, round(TURN / max(now() - start, 1e-7))))
     end = time.perf_counter() + seconds * len(functions)
-    while time.perf_counter() < end or min(len(taken) for taken in samples.values()) < 3:
-        for name, function in functions.items():
-            start = now()
-            for _ in range(calls[name]):
-                function()
-            samples[name].append((now() - start) / calls[name])
-    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+    def enough(turns: Mapping[str, Sequence[Turn]]) -> bool:
+        return time.perf_counter() >= end and min(map(len, turns.values())) >= FEWEST
+
+    turns = take_turns(functions, enough, now, calls)
+    return {name: Timing.of([turn.seconds for turn in taken]) for name, taken in turns.items()}
 
 
-def undisturbed(
-    functions: dict[str, Callable[[], object]], seconds: float = 1.0, patience: int = 4
-) -> dict[str, Timing]:
-    """Time functions that keep many cores busy, in turns of one call, in wall time, for about so many seconds each.
+def undisturbed(functions: Mapping[str, Work], seconds: float = 1.0, patience: int = PATIENCE) -> dict[str, Timing]:
+    """Time functions that keep many cores busy, in turns of one call, in wall time, for about ``seconds`` each.
 
-    Turns in which other processes use more than QUIET cores do not count, as long as there are three others; for these
-    there is so many times the patience. ``elsewhere`` says what others used in those that count, on average.
+    A turn in which other processes use more than QUIET cores does not count, as long as there are three quiet ones; to
+    get these, it goes on for up to ``patience`` times as long. ``elsewhere`` is the average over the turns that count.
     """
     for function in functions.values():
         function()
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    begun, duration, neighbours = time.perf_counter(), seconds * len(functions), Neighbours()
+    begun, duration = time.perf_counter(), seconds * len(functions)
 
-    def fewest(quiet: bool) -> int:
-        return min(sum(not quiet or used <= QUIET for used, _ in taken) for taken in samples.values())
-
-    while True:
+    def enough(turns: Mapping[str, Sequence[Turn]]) -> bool:
         passed = time.perf_counter() - begun
-        if fewest(quiet=False) >= 3 and passed > duration and (fewest(quiet=True) >= 3 or passed > patience * duration):
-            break
-        for name, function in functions.items():
-            neighbours()
-            start = time.perf_counter()
-            function()
-            took = time.perf_counter() - start
-            samples[name].append((neighbours(), took))
+        if min(map(len, turns.values())) < FEWEST or passed <= duration:
+            return False
+        return passed > patience * duration or min(map(_quiet, turns.values())) >= FEWEST
+
     timings = {}
-    for name, taken in samples.items():
-        quietest = sorted(taken)[: max(3, sum(used <= QUIET for used, _ in taken))]
-        timings[name] = Timing.of([took for _, took in quietest], statistics.mean(used for used, _ in quietest))
+    for name, taken in take_turns(functions, enough, neighbours=Neighbours()).items():
+        quietest = sorted(taken, key=lambda turn: (turn.elsewhere, turn.seconds))[: max(FEWEST, _quiet(taken))]
+        elsewhere = statistics.mean(turn.elsewhere for turn in quietest)
+        timings[name] = Timing.of([turn.seconds for turn in quietest], elsewhere)
     return timings
 
 
+def _quiet(turns: Sequence[Turn]) -> int:
+    return sum(turn.elsewhere <= QUIET for turn in turns)
+
+
+def one_at_a_time(
+    functions: Mapping[str, Callable[[Item], object]], items: Sequence[Item], warm_up: int
+) -> dict[str, list[float]]:
+    """Seconds of each function for each item, the functions in turns; the first ``warm_up`` items come twice."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for item in [*items[:warm_up], *items]:
+        given = {name: partial(function, item) for name, function in functions.items()}
+        for name, [turn] in take_turns(given, lambda turns: all(turns.values())).items():
+            seconds[name].append(turn.seconds)
+    return {name: taken[warm_up:] for name, taken in seconds.items()}
+
+
+class Reference:
+    """Fixed work that takes turns with what pytest-benchmark times: each call is the setup of one of its rounds.
+
+    Args:
+        work: returns when it is done.
+        timer: pytest-benchmark's own clock.
+        turns: of a round of ours.
+        warm_up: calls that come before the first round.
+    """
+
+    def __init__(self, work: Work, timer: Callable[[], float], turns: int, warm_up: int) -> None:
+        self._work, self._timer, self._turns, self._warm_up = work, timer, turns, warm_up
+        self._seconds: list[float] = []
+        self._used: list[float] = []
+        self._neighbours = Neighbours()
+
+    def __call__(self) -> None:
+        done = len(self._seconds) - self._warm_up
+        if done >= 0 and done % self._turns == 0:
+            self._used.append(self._neighbours())
+        begun = self._timer()
+        self._work()
+        self._seconds.append(self._timer() - begun)
+
+    def rounds(self, seconds: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return, of each round, the median ratio of what was timed to this work, and the cores that others used.
+
+        Args:
+            seconds: of all turns of what was timed, without warming up.
+        """
+        self._used.append(self._neighbours())
+        pairs = zip(seconds, self._seconds[self._warm_up :], strict=True)
+        ratios = [ours / reference for ours, reference in pairs]
+        rounds = [ratios[start : start + self._turns] for start in range(0, len(ratios), self._turns)]
+        return [statistics.median(ratios) for ratios in rounds], self._used[1:]  # the first is the warm-up's
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
 def rotating(function: Callable[[int], object], sets: int) -> Callable[[], object]:
-    """One call for each of so many sets of data, so that none is still in the device's caches when it is used again."""
+    """Return a function that makes a call for each set of data, so that none is still in caches when it comes again."""
 
     def run() -> None:
         for index in range(sets):
@@ -146,7 +262,7 @@ def rotating(function: Callable[[int], object], sets: int) -> Callable[[], objec
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], object]:
-    """The function as one CUDA graph: what it costs without the host's launches. Raises if it waits for the device."""
+    """Return the function as one CUDA graph, without the host's launches. Raises if it waits for the device."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -167,12 +283,12 @@ class Ceilings:
     flops: float
 
     def floor(self, moved: float, flops: float = 0.0) -> float:
-        """The fewest seconds in which so many bytes and operations can be done."""
+        """Return the fewest seconds in which ``moved`` bytes and ``flops`` operations can be done."""
         return max(moved / self.bandwidth, flops / self.flops)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measured rather than taken from a data sheet, on random data."""
+    """Measure them on random data, rather than take them from a data sheet."""
     large = device.type == 'cuda'
     source = torch.randn(2**30 if large else 2**25, device=device)
     target = torch.empty_like(source)

@@ -25,8 +25,9 @@ from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lib.timing import Meter
 from benchmarks.serving.prompt_tokens import TOKENS as CASES
-from benchmarks.serving.prompt_tokens import Copier, Meter, copy_milliseconds, cuts, embeddings
+from benchmarks.serving.prompt_tokens import Copier, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter.engine.chat_model import MODALITY, SpanProcessor
 from lmdeploy_vico.adapter.handover import PackedRows, keep_freed_memory
 

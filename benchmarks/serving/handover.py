@@ -47,7 +47,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lib.facts import facts
-from benchmarks.serving.prompt_tokens import DTYPE, TOKENS, Copier, Meter, copy_milliseconds, cuts, embeddings
+from benchmarks.lib.timing import Meter
+from benchmarks.serving.prompt_tokens import DTYPE, TOKENS, Copier, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter import handover
 from lmdeploy_vico.adapter.handover import PackedRows
 

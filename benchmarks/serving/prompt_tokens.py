@@ -1,15 +1,15 @@
 """A prompt's visual tokens for the hand-over's benchmarks, and what a thread uses while it hands them over."""
 
 import mmap
-import resource
 import statistics
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
+
+from benchmarks.lib.timing import Meter
 
 DTYPE = torch.bfloat16
 BLOCK = 64  # tokens of a KV block
@@ -29,23 +29,6 @@ def embeddings(tokens: int, width: int) -> torch.Tensor:
 def cuts(tokens: int) -> list[tuple[int, int]]:
     """Where the spans begin and end."""
     return list(pairwise([0, *range(BLOCK, tokens, BLOCK), tokens]))
-
-
-class Meter:
-    """What the calling thread has used since the last reading."""
-
-    def __init__(self) -> None:
-        self._last = self._read()
-
-    def __call__(self) -> dict[str, float]:
-        """Seconds by the clock, seconds of a processor, page faults."""
-        last, self._last = self._last, self._read()
-        return {key: value - last[key] for key, value in self._last.items()}
-
-    @staticmethod
-    def _read() -> dict[str, float]:
-        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        return {'clock': time.perf_counter(), 'processor': time.thread_time(), 'faults': faults}
 
 
 class Copier:

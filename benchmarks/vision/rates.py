@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -37,7 +36,7 @@ from rich.table import Table
 
 from benchmarks.lib import images, models
 from benchmarks.lib.facts import facts
-from benchmarks.lib.timing import QUIET, undisturbed
+from benchmarks.lib.timing import QUIET, one_at_a_time, undisturbed
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
@@ -218,18 +217,14 @@ class Bench:
 
     def measure_latency(self) -> dict[str, Any]:
         """Median and 90th percentile of milliseconds, by competitor."""
-        samples: dict[str, list[float]] = {name: [] for name in self.paths()}
         files = images.jpegs('mix', self.arguments.latencies, LARGE)
-        for index, data in enumerate([*files[:2], *files]):  # the first two to warm up
-            for name, path in self.paths().items():
-                start = time.perf_counter()
-                self.clients(path, [data])
-                if index >= 2:
-                    samples[name].append((time.perf_counter() - start) * 1e3)
-        return {
-            name: {'median': statistics.median(taken), 'p90': statistics.quantiles(taken, n=10)[-1], 'samples': taken}
-            for name, taken in samples.items()
-        }
+        turns = {name: lambda data, path=path: self.clients(path, [data]) for name, path in self.paths().items()}
+        found = {}
+        for name, seconds in one_at_a_time(turns, files, warm_up=2).items():
+            taken = [1e3 * took for took in seconds]
+            p90 = statistics.quantiles(taken, n=10)[-1]
+            found[name] = {'median': statistics.median(taken), 'p90': p90, 'samples': taken}
+        return found
 
 
 def serial_share(speed_up: float, threads: int) -> float:

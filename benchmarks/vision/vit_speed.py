@@ -29,8 +29,9 @@ from rich.table import Table
 from benchmarks.lib import models
 from benchmarks.lib.facts import facts
 from benchmarks.lib.timing import Timing, graphed, interleaved
+from lmdeploy_vico.choices import NO_SPEEDUPS, SPEEDUPS, Speedups
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.vision.model.speedups import NAMES, NO_SPEEDUPS, Speedups, find_obstacle
+from lmdeploy_vico.vision.model.speedups import find_obstacle
 from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import TILE_SHAPE
@@ -83,7 +84,7 @@ class Bench:
         self.tower = loaded.tower
         disturb_vectors(self.tower)
         self.rng = np.random.default_rng(20)
-        self.obstacles = {name: find_obstacle(name, self.config.vision, device, self.dtype) for name in NAMES}
+        self.obstacles = {name: find_obstacle(name, self.config.vision, device, self.dtype) for name in SPEEDUPS}
         possible = [name for name, obstacle in self.obstacles.items() if not obstacle]
         self.variants = {NONE: Variant(NO_SPEEDUPS)}
         self.variants |= {name: Variant(Speedups(**{name: True})) for name in possible}
@@ -187,7 +188,7 @@ def judge(variant: Variant, noise: float, device: torch.device) -> str:
 
 def plan(like: str, device: str, seconds: float) -> tuple[float, str]:
     """The seconds that a run will take at most, and how they come about."""
-    turns = len(NAMES) + 3  # none, none again, all
+    turns = len(SPEEDUPS) + 3  # none, none again, all
     set_up = SET_UP.get((like, device), 300)
     total = turns * seconds + set_up
     return total, (

@@ -27,6 +27,25 @@ KEPT = 128 * 2**20  # bytes that stay with an arena; the message of twenty tiles
 
 
 @dataclass(frozen=True)
+class Span:
+    """Visual tokens that stand together in a prompt, on their way to the engine.
+
+    Attributes:
+        embeddings: ``[end - start, H]``.
+        start, end: their positions in the prompt, ``end`` not included.
+        content_hash: names their content for LMDeploy's prefix cache.
+    """
+
+    embeddings: 'PackedRows'
+    start: int
+    end: int
+    content_hash: str
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """Visual tokens, row after row, with their dtype and the number of values in a row."""
 

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from lmdeploy_vico.config import UnsupportedCheckpointError, is_vico
+from lmdeploy_vico.log import setup
 
 _QUANTISATION = 'quantization_config'
 
@@ -85,6 +86,7 @@ def load_vico_config(pretrained_model_name_or_path: str, **kwargs: Any) -> VicoC
         return None
     if not is_vico(config):
         return None
+    setup()
     _quiet_transformers()
     return VicoChatConfig.from_dict(config)
 

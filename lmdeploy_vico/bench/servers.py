@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,17 @@ from typing import Any, BinaryIO
 
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS, TURBOMIND
+from lmdeploy_vico.checkpoints.names import FLASH
+from lmdeploy_vico.checkpoints.safetensors_format import (
+    INDEX_FILE,
+    DamagedFileError,
+    StoredTensor,
+    header_bytes,
+    read_header,
+)
 from lmdeploy_vico.launch import ApiServer
 
 FLASH_KEYS = ('flash_mode', 'flash_relative_threshold', 'flash_absolute_threshold')
-ROUTER_WEIGHTS = ('mlp2.', 'pooling_before_gating.', 'gating.')
-INDEX = 'model.safetensors.index.json'
 HUB_ID = re.compile(r'^[\w.-]+/[\w.-]+$')
 EXCEPTION = re.compile(r'^\s*(?:[\w.]+\.)?\w*(?:Error|Exception)\b.*')
 COPIED = 2**24  # bytes at a time
@@ -102,6 +107,8 @@ def without_router(checkpoint: Path, target: Path) -> Path:
         raise BenchError(f'The baseline {INTERNVL} needs a directory as --model, not {checkpoint}: download it first.')
     try:
         _copy_without_router(checkpoint, target)
+    except DamagedFileError as error:
+        raise BenchError(f'A safetensors file of {checkpoint} is damaged: {error}.') from error
     except OSError as error:
         raise BenchError(
             f'The checkpoint without a router cannot be written to {target.parent}: {error.strerror}. The variable '
@@ -117,11 +124,11 @@ def _copy_without_router(checkpoint: Path, target: Path) -> None:
     config = json.loads((checkpoint / 'config.json').read_text())
     _replace(target / 'config.json', {key: value for key, value in config.items() if key not in FLASH_KEYS})
     for file in sorted(checkpoint.glob('*.safetensors')):
-        copy_without(file, target / file.name, ROUTER_WEIGHTS)
-    if (target / INDEX).is_file():
-        index = json.loads((checkpoint / INDEX).read_text())
-        index['weight_map'] = {k: v for k, v in index['weight_map'].items() if not k.startswith(ROUTER_WEIGHTS)}
-        _replace(target / INDEX, index)
+        copy_without(file, target / file.name, FLASH)
+    if (target / INDEX_FILE).is_file():
+        index = json.loads((checkpoint / INDEX_FILE).read_text())
+        index['weight_map'] = {k: v for k, v in index['weight_map'].items() if not k.startswith(FLASH)}
+        _replace(target / INDEX_FILE, index)
 
 
 def _replace(file: Path, content: Any) -> None:
@@ -130,41 +137,43 @@ def _replace(file: Path, content: Any) -> None:
 
 
 def copy_without(source: Path, target: Path, prefixes: tuple[str, ...]) -> None:
-    """Replace the link ``target`` by a copy of a safetensors file without some tensors; a link stays if it has none.
+    """Replace the link ``target`` by a copy of a safetensors file without some tensors.
 
-    The format: eight bytes of length, a JSON header with every tensor's place, and the bytes, without gaps.
+    The link stays if the file has none of these tensors.
+
+    Args:
+        source: the file.
+        target: a link to it.
+        prefixes: how the names of the tensors that are left out begin.
+
+    Raises:
+        DamagedFileError: ``source`` is not a whole safetensors file.
+        OSError: the copy cannot be written.
     """
     with source.open('rb') as file:
-        (length,) = struct.unpack('<Q', file.read(8))
-        header = json.loads(file.read(length))
-        if not any(name.startswith(prefixes) for name in header):
+        tensors, about = read_header(file)
+        first = file.tell()
+        if not any(name.startswith(prefixes) for name in tensors):
             return
-        about = header.pop('__metadata__', None)
-        kept = sorted(
-            ((name, entry) for name, entry in header.items() if not name.startswith(prefixes)),
-            key=lambda item: item[1]['data_offsets'],
-        )
-        places, end = {}, 0
-        for name, entry in kept:
-            size = entry['data_offsets'][1] - entry['data_offsets'][0]
-            places[name] = {**entry, 'data_offsets': [end, end + size]}
-            end += size
-        text = json.dumps({**({'__metadata__': about} if about else {}), **places}).encode()
-        text += b' ' * (-len(text) % 8)
+        kept = [(name, tensor) for name, tensor in tensors.items() if not name.startswith(prefixes)]
+        kept.sort(key=lambda item: item[1].start)
+        moved, end = {}, 0
+        for name, tensor in kept:
+            start, end = end, end + tensor.nbytes
+            moved[name] = StoredTensor(tensor.dtype, tensor.shape, start, end)
         target.unlink()
         with target.open('wb') as copy:
-            copy.write(struct.pack('<Q', len(text)) + text)
-            for _, entry in kept:
-                begin, stop = entry['data_offsets']
-                file.seek(8 + length + begin)
-                _copy(file, copy, stop - begin)
+            copy.write(header_bytes(moved, about))
+            for _, tensor in kept:
+                file.seek(first + tensor.start)
+                _copy(file, copy, tensor.nbytes)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
     while size:
         block = source.read(min(size, COPIED))
         if not block:
-            raise BenchError('A safetensors file ends before its last tensor: the checkpoint is not complete.')
+            raise DamagedFileError('a file became shorter while it was read')
         target.write(block)
         size -= len(block)
 

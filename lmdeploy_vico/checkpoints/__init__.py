@@ -1,1 +1,1 @@
-"""A checkpoint on disk: names and shapes of its tensors, its shards, and random ones."""
+"""Checkpoints on disk: the names and shapes of their tensors, their files, and random checkpoints."""

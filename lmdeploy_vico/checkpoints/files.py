@@ -1,27 +1,26 @@
-"""Weights straight from a checkpoint's safetensors shards, checked before anything is read; or made up."""
+"""Weights read from a checkpoint's safetensors files, whose headers are checked before any tensor is read."""
 
-import json
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
+from lmdeploy_vico.checkpoints.names import Shape
+from lmdeploy_vico.checkpoints.safetensors_format import (
+    FLOATS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    DamagedFileError,
+    read_header,
+    shard_files,
+)
 from lmdeploy_vico.config import UnsupportedCheckpointError
 
-INDEX_FILE = 'model.safetensors.index.json'
-SINGLE_FILE = 'model.safetensors'
-
-Shape = tuple[int, ...]
-
-# As safetensors names them. Of anything narrower the values mean nothing without scales, which nobody applies here;
-# nothing wider is published.
-FLOATS = ('F32', 'F16', 'BF16')
-QUANTISED = ('qweight', 'weight_packed')  # what a layer has in place of its weight: AWQ and GPTQ; compressed-tensors
-NAMED = 3  # quantised tensors that a message names; a checkpoint has them by the hundred
+_QUANTISED = ('qweight', 'weight_packed')  # what a layer has instead of its weight: AWQ and GPTQ; compressed-tensors
+_NAMED = 3  # how many quantised tensors a message names; a checkpoint has hundreds
 
 
 class NoWeightsError(UnsupportedCheckpointError):
@@ -39,40 +38,36 @@ class Weights(Protocol):
 
 
 class Checkpoint:
-    """The tensors of a checkpoint directory: where each lies, its shape and type, from the shards' headers alone.
+    """The tensors of a checkpoint directory, as the headers of its safetensors files describe them.
 
     Attributes:
-        shapes: of every tensor.
-        dtypes: of every tensor, as safetensors names them: BF16, F8_E4M3, I32, ...
+        shapes: the shape of every tensor.
+        dtypes: the type of every tensor, as safetensors names it: BF16, F8_E4M3, I32, ...
+        sizes: the size of every tensor in bytes.
 
     Raises:
-        UnsupportedCheckpointError: the directory holds no safetensors, or a shard is missing or damaged.
+        NoWeightsError: the directory holds no safetensors files.
+        UnsupportedCheckpointError: a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._shards: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
-        for shard in self._shard_files():
+        self.sizes: dict[str, int] = {}
+        files = shard_files(self.path)
+        if not files:
+            raise NoWeightsError(f'{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}.')
+        for file in files:
             try:
-                with safe_open(shard, framework='pt') as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                        self._shards[name] = shard
-                        header = tensors.get_slice(name)
-                        self.shapes[name] = tuple(header.get_shape())
-                        self.dtypes[name] = header.get_dtype()
-            except (OSError, SafetensorError) as error:
-                raise UnsupportedCheckpointError(f'{shard} cannot be read: {error}.') from error
-
-    def _shard_files(self) -> list[Path]:
-        index = self.path / INDEX_FILE
-        if index.is_file():
-            weight_map = json.loads(index.read_text())['weight_map']
-            return [self.path / name for name in sorted(set(weight_map.values()))]
-        if (self.path / SINGLE_FILE).is_file():
-            return [self.path / SINGLE_FILE]
-        raise NoWeightsError(f'{self.path} has neither {INDEX_FILE} nor {SINGLE_FILE}.')
+                with file.open('rb') as opened:
+                    tensors, _ = read_header(opened)
+            except (OSError, DamagedFileError) as error:
+                raise UnsupportedCheckpointError(f'{file} cannot be read: {error}.') from error
+            for name, tensor in tensors.items():
+                self._files[name] = file
+                self.shapes[name], self.dtypes[name], self.sizes[name] = tensor.shape, tensor.dtype, tensor.nbytes
 
     def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
         """Check tensors that have to be stored as float32, float16 or bfloat16.
@@ -82,14 +77,14 @@ class Checkpoint:
             part: of the model, for the message.
 
         Raises:
-            UnsupportedCheckpointError: some are quantised, or else missing or misshapen. The message names the first
-                few of the quantised, and all others.
+            UnsupportedCheckpointError: some are quantised, missing or misshapen. If some are quantised, the message
+                names the first few of them; otherwise it names all that are missing or misshapen.
         """
         quantised = [found for name in sorted(expected) if (found := self._quantised(name))]
         if quantised:
-            more = f' and {len(quantised) - NAMED} more' if len(quantised) > NAMED else ''
+            more = f' and {len(quantised) - _NAMED} more' if len(quantised) > _NAMED else ''
             raise UnsupportedCheckpointError(
-                f'{self.path}: quantised tensors of the {part} cannot be used: {", ".join(quantised[:NAMED])}{more}. '
+                f'{self.path}: quantised tensors of the {part} cannot be used: {", ".join(quantised[:_NAMED])}{more}. '
                 'Use a checkpoint in which they are float32, float16 or bfloat16.'
             )
         self.require_shapes(expected)
@@ -111,52 +106,21 @@ class Checkpoint:
             raise UnsupportedCheckpointError(f'{self.path} is incomplete: ' + '; '.join(problems) + '.')
 
     def _quantised(self, name: str) -> str | None:
-        """How a tensor is stored if that is not one of :data:`FLOATS`, in words; None for one that is missing."""
+        """Say how a quantised tensor is stored; None for one that is a plain float, or missing."""
         if name in self.dtypes:
             return None if self.dtypes[name] in FLOATS else f'{name} is {self.dtypes[name]}'
         if not name.endswith('.weight'):
             return None
-        instead = (name.removesuffix('weight') + kind for kind in QUANTISED)
+        instead = (name.removesuffix('weight') + kind for kind in _QUANTISED)
         return next((f'{name} is stored as {found}' for found in instead if found in self.dtypes), None)
 
     def load_into(self, module: nn.Module) -> None:
-        """Fill every parameter of ``module``, named and shaped as here, casting to the parameter's dtype."""
+        """Fill every parameter of ``module``, whose names and shapes are the checkpoint's; cast to their dtype."""
         parameters = dict(module.named_parameters())
-        by_shard: dict[Path, list[str]] = {}
+        by_file: dict[Path, list[str]] = {}
         for name in parameters:
-            by_shard.setdefault(self._shards[name], []).append(name)
-        for shard, names in by_shard.items():
-            with safe_open(shard, framework='pt') as tensors, torch.no_grad():
+            by_file.setdefault(self._files[name], []).append(name)
+        for file, names in by_file.items():
+            with safe_open(file, framework='pt') as tensors, torch.no_grad():
                 for name in names:
                     parameters[name].copy_(tensors.get_tensor(name))
-
-
-class DummyWeights:
-    """Weights that are made up where they are needed, in no time and with no file: for measuring, not for answers."""
-
-    def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
-        """Nothing to check: whatever is expected will be there."""
-
-    def load_into(self, module: nn.Module) -> None:
-        """Fill every parameter of ``module``."""
-        fill_with_noise(module.named_parameters())
-
-
-@torch.inference_mode()
-def fill_with_noise(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Fill parameters, on the device where they are, with what keeps activations finite and inputs distinguishable.
-
-    Vectors are 1 (norms, layer scales) or 0 (biases); matrices are normal, scaled by their fan-in. The same name, shape
-    and device give the same values, in every process: what tensor-parallel ranks hold in common stays equal.
-    """
-    for name, parameter in parameters:
-        if name.endswith('bias'):
-            parameter.zero_()
-        elif parameter.dim() < 2:
-            parameter.fill_(1)
-        else:
-            # A convolution adds up over all but its output channels; stacked experts, like plain matrices, over the
-            # last dimension.
-            fan_in = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
-            generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-            parameter.normal_(std=fan_in**-0.5, generator=generator)

@@ -1,43 +1,46 @@
-"""Which tensors the language model of a checkpoint must have, so that a missing one stops the start with its name.
+"""The tensors that the language model of a checkpoint must have, so that a missing one stops the start by name.
 
-LMDeploy loads whatever the shards hold and leaves the rest uninitialised.
+LMDeploy loads whatever the files hold and leaves all other parameters uninitialised.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmdeploy_vico.checkpoints.files import FLOATS, Shape
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL, SkippedModules
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL, Shape
+from lmdeploy_vico.checkpoints.safetensors_format import FLOATS
+from lmdeploy_vico.checkpoints.skipped_modules import SkippedModules
 
 _ARCHITECTURES = ('Qwen3ForCausalLM', 'Qwen3MoeForCausalLM')
-FP8_BLOCK = 128  # rows and columns with one scale; LMDeploy has no other, whatever the config says
-_QUANTISABLE = '_proj'  # of a layer's modules: neither its norms nor, as LMDeploy builds it, the gate of its experts
+FP8_BLOCK = 128  # rows and columns that share a scale; LMDeploy supports no other size, whatever the config says
+# How the names of quantised modules end. Norms are not quantised, nor does LMDeploy quantise the experts' gate.
+_QUANTISABLE = '_proj'
 
 
 def language_model_shapes(config: Any, checkpoint_config: Any) -> dict[str, Shape]:
-    """Name and shape of every tensor of a Qwen3 or Qwen3-MoE language model that is not stored quantised.
+    """Return name and shape of every unquantised tensor of a Qwen3 or Qwen3-MoE language model.
 
     Args:
         config: the language model's Hugging Face config.
         checkpoint_config: the whole checkpoint's, which may carry the quantisation.
 
     Returns:
-        Empty for other architectures.
+        Shapes by name; empty for other architectures.
     """
     plain, _ = _modules(config, checkpoint_config)
     return {f'{name}.weight': shape for name, shape in plain.items()}
 
 
 def quantised_shapes(config: Any, checkpoint_config: Any, dtypes: Mapping[str, str]) -> dict[str, Shape]:
-    """Name and shape of what such a language model has in place of the weights that are quantised.
+    """Return name and shape of the tensors that such a language model has in place of its quantised weights.
 
     Args:
         config: as for :func:`language_model_shapes`.
         checkpoint_config: likewise.
-        dtypes: of the checkpoint's tensors. LMDeploy itself makes FP8 of a weight that is stored as it was.
+        dtypes: of the checkpoint's tensors. A weight that an FP8 checkpoint stores unquantised needs no scales, since
+            LMDeploy quantises it itself.
 
     Returns:
-        Empty for methods other than AWQ, FP8 with scales of blocks, and compressed-tensors of 4 bits.
+        Shapes by name; empty for methods other than AWQ, FP8 with a scale per block, and compressed-tensors of 4 bits.
     """
     _, modules = _modules(config, checkpoint_config)
     quantisation = _quantization_config(config, checkpoint_config)
@@ -64,18 +67,17 @@ def _quantised_shapes(quantisation: Mapping[str, Any], rows: int, columns: int) 
 
 
 def _modules(config: Any, checkpoint_config: Any) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """A language model's modules with the shape of their weight: those that are stored as it, and the quantised."""
+    """Return a language model's modules with the shape of their weight: the unquantised, and the quantised."""
     if config.architectures[0] not in _ARCHITECTURES:
         return {}, {}
-    modules: dict[str, Shape] = {
-        'model.embed_tokens': (config.vocab_size, config.hidden_size),
-        'model.norm': (config.hidden_size,),
-    }
+    modules: dict[str, Shape] = {'model.embed_tokens': (config.vocab_size, config.hidden_size)}
+    for index in range(config.num_hidden_layers):
+        mlp = _moe_shapes(config) if _is_moe(config, index) else _mlp_shapes(config)
+        layer = _attention_shapes(config) | mlp | _norm_shapes(config)
+        modules |= {f'model.layers.{index}.{name}': shape for name, shape in layer.items()}
+    modules['model.norm'] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         modules['lm_head'] = (config.vocab_size, config.hidden_size)
-    for index in range(config.num_hidden_layers):
-        layer = _attention_shapes(config) | (_moe_shapes(config) if _is_moe(config, index) else _mlp_shapes(config))
-        modules |= {f'model.layers.{index}.{name}': shape for name, shape in layer.items()}
     plain = {LANGUAGE_MODEL + name: shape for name, shape in modules.items()}
     quantisation = _quantization_config(config, checkpoint_config)
     if not quantisation:
@@ -86,10 +88,10 @@ def _modules(config: Any, checkpoint_config: Any) -> tuple[dict[str, Shape], dic
 
 
 def fused_modules(config: Any) -> Iterator[tuple[str, str]]:
-    """The layers that LMDeploy may quantise, by its own names, each with its kind: 'linear' or 'moe'.
+    """Iterate over the layers that LMDeploy may quantise: its own name for each, and its kind, 'linear' or 'moe'.
 
     Args:
-        config: of a Qwen3 or Qwen3-MoE language model; of others there are none.
+        config: of a language model; one that is neither a Qwen3 nor a Qwen3-MoE has no such layers.
     """
     if config.architectures[0] not in _ARCHITECTURES:
         return
@@ -105,7 +107,7 @@ def fused_modules(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def is_quantised(config: Any, checkpoint_config: Any) -> bool:
-    """Whether a language model's weights are stored quantised; arguments as for :func:`language_model_shapes`."""
+    """Return whether a language model is stored quantised; arguments as for :func:`language_model_shapes`."""
     return bool(_quantization_config(config, checkpoint_config))
 
 
@@ -118,8 +120,6 @@ def _attention_shapes(config: Any) -> dict[str, Shape]:
     width, head_dim = config.hidden_size, config.head_dim
     query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     return {
-        'input_layernorm': (width,),
-        'post_attention_layernorm': (width,),
         'self_attn.q_proj': (query, width),
         'self_attn.k_proj': (key, width),
         'self_attn.v_proj': (key, width),
@@ -127,6 +127,10 @@ def _attention_shapes(config: Any) -> dict[str, Shape]:
         'self_attn.q_norm': (head_dim,),
         'self_attn.k_norm': (head_dim,),
     }
+
+
+def _norm_shapes(config: Any) -> dict[str, Shape]:
+    return {'input_layernorm': (config.hidden_size,), 'post_attention_layernorm': (config.hidden_size,)}
 
 
 def _mlp_shapes(config: Any, intermediate: int | None = None, name: str = 'mlp') -> dict[str, Shape]:

@@ -1,27 +1,28 @@
-"""Which modules a quantised checkpoint has left unquantised, by the names that its tensors have."""
+"""The modules that a quantised checkpoint stores unquantised, by the checkpoint's names."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
 from lmdeploy_vico.config import UnsupportedCheckpointError
 
-LANGUAGE_MODEL = 'language_model.'
 _PATTERN = 're:'
-# Where each kind of checkpoint lists them; LMDeploy reads the same keys.
+# The keys of the list, unless the checkpoint is a compressed-tensors one; LMDeploy reads the same keys.
 _LISTS = ('ignored_layers', 'modules_to_not_convert')
 
 
 class SkippedModules:
     """The modules named by the list in a ``quantization_config``; ask with ``name in modules``.
 
-    An entry is a name, or a regular expression that matches from a name's beginning (``re:...``). In a
-    compressed-tensors checkpoint a name is a whole one. Elsewhere it can be a part, from dot to dot: a module stands
-    for all below it, and ``lm_head`` for itself wherever it is. Names with and without ``language_model.`` mean the
-    same, as some quantisers have seen the language model alone. What is said about the vision side matches nothing.
+    An entry is a module's name, or a regular expression (``re:...``) that matches from the beginning of a name. In a
+    compressed-tensors checkpoint an entry names one module in full. Elsewhere it may be any run of a name's dotted
+    words: a module stands for everything below it, and ``lm_head`` for itself wherever it is. Names with and without
+    ``language_model.`` mean the same, since some quantisers saw the language model alone. Entries about the vision side
+    match nothing.
 
     Raises:
-        UnsupportedCheckpointError: an entry is neither.
+        UnsupportedCheckpointError: an entry is not a string, or not a valid regular expression.
     """
 
     def __init__(self, quantization_config: Mapping[str, Any]) -> None:
@@ -35,16 +36,16 @@ class SkippedModules:
         self._names = {name.removeprefix(LANGUAGE_MODEL) for name in names}
 
     def __contains__(self, module: str) -> bool:
-        """Whether the module of this name in the checkpoint, which begins with ``language_model.``, is skipped."""
+        """Return whether a module is skipped; ``module`` is its name in the checkpoint (``language_model...``)."""
         bare = module.removeprefix(LANGUAGE_MODEL)
-        # An expression that speaks of the language model, if only to exclude it, has been written for whole names.
+        # An expression that mentions the language model, if only to exclude it, was written for full names.
         if any(p.match(module) or ('language' not in p.pattern and p.match(bare)) for p in self._patterns):
             return True
         return bare in self._names or (not self._whole and any(part in self._names for part in _parts(module)))
 
 
 def _parts(name: str) -> list[str]:
-    """Every run of a dotted name's words."""
+    """Return every run of a dotted name's words."""
     words = name.split('.')
     return ['.'.join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)]
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, tiny
+from lmdeploy_vico.cli import bench, demo, options, tiny
 from lmdeploy_vico.cli.errors import CommandError
 
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -17,8 +17,8 @@ Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
 DESCRIPTION = """\
 lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
 answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
-This command makes small random checkpoints to try it with, reports what is installed, runs a demonstration, and
-measures what compression gains.
+This command makes small random checkpoints to try it with, lists the options of a server, reports what is installed,
+runs a demonstration, and measures what compression gains.
 """
 
 
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda arguments: _help(parser))
     commands = parser.add_subparsers(title='commands', metavar='COMMAND')
     tiny.add_parser(commands)
+    options.add_parser(commands)
     _add_env_parser(commands)
     demo.add_parser(commands)
     bench.add_parser(commands)

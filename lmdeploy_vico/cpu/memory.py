@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lmdeploy_vico.host_memory import available_memory
+from lmdeploy_vico.host_memory import GIB, available_memory
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 1 << 30
 # LMDeploy takes `cache_max_entry_count` (0.8) of what the device reports as free. A host shares its memory with
 # everything else and a first touch of every page takes time, so what is reported is a small part of it.
 CACHE_FRACTION = 0.25

@@ -17,7 +17,7 @@ from lmdeploy.pytorch.backends.lora import AdapterInfo, LoRAImpl
 from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingImpl
 
-logger = logging.getLogger('lmdeploy_vico')
+logger = logging.getLogger(__name__)
 
 # A CPU's libraries choose how to sum by a product's shape, so a row's last bits may depend on how many rows there are.
 # Every product has one number of rows: the first of these for which a row's bits do not depend on where it stands.

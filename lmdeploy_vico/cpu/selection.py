@@ -5,7 +5,7 @@ import multiprocessing
 from functools import cache
 from typing import Any
 
-logger = logging.getLogger('lmdeploy_vico')
+logger = logging.getLogger(__name__)
 
 MESSAGE = 'no CUDA device: running on the CPU reference backend'
 # LMDeploy's names for the processes it spawns for the engine and its tensor-parallel workers.

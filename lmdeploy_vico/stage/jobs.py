@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from lmdeploy_vico.choices import Compression, parse_compression
 from lmdeploy_vico.vision.projection import VisualTokens
-from lmdeploy_vico.vision.routing import Compression, RoutingGroup, parse_compression
+from lmdeploy_vico.vision.routing import RoutingGroup
 from lmdeploy_vico.vision.tiling import Grid
 
 

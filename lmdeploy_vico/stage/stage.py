@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from lmdeploy_vico.choices import Compression
 from lmdeploy_vico.stage.errors import DeviceStartError, encoding_error
 from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob, routing_groups
 from lmdeploy_vico.stage.memory import StageMemory
@@ -16,7 +17,6 @@ from lmdeploy_vico.stage.work import Work, fail
 from lmdeploy_vico.stage.workers.protocol import DeviceEncoder, Worker
 from lmdeploy_vico.stage.workers.thread import DeviceThread
 from lmdeploy_vico.vision.resample import pass_order
-from lmdeploy_vico.vision.routing import Compression
 from lmdeploy_vico.vision.tiling import cut_grid, tile_digests
 
 READ_LOCKS = 16
@@ -72,9 +72,10 @@ class VisionStage:
         ]
         self._start_workers()
         # The devices are ready: results of their warming up take none of this memory. The first batch waits for it.
-        if copying := [encoder for encoder in encoders if encoder.copies_results]:
+        copying = [encoder for encoder in encoders if encoder.copies_results]
+        if copying:
             self._memory = self._work.memory = StageMemory(copying, output_dtype, self._cache)
-        for encoder in encoders:
+        for encoder in copying:
             encoder.use_memory(self._memory)
 
     def admit(self, size: int) -> Admission:

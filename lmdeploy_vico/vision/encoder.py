@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from lmdeploy_vico.choices import Compression
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.vision.projection import VisualTokens
-from lmdeploy_vico.vision.routing import Compression
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling, cut_grid
 

@@ -2,28 +2,14 @@
 
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 
-Compression: TypeAlias = Literal['auto', 'none', 'all'] | float
+from lmdeploy_vico.choices import Compression
+
 # Images of a prompt, by their indices, that are routed together, and what they are routed by.
 RoutingGroup: TypeAlias = tuple[Sequence[int], Compression]
-
-ACCEPTED = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
-
-
-def parse_compression(value: object, source: str = 'compression') -> Compression:
-    """Check a value from a request, an option or a caller.
-
-    Raises:
-        ValueError: naming ``source`` and the accepted values.
-    """
-    if value in ('auto', 'none', 'all') and isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
-    raise ValueError(f'{source} must be {ACCEPTED}, not {value!r}.')
 
 
 def route(

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from lmdeploy_vico.checkpoints.files import Checkpoint, Weights
+from lmdeploy_vico.choices import NO_SPEEDUPS, Compression, Speedups, parse_compression
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.vision.arena import ResultMemory
 from lmdeploy_vico.vision.batches import CudaBatches, RunningBatch, TileFeatures, make_batches
-from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups, require_speedups
+from lmdeploy_vico.vision.model.speedups import require_speedups
 from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.projection import Projection, VisualTokens
-from lmdeploy_vico.vision.routing import Compression, RoutingGroup, parse_compression, route_prompt
+from lmdeploy_vico.vision.routing import RoutingGroup, route_prompt
 from lmdeploy_vico.vision.tiling import TILE_SHAPE
 
 # Tiles per device batch, by ViT width: enough to fill the device, small enough that padding one tile is cheap. On a

@@ -13,7 +13,7 @@ import torch
 from lmdeploy_vico.adapter import handover
 from lmdeploy_vico.adapter.engine.chat_model import MODALITY, SpanProcessor
 from lmdeploy_vico.adapter.engine.spans import VisualSpan
-from lmdeploy_vico.adapter.handover import PackedRows
+from lmdeploy_vico.adapter.handover import PackedRows, Span
 
 pytestmark = pytest.mark.filterwarnings('error')
 
@@ -26,10 +26,7 @@ def embeddings(dtype=torch.bfloat16):
 
 
 def spans(image):
-    return [
-        {'embeddings': PackedRows.of(image[low:high]), 'start': low, 'end': high, 'content_hash': str(low)}
-        for low, high in CUTS
-    ]
+    return [Span(PackedRows.of(image[low:high]), low, high, content_hash=str(low)) for low, high in CUTS]
 
 
 def sent(spans):
@@ -41,7 +38,7 @@ def sent(spans):
 def test_round_trip(dtype, transfer):
     image = embeddings(dtype)
     for (low, high), span in zip(CUTS, transfer(spans(image)), strict=True):
-        tensor = span['embeddings'].tensor()
+        tensor = span.embeddings.tensor()
         assert tensor.dtype == dtype and torch.equal(tensor, image[low:high])
 
 
@@ -52,7 +49,7 @@ def test_round_trip(dtype, transfer):
 )
 def test_any_strides(image):
     [*_, last] = sent(spans(image))
-    assert torch.equal(last['embeddings'].tensor(), image.detach()[69:100])
+    assert torch.equal(last.embeddings.tensor(), image.detach()[69:100])
 
 
 def test_bit_patterns_survive():
@@ -68,7 +65,7 @@ def test_a_pickle_has_the_size_of_the_image():
 
 def test_tensors_have_memory_of_their_own():
     received = sent(spans(embeddings()))
-    first, second = (span['embeddings'].tensor() for span in received[:2])
+    first, second = (span.embeddings.tensor() for span in received[:2])
     before = second.clone()
     first.zero_()
     assert torch.equal(second, before)
@@ -77,7 +74,7 @@ def test_tensors_have_memory_of_their_own():
 
 def test_a_tensor_outlives_what_it_was_made_of_and_can_be_sent_on():
     received = sent(spans(embeddings()))
-    tensors = [span['embeddings'].tensor() for span in received]
+    tensors = [span.embeddings.tensor() for span in received]
     del received
     gc.collect()
     again = [pickle.loads(pickle.dumps(tensor)) for tensor in tensors]

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from benchmarks.gates import check
+from benchmarks.lib.compare import rounds_that_count
 from lmdeploy_vico import cli
 from lmdeploy_vico.vision import tile_encoder, tiling
 from lmdeploy_vico.vision.model.tower import VisionTower
@@ -69,7 +70,7 @@ def test_a_slowed_build_fails(unchanged, tmp_path, monkeypatch, capsys, case, ow
     assert check.main(['--baseline', str(unchanged), *SETTINGS, '--cases', case, '--output', str(output)]) == 1
     assert f'1 of 1 got slower by more than 25%: {case}' in capsys.readouterr().out
     fast, slow = (json.loads(path.read_text()) for path in (unchanged, output))
-    [fast_rounds, slow_rounds] = (check.ratios(one, 1000)[0][case] for one in (fast, slow))
+    [fast_rounds, slow_rounds] = (rounds_that_count(one, 1000)[0][case] for one in (fast, slow))
     assert min(slow_rounds) > max(fast_rounds)
     assert len(slow_rounds) == len(slow['benchmarks'][0]['extra_info']['neighbours']) == 5
     assert slow['machine_info']['like'] == 'tiny'
@@ -121,7 +122,7 @@ def test_what_is_replaced_is_compared_with_first(stored, run, capsys):
     assert run('--update', stage=([1.32, 1.4, 1.5], None)) == 0
     said = capsys.readouterr().out
     assert 'Against what is stored' in said and 'test_stage (+20.0%)' in said
-    assert check.ratios(json.loads(stored.read_text()), 0.1)[0] == {'test_stage': [1.32, 1.4, 1.5]}
+    assert rounds_that_count(json.loads(stored.read_text()), 0.1)[0] == {'test_stage': [1.32, 1.4, 1.5]}
 
     stored.write_text(stored.read_text().replace('"torch": "', '"torch": "0.'))
     assert run('--update', stage=([1.0, 1.0, 1.0], None)) == 0

@@ -30,11 +30,13 @@ def report(was, now):
     return changed, console.file.getvalue()
 
 
+@pytest.mark.server
 def test_the_counters_are_the_committed_ones(committed, measured):
     changed, text = report(committed, measured)
     assert not changed, text
 
 
+@pytest.mark.server
 def test_they_say_what_they_are_meant_to(measured):
     found = measured['requests']
     for one in found.values():

@@ -1,8 +1,7 @@
-"""``benchmarks/on_gpu.sh``: its options, its limits, what it runs. Try its parts with ``VICO_TEST_DEVICE=cpu``."""
+"""``python -m benchmarks on-gpu``: its options, its limits, what it runs. ``VICO_TEST_DEVICE=cpu`` tries its parts."""
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +9,12 @@ from pathlib import Path
 import pytest
 from waiting import HANG
 
-from benchmarks.gates import budget
+from benchmarks.gates import budget, estimates, parts
 from benchmarks.vision import vit_speed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'benchmarks' / 'on_gpu.sh'
-
-
-PARTS = re.search(r'^parts=\((.*?)\)$', SCRIPT.read_text(), re.MULTILINE | re.DOTALL)[1].split()
+PARTS = [part.name for part in parts.PARTS]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +34,7 @@ def interpreter(tmp_path):
     def make(*cases: str) -> str:
         file = tmp_path / 'python'
         file.write_text(
-            '#!/bin/bash\ncase "$*" in\n'
+            f'#!/bin/bash\ncase "$*" in\n*"benchmarks on-gpu"*) exec {sys.executable} "$@";;\n'
             + ''.join(f'{case};;\n' for case in cases)
             + f'*) exec {sys.executable} "$@";;\nesac\n'
         )
@@ -71,7 +68,7 @@ def test_without_a_device_it_says_how_to_try(tmp_path):
     hidden = {'VICO_TEST_DEVICE': 'cuda', 'CUDA_VISIBLE_DEVICES': ''}
     refused = run('-o', str(tmp_path / 'new'), 'kernels', **hidden)
     assert refused.returncode == 2
-    assert 'VICO_TEST_DEVICE=cpu tries the script' in refused.stderr
+    assert 'VICO_TEST_DEVICE=cpu tries the commands' in refused.stderr
     assert not (tmp_path / 'new').exists()
 
 
@@ -145,7 +142,7 @@ def test_told_to_end_it_keeps_what_it_has(tmp_path, endless):
     assert 'memcheck was not begun' in rest
     [result] = tmp_path.glob('*-soak.json')
     assert result.read_text() == 'half'
-    assert list(tmp_path.glob('tmp.*')) == [], 'nothing is left of the scratch folder'
+    assert list(tmp_path.glob('vico-on-gpu-*')) == [], 'nothing is left of the scratch folder'
 
 
 @pytest.fixture
@@ -155,7 +152,6 @@ def recorded(tmp_path, interpreter):
     def on_a_gpu(memory: int, *parts: str, **variables: str) -> tuple[str, list[str]]:
         python = interpreter(
             *gpu(memory),
-            f'*"benchmarks budget"*) exec {sys.executable} "$@"',
             '*) echo "RUN device=$VICO_TEST_DEVICE dummy=$LMDEPLOY_VICO_DUMMY_WEIGHTS $*" >>"$RECORD"\n'
             'case "$*" in *" tiny "*) mkdir -p "$4"; touch "$4/config.json";; esac',
         )
@@ -163,7 +159,7 @@ def recorded(tmp_path, interpreter):
         variables |= {'PYTHON': python, 'TMPDIR': str(tmp_path), 'RECORD': str(record), 'VICO_TEST_DEVICE': 'cuda'}
         tried = run('-o', str(tmp_path / 'new'), *parts, **variables)
         assert tried.returncode == 0, tried.stdout + tried.stderr
-        assert list(tmp_path.glob('tmp.*')) == [], 'nothing is left of the scratch folder'
+        assert list(tmp_path.glob('vico-on-gpu-*')) == [], 'nothing is left of the scratch folder'
         return tried.stdout, record.read_text().splitlines()
 
     return on_a_gpu
@@ -174,7 +170,9 @@ def test_what_a_gpu_would_run(recorded):
     made = [line.partition(' tiny ')[2].partition('/')[2].split('/')[-1] for line in ran if ' tiny ' in line]
     sized = [f'{name} --like {name}' for name in ('8B', '30B-A3B', '38B')]
     assert made == [*sized, *['8B--weights --like 8B --weights'] * 2]
-    bench = {line.partition('--plot ')[2].split()[0].partition('h200-')[2]: line for line in ran if ' bench ' in line}
+    bench = {
+        line.partition('--plot ')[2].split()[0].partition('h200-')[2]: line for line in ran if ' first-token ' in line
+    }
     cells = [f'llm-{name}-{text}.png' for name in ('8B', '30B-A3B', '38B') for text in (64, 512)]
     assert list(bench) == [*cells, 'image-8B.png', 'baselines-8B-flash.png', 'baselines-8B-internvl.png']
     for what, line in bench.items():
@@ -187,7 +185,7 @@ def test_what_a_gpu_would_run(recorded):
     expected = ('tests/kernels', 'tests/gpu -k not engine', 'engine and moe', '--like 6B', '--width 3200')
     expected += (
         'benchmarks vit-speed --like 300M --device cuda --output ',
-        f'benchmarks handover --rounds {budget.HANDOVERS} --output ',
+        f'benchmarks handover --rounds {estimates.HANDOVERS} --output ',
     )
     expected += ('benchmarks placement', '--requests 2000', 'benchmarks check --update')
     places = [next(index for index, line in enumerate(ran) if words in line) for words in expected]
@@ -203,67 +201,69 @@ def test_what_a_gpu_would_run(recorded):
 def test_an_h100_is_told_that_38b_does_not_fit(recorded):
     printed, ran = recorded(79, 'llm-38B-64', 'llm-30B-A3B-64')
     assert '==> llm-38B-64: SKIPPED. 38B needs 82 GiB, 74 of them for its weights; this device has 79 GiB.' in printed
-    assert [line for line in ran if ' bench ' in line and '30B-A3B' in line]
+    assert [line for line in ran if ' first-token ' in line and '30B-A3B' in line]
     assert not [line for line in ran if '38B' in line]
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('part', parts.PARTS, ids=PARTS)
 def test_every_part_fits_ten_minutes(part):
-    *items, total, number = budget.plan(part, budget.LIMIT, budget.MANY, memory=139)
+    made = budget.plan(part, budget.LIMIT, estimates.MANY, memory=139)
+    *items, total = made.lines
     rows = [re.match(r' *(\d+) x +([\d.]+) s = +(\d+) s  \w', item).groups() for item in items]
     added = sum(int(seconds) for _, _, seconds in rows)
     said = int(re.search(r'at most (\d+) s', total)[1])
     assert abs(said - added) <= len(rows) and said + budget.RESERVE <= budget.LIMIT
-    assert budget.FEWEST <= int(number) <= budget.MANY
+    assert budget.FEWEST <= made.requests <= estimates.MANY
 
 
-def collected(arguments: str) -> list[str]:
+def collected(arguments: tuple[str, ...]) -> list[str]:
     """The tests that pytest would run, with the Triton kernels for which a GPU is made up."""
-    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', *shlex.split(arguments)]
+    command = [sys.executable, '-m', 'pytest', '--collect-only', '-q', *arguments]
     variables = {**os.environ, 'TRITON_INTERPRET': '1', 'VICO_TEST_DEVICE': 'cpu'}
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line for line in done.stdout.splitlines() if '::' in line]
 
 
-def count(part: str, what: str) -> float:
-    [item] = [item for item in budget.items(part) if item.what.startswith(what)]
+def count(items: list[estimates.Item], what: str) -> float:
+    [item] = [item for item in items if item.what.startswith(what)]
     return item.count
 
 
 def test_kernel_tests_are_as_many_as_the_arithmetic_says():
-    checks, memcheck = re.findall(r'-m pytest -q (tests/kernels [^;\n]*)', SCRIPT.read_text())
-    tests = collected(checks)
+    tests = collected(parts.KERNEL_TESTS)
     assert not [test for test in tests if 'test_compiled' in test], 'compiled ahead of time, which needs no GPU'
     triton = [test for test in tests if 'triton' in test and 'bad_argument' not in test]
     drawn = [test for test in triton if 'random' in test]
-    assert drawn and 0 < len(triton) - len(drawn) <= count('checks-kernels', 'a test of a Triton kernel')
-    assert len(drawn) <= count('checks-kernels', 'random sizes')
-    assert len(tests) - len(triton) <= count('checks-kernels', 'a test that compiles nothing')
-    assert 0 < len(collected(memcheck)) <= count('memcheck', 'a test')
+    items = estimates.checks_kernels()
+    assert drawn and 0 < len(triton) - len(drawn) <= count(items, 'a test of a Triton kernel')
+    assert len(drawn) <= count(items, 'random sizes')
+    assert len(tests) - len(triton) <= count(items, 'a test that compiles nothing')
+    assert 0 < len(collected(parts.MEMCHECK_TESTS)) <= count(estimates.memcheck(), 'a test')
 
 
 def test_the_arithmetic_is_that_of_the_measurements():
     for vit in ('300M', '6B'):
-        assert sum(item.seconds for item in budget.items(f'vit-speed-{vit}')[1:]) == vit_speed.plan(vit, 'cuda', 5.0)[0]
-    *_, processes, sent = budget.items('handover')
+        assert sum(item.seconds for item in estimates.vit_speed(vit)[1:]) == vit_speed.plan(vit, 'cuda', 5.0)[0]
+    *_, processes, sent = estimates.handover()
     assert processes.what.startswith('two processes of each of 6 ways') and processes.count == 9
     assert sent.count == 9 * 6 * (1 + 25 + 4 * 8)
-    assert f' handovers={budget.HANDOVERS} ' in SCRIPT.read_text()
 
 
 def test_requests_are_as_many_as_fit():
-    todo = [budget.Item('start', 100.0), budget.Item('each', 0.5, None)]
+    todo = [estimates.Item('start', 100.0), estimates.Item('each', 0.5, None)]
     assert budget.requests(todo, 600, 2000) == (600 - budget.RESERVE - 100) * 2 // 32 * 32
     assert budget.requests(todo, 600, 96) == 96
     assert budget.requests(todo, 100, 2000) == 0
 
 
 def test_a_part_that_cannot_fit_is_not_begun():
-    *_, total, last = budget.plan('llm-38B-512', 300, budget.MANY, memory=139)
+    made = budget.plan(parts.find('llm-38B-512'), 300, estimates.MANY, memory=139)
+    *_, total, last = made.lines
+    assert made.refused and not made.requests
     assert last == '==> llm-38B-512: REFUSED, there is too little time.'
     assert int(re.search(r'at most (\d+) s', total)[1]) > 300 - budget.RESERVE
 

@@ -8,8 +8,8 @@ import torch
 from benchmarks.lib.timing import Timing
 from benchmarks.vision import vit_speed
 from benchmarks.vision.vit_speed import Variant, judge, main, plan
+from lmdeploy_vico.choices import NO_SPEEDUPS
 from lmdeploy_vico.vision.model import intern_vit
-from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS
 
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
 

@@ -1,4 +1,4 @@
-"""Vision tensors that are stored in a type whose values mean nothing without scales."""
+"""Reading a checkpoint: what the headers say, types that are refused, files that are damaged."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmdeploy_vico.checkpoints.files import INDEX_FILE, Checkpoint
+from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError
+from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
@@ -112,7 +113,48 @@ def test_of_many_a_few_are_named(rewritten):
     assert 'and 3 more' in message
 
 
-def test_types_are_those_of_the_headers(make_checkpoint):
+def test_types_and_sizes_are_those_of_the_files(make_checkpoint):
     checkpoint = Checkpoint(make_checkpoint(dtype='float32'))
     assert checkpoint.dtypes.keys() == checkpoint.shapes.keys()
     assert set(checkpoint.dtypes.values()) == {'F32'}
+    stored: dict[str, torch.Tensor] = {}
+    for file in make_checkpoint(dtype='float32').glob('*.safetensors'):
+        stored |= load_file(file)
+    assert checkpoint.sizes == {name: tensor.nbytes for name, tensor in stored.items()}
+    assert checkpoint.shapes == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+DAMAGE = {
+    'empty': (lambda data: b'', 'the file ends before its header does'),
+    'cut in the header': (lambda data: data[:100], 'the file ends before its header does'),
+    'cut in the tensors': (lambda data: data[:-1], r'has \d+ bytes, and its header describes \d+'),
+    'too long': (lambda data: data + b'\0', r'has \d+ bytes, and its header describes \d+'),
+    'not JSON': (lambda data: data[:8] + b'?' + data[9:], 'the header is damaged'),
+    'a list': (lambda data: (2).to_bytes(8, 'little') + b'[]', 'the header is damaged'),
+    'without offsets': (lambda data: (10).to_bytes(8, 'little') + b'{"a": {} }', 'the header is damaged'),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_a_damaged_file_is_named(rewritten, kind):
+    damage, said = DAMAGE[kind]
+    path = rewritten(lambda tensors: None)
+    file = max(path.glob('*.safetensors'))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UnsupportedCheckpointError, match=f'{file.name} cannot be read: .*{said}'):
+        Checkpoint(path)
+
+
+def test_a_missing_file_is_named(rewritten):
+    path = rewritten(lambda tensors: None)
+    file = max(path.glob('*.safetensors'))
+    file.unlink()
+    with pytest.raises(UnsupportedCheckpointError, match=f'{file.name} cannot be read: .*No such file'):
+        Checkpoint(path)
+
+
+def test_a_checkpoint_of_one_file_needs_no_index(tmp_path):
+    with pytest.raises(NoWeightsError, match='has neither model.safetensors.index.json nor model.safetensors'):
+        Checkpoint(tmp_path)
+    save_file({'mlp1.1.bias': torch.ones(3)}, tmp_path / 'model.safetensors')
+    assert Checkpoint(tmp_path).sizes == {'mlp1.1.bias': 12}

@@ -13,6 +13,8 @@ VOCABULARY = SHAPE['vocab_size']
 MOST = 32  # sequences of a batch
 TEXT = 'the quick brown fox jumps over the lazy dog and {} '
 
+pytestmark = pytest.mark.server
+
 
 def ask(pipe, prompts, adapter_name=None, **options):
     """Greedy answers to raw prompts, unless the options say otherwise."""

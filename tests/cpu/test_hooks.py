@@ -116,6 +116,7 @@ def test_cache_memory_is_small_and_shared(monkeypatch):
     assert memory.cache_budget() == memory.GIB // 4
 
 
+@pytest.mark.server
 def test_api_server_starts_and_answers(dense_checkpoint, tmp_path):
     """The unmodified command, with no option but the address; the backend is announced once."""
     with ApiServer(dense_checkpoint, log=tmp_path / 'log', timeout=HANG) as server:

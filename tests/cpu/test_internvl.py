@@ -7,6 +7,8 @@ import sys
 import pytest
 from waiting import HANG
 
+pytestmark = pytest.mark.server
+
 SCRIPT = """
 import sys
 import lmdeploy

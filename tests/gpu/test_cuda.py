@@ -202,6 +202,7 @@ def test_the_same_groups_again_take_no_more_device_memory(encoder):
     assert reserved[2] == reserved[1]
 
 
+@pytest.mark.server
 @pytest.mark.parametrize('llm', ['dense', 'moe'])
 @pytest.mark.parametrize(
     'options',

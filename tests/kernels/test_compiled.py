@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / 'benchmarks' / 'results' / 'kernel-resources.json'
@@ -27,7 +28,7 @@ def measured(tmp_path_factory):
     output = tmp_path_factory.mktemp('compiled') / 'resources.json'
     environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     command = [sys.executable, '-m', 'benchmarks', 'kernel-resources', '--output', output]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     sys.stdout.write(done.stdout)
     return json.loads(output.read_text())

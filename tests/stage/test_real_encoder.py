@@ -7,15 +7,20 @@ import threading
 
 import pytest
 import torch
-from stage.stand_in import cut, job
 from waiting import HANG
 
+from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
-from lmdeploy_vico.vision.tiling import tile_digests
+from lmdeploy_vico.vision.tiling import Tiling, cut_grid, tile_digests
 
 pytestmark = pytest.mark.busy(times=2)
+
+
+def job(image, max_tiles=12):
+    """What a request for this image becomes; the tiny checkpoint allows 12 tiles."""
+    return ImageJob(image, Tiling(1, max_tiles).grid(image.size))
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +40,7 @@ def test_hands_on_the_encoders_tokens_in_the_language_models_dtype(stage, encode
     [expected] = VisionEncoder(encoder).encode([pictures['coffee']])
     assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
     assert image.tokens.tile_tokens == expected.tile_tokens
-    assert image.digests == tile_digests(cut(pictures['coffee']))
+    assert image.digests == tile_digests(cut_grid(pictures['coffee'], job(pictures['coffee']).grid))
 
 
 def test_prompts_do_not_influence_each_other(stage, encoder, pictures):

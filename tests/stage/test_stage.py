@@ -60,13 +60,14 @@ def test_a_failure_belongs_to_its_prompt(stage, pictures):
 @pytest.mark.parametrize('kind', ['PNG', 'JPEG'])
 def test_one_picture_that_is_not_read_yet_in_many_prompts(encoder, pictures, tmp_path, kind):
     pictures['coffee'].save(tmp_path / 'picture', kind)
-    [expected] = encoder.encode([Image.open(tmp_path / 'picture')])
+    picture = Image.open(tmp_path / 'picture')
+    [expected], digests = encoder.encode([picture]), tile_digests(cut(picture))
     stage = VisionStage([encoder], torch.float32, threads=8, capacity=200)
     lazy = Image.open(tmp_path / 'picture')
     for future in [stage.submit([job(lazy)] * 4, 'auto') for _ in range(4)]:
         for image in future.result():
             assert torch.equal(image.tokens.embeddings[:1], expected.embeddings[:1])
-            assert image.digests == tile_digests(cut(Image.open(tmp_path / 'picture')))
+            assert image.digests == digests
     stage.close()
 
 

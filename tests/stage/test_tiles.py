@@ -1,4 +1,3 @@
-import gc
 import threading
 
 import numpy as np
@@ -27,7 +26,6 @@ def encode(cache, name):
 
 def kept(cache, names):
     """Which of ``names`` are kept, least recently used first."""
-    gc.collect()
     return [name.decode() for name in cache._kept if name.decode() in names]
 
 
@@ -66,7 +64,6 @@ def test_what_a_prompt_holds_is_found_though_nothing_is_kept():
     cache.keep(tile)
     assert get(cache, 'a') is tile
     del tile
-    gc.collect()
     assert not get(cache, 'a').encoded
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lmdeploy_vico.checkpoints.files import Checkpoint
+from lmdeploy_vico.choices import Speedups
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels import attention_pool, implementation, linear, pack, pixel_shuffle, residual_norm
-from lmdeploy_vico.vision.model.speedups import Speedups
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 REFERENCES = (

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy_vico.vision.routing import parse_compression, route
+from lmdeploy_vico.vision.routing import route
 
 THRESHOLDS = {'relative_threshold': 0.5, 'absolute_threshold': 0.5}
 
@@ -53,14 +53,3 @@ def test_fraction_rounds_half_up(fraction, tiles, expected):
 def test_fraction_takes_the_highest_scores_and_the_lower_index_on_ties():
     assert chosen([0.1, 0.7, 0.7, 0.9], 0.5) == [False, True, False, True]
     assert chosen([0.7] * 4, 0.5) == [True, True, False, False]
-
-
-@pytest.mark.parametrize('value', ['auto', 'none', 'all', 0, 1, 0.25])
-def test_accepted_values(value):
-    assert parse_compression(value) == value
-
-
-@pytest.mark.parametrize('value', ['half', '', '0.5', -0.1, 1.5, float('nan'), True, None, [], {}])
-def test_other_values_are_refused_by_name(value):
-    with pytest.raises(ValueError, match=r'^image compression must be "auto", "none", "all", or a number from 0 to 1'):
-        parse_compression(value, 'image compression')

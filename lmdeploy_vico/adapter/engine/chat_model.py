@@ -18,11 +18,12 @@ from lmdeploy.pytorch.models import patch
 from lmdeploy_vico.adapter.engine.architectures import PREFIX, vico_architecture
 from lmdeploy_vico.adapter.engine.quantisation import CheckpointQuantization
 from lmdeploy_vico.adapter.engine.spans import VisualSpan
-from lmdeploy_vico.checkpoints.files import fill_with_noise
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL
+from lmdeploy_vico.adapter.handover import Span
+from lmdeploy_vico.checkpoints.initialisation import fill
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL, VISION
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.kernels.pack import pack
-from lmdeploy_vico.log import get_logger
+from lmdeploy_vico.log import setup
 from lmdeploy_vico.options import OVERRIDES_KEY, Options
 
 MODALITY = 'image'
@@ -52,8 +53,8 @@ class VisualTokensMixin:
         # In LMDeploy's engine process and its workers, where the options arrive as an attribute of the config.
         options = Options.load({OVERRIDES_KEY: getattr(config, OVERRIDES_KEY, {})})
         use(options.kernels)
+        setup()
         super().__init__(config.llm_config, *args, **kwargs)
-        get_logger()  # so that it is seen which implementation packs
         self._compile_pack()
         self.vico_dummy_weights = options.dummy_weights
 
@@ -110,11 +111,11 @@ class VisualTokensMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load one shard's language model tensors; the vision side is loaded where it runs."""
-        super().load_weights((name, weight) for name, weight in weights if not _is_vision_weight(name))
+        super().load_weights((name, weight) for name, weight in weights if not name.startswith(VISION))
 
     def fill_with_dummy_weights(self) -> None:
         """Make up all weights of this process, of which no file is read then."""
-        fill_with_noise(self.named_parameters())
+        fill(self.named_parameters())
 
     def load_lora_weights(self, weights: Iterable[tuple[str, torch.Tensor]], adapter_id: int) -> None:
         """Load a PEFT adapter trained on the whole model or on the language model alone."""
@@ -127,28 +128,16 @@ class VisualTokensMixin:
         load_lora_weights(self, renamed, adapter_id)
 
 
-_VISION_PREFIXES = ('vision_model.', 'mlp1.', 'mlp2.', 'pooling_before_gating.', 'gating.')
-
-
-def _is_vision_weight(name: str) -> bool:
-    return name.startswith(_VISION_PREFIXES)
-
-
 class SpanProcessor(BaseModelInputProcessor):
     """Wraps the spans that the API process has checked; runs unguarded in the engine's loop, so it must not fail."""
 
     def preprocess_input(
-        self, input_ids: list[int], input_multimodals: list[dict[str, Any]] | None = None, **kwargs: Any
+        self, input_ids: list[int], input_multimodals: list[Span] | None = None, **kwargs: Any
     ) -> PreprocessInputResult:
         """Make LMDeploy's spans of ours; the ids already have their true length."""
         del kwargs
         spans = [
-            VisualSpan(
-                data=span['embeddings'].tensor(),
-                start=span['start'],
-                end=span['end'],
-                content_hash=span['content_hash'],
-            )
+            VisualSpan(data=span.embeddings.tensor(), start=span.start, end=span.end, content_hash=span.content_hash)
             for span in input_multimodals or []
         ]
         return PreprocessInputResult(input_ids=input_ids, input_multimodals={MODALITY: spans} if spans else None)

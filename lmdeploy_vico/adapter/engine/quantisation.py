@@ -11,12 +11,13 @@ from typing import Any
 from lmdeploy.pytorch.config import QuantizationConfig
 
 from lmdeploy_vico.checkpoints.language_model import fused_modules
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL, SkippedModules
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
+from lmdeploy_vico.checkpoints.skipped_modules import SkippedModules
 from lmdeploy_vico.config import UnsupportedCheckpointError
 
 PackedModules = Mapping[str, Sequence[str]]
 EXPERT_PROJECTIONS = ('gate_proj', 'up_proj', 'down_proj')
-# What LMDeploy 0.18 has for each kind of layer; it says so only where it builds one, in the engine's process.
+# The methods that LMDeploy 0.18 has for each kind of layer. It reports others only in the engine process.
 SERVED = {
     'linear': ('awq', 'fp8', 'smooth_quant'),
     'moe': ('compressed-tensors', 'fp8', 'smooth_quant'),
@@ -26,11 +27,11 @@ _KINDS = {'linear': 'attention and dense layers', 'moe': 'experts'}
 
 @dataclass
 class CheckpointQuantization(QuantizationConfig):
-    """LMDeploy's quantisation, asked by its names and answering by the checkpoint's.
+    """LMDeploy's quantisation config, which looks a layer up by its names in the checkpoint.
 
     Attributes:
         skipped: modules of the checkpoint that are not quantised.
-        packed: for a layer that LMDeploy has fused, those of the checkpoint that it is made of.
+        packed: for each layer that LMDeploy fuses, the checkpoint's modules of which it consists.
     """
 
     skipped: SkippedModules = field(default_factory=lambda: SkippedModules({}))
@@ -38,16 +39,16 @@ class CheckpointQuantization(QuantizationConfig):
 
     @classmethod
     def of(cls, config: QuantizationConfig, packed: PackedModules) -> QuantizationConfig:
-        """The same quantisation by the checkpoint's names; an unquantised one, or one of these, as it is."""
+        """Return ``config`` as one that uses the checkpoint's names; itself if it is one, or is not quantised."""
         if config is None or config.quant_method is None or isinstance(config, cls):
             return config
         values = {one.name: getattr(config, one.name) for one in fields(QuantizationConfig)}
-        # LMDeploy would compare its own names with these.
+        # LMDeploy would look for its own names in this list.
         values['ignored_layers'] = []
         return cls(**values, skipped=SkippedModules(config.hf_quant_config), packed=packed)
 
     def get_quant_method(self, prefix: str = '', module_kind: str = 'linear') -> str | None:
-        """How a layer is quantised, None if it is not.
+        """Return how a layer is quantised; None if it is not.
 
         Args:
             prefix: LMDeploy's name for the layer.
@@ -68,7 +69,7 @@ class CheckpointQuantization(QuantizationConfig):
         return None if skipped else method
 
     def _stored_as(self, prefix: str, module_kind: str) -> Iterator[str]:
-        """The checkpoint's names of what a layer is made of; of experts, which are alike, those of the first."""
+        """Iterate over the checkpoint's names of a layer's parts; for experts over those of the first expert."""
         parent, _, name = f'{LANGUAGE_MODEL}{prefix}'.rpartition('.')
         if module_kind == 'moe':
             return (f'{parent}.{name}.0.{projection}' for projection in EXPERT_PROJECTIONS)
@@ -76,14 +77,14 @@ class CheckpointQuantization(QuantizationConfig):
 
 
 def check_quantisation(hf_config: Any, packed: PackedModules) -> None:
-    """Check that LMDeploy's PyTorch engine has the layers that a checkpoint's language model needs.
+    """Check that LMDeploy's PyTorch engine can serve the quantised layers of a checkpoint's language model.
 
     Args:
         hf_config: the whole checkpoint's, with ``--hf-overrides`` applied.
         packed: as in :class:`CheckpointQuantization`.
 
     Raises:
-        UnsupportedCheckpointError: it has not; the message says for what.
+        UnsupportedCheckpointError: it cannot; the message names the layer and the method.
     """
     try:
         config = QuantizationConfig.from_config(hf_config)

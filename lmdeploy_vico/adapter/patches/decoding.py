@@ -8,7 +8,7 @@ import wrapt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.pixels import TooLargeError, charge
+from lmdeploy_vico.adapter.server.served import TooLargeError, charge
 from lmdeploy_vico.config import IMAGE_SIZE
 from lmdeploy_vico.vision.tiling import cut_tiles
 

@@ -4,6 +4,7 @@ None of these hooks changes what LMDeploy does for a model that is not a ViCO ch
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 import wrapt
 
-from lmdeploy_vico.log import get_logger
+logger = logging.getLogger(__name__)
 
 _LOADER = 'config_from_pretrained'
 
@@ -56,7 +57,7 @@ def choose_pytorch_engine(module: ModuleType) -> None:
         if os.path.exists(os.path.join(model_path, 'triton_models')):
             return True  # converted for TurboMind: there is no config to read
         if isinstance(get_model_arch(model_path, trust_remote_code=trust_remote_code)[1], VicoChatConfig):
-            get_logger().info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', model_path)
+            logger.info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', model_path)
             return False
         return True
 
@@ -123,8 +124,10 @@ def admit_before_decoding(module: ModuleType) -> None:
             return await wrapped(*args, **kwargs)
         from lmdeploy_vico.adapter.server.disconnect import while_client_waits
 
-        async with model.admit(*_admission_arguments(*args, **kwargs)):
-            return await while_client_waits(lambda: asyncio.ensure_future(wrapped(*args, **kwargs)))
+        # LMDeploy names all arguments. What it hands on as "messages" from here is the parsed request.
+        async with model.admit(*_admission_arguments(*args, **kwargs)) as request:
+            arguments = {**kwargs, 'messages': request}
+            return await while_client_waits(lambda: asyncio.ensure_future(wrapped(**arguments)))
 
     wrapt.wrap_function_wrapper(processor_class, '_get_multimodal_prompt_input', prompt_input)
 
@@ -188,7 +191,7 @@ def decode_side_by_side(module: ModuleType) -> None:
             from lmdeploy_vico.adapter.server.media import MediaParser
 
             # Takes the place of a static method, for this processor only.
-            instance.async_parse_multimodal_item = MediaParser(processor_class, model.session_len)
+            instance.async_parse_multimodal_item = MediaParser(processor_class)
 
     wrapt.wrap_function_wrapper(processor_class, '__init__', init)
 
@@ -287,8 +290,10 @@ def _backend_config(
     return backend_config
 
 
-def _admission_arguments(messages: Any, *args: Any, media_io_kwargs: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    return messages, media_io_kwargs
+def _admission_arguments(
+    *, messages: Any, media_io_kwargs: Any = None, mm_processor_kwargs: Any = None, **kwargs: Any
+) -> tuple[Any, Any, Any]:
+    return messages, media_io_kwargs, mm_processor_kwargs
 
 
 def _is_supported_arguments(model_path: str, trust_remote_code: bool = False) -> tuple[str, bool]:

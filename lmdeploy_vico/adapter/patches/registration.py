@@ -11,7 +11,7 @@ from types import ModuleType
 
 import wrapt
 
-logger = logging.getLogger('lmdeploy_vico')
+logger = logging.getLogger(__name__)
 
 SUPPORTED = ((0, 18), (0, 19))
 Hook = Callable[[ModuleType], None]

@@ -1,89 +1,50 @@
-"""Requests whose client has gone: noticed while their images are still being decoded and encoded.
+"""Cancels the vision work of requests whose client has closed the connection.
 
 LMDeploy looks for a disconnect only when it has something to send. Until then an abandoned request would keep its place
-in the vision stage's queue, and every request behind it waiting.
+in the vision stage's queue, and every request behind it would wait.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import Future
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from lmdeploy_vico.adapter.server.pixels import PixelShare
-from lmdeploy_vico.stage.queue import Admission
+from lmdeploy_vico.adapter.server.served import ServedRequest, T, Work, served_request, serving
 
-T = TypeVar('T')
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Work = Future[T] | asyncio.Task[T]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
-@dataclass
-class ServedRequest:
-    """What the adapter keeps of an HTTP request. One object for all choices of a request with ``n`` above 1.
-
-    Attributes:
-        client_gone: whether the connection has been closed.
-        image_tokens: visual tokens of its prompt.
-        pending: what its client's leaving cancels.
-        admission: the place in the vision stage that is held while it is prepared.
-        preparing: how many of its choices are being prepared.
-        pixels: what its decoded images take of the server's memory for them.
-    """
-
-    client_gone: bool = False
-    image_tokens: int = 0
-    pending: 'set[Work[Any]]' = field(default_factory=set)
-    admission: Admission | None = None
-    preparing: int = 0
-    pixels: PixelShare | None = None
-
-    def abandon(self) -> None:
-        """The client has gone: cancel what is done for it."""
-        self.client_gone = True
-        for future in tuple(self.pending):
-            future.cancel()
-
-
-_served: ContextVar[ServedRequest | None] = ContextVar('vico_served_request', default=None)
 _watching = False
 
 
-def served_request() -> ServedRequest | None:
-    """The HTTP request that this task, or the one that started it, serves; None outside a server."""
-    return _served.get()
-
-
 def watch_clients() -> None:
-    """Have the server of this process, which serves a ViCO model, notice clients that leave."""
+    """Let the server of this process, which serves a ViCO model, notice clients that leave."""
     global _watching
     _watching = True
 
 
 def watching_clients() -> bool:
-    """Whether a ViCO model has been started in this process."""
+    """Return whether a ViCO model has been started in this process."""
     return _watching
 
 
 async def while_client_waits(start: 'Callable[[], Work[T]]') -> T:
-    """What the work results in, which is cancelled with this task, or when the client leaves.
+    """Start work and return its result; cancel it when this task is cancelled, or when the client leaves.
 
     Args:
-        start: starts the work; not called if the client has gone already.
+        start: starts the work; it is not called if the client has gone already.
 
     Raises:
-        RequestError: the client has gone. Nobody reads the answer, but LMDeploy ends the request without a traceback.
+        RequestError: the client has gone. Nobody reads the answer, but LMDeploy then logs no traceback.
         CancelledError: this task has been cancelled, or the work by somebody else.
     """
     request = served_request() or ServedRequest()
     _require_client(request)
     work = start()
     request.pending.add(work)
-    waiting = asyncio.wrap_future(work)  # nothing but the task itself, if it is one
+    waiting = asyncio.wrap_future(work)  # a task is returned as it is
     try:
         # Unlike awaiting it, this raises CancelledError only if this task is cancelled.
         await asyncio.wait([waiting])
@@ -108,32 +69,32 @@ def _require_client(request: ServedRequest) -> None:
 
 
 class DisconnectMiddleware:
-    """ASGI middleware that listens for the client's leaving from the end of a request's body on.
+    """ASGI middleware that waits for the client's disconnect as soon as it has read a request's body.
 
-    The application reads its messages as before. Where it would have waited for the disconnect, it is told by the one
-    task that does: a server's ``receive`` is not made for several listeners.
+    The application reads its messages as before. Only one task may wait in a server's ``receive``, so the application
+    hears of the disconnect from the task that waits here.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one connection; other than HTTP requests pass untouched."""
+        """Serve one connection. Anything but an HTTP request passes untouched."""
         if scope['type'] != 'http':
             await self.app(scope, receive, send)
             return
+        # Always a new one: the task of one request may start that of the next on the same connection.
         request = ServedRequest()
-        # Never left over from another: the task of one request may start that of the next on the same connection.
-        _served.set(request)
         listener = _Listener(receive, request.abandon)
-        try:
-            await self.app(scope, listener.receive, send)
-        finally:
-            await listener.close()
+        with serving(request):
+            try:
+                await self.app(scope, listener.receive, send)
+            finally:
+                await listener.close()
 
 
 class _Listener:
-    """The messages of one request; what comes after its body is waited for in a task of its own."""
+    """Reads the messages of one request. After the body, a task of its own waits for the disconnect."""
 
     def __init__(self, receive: Receive, on_disconnect: Callable[[], None]) -> None:
         self._receive = receive
@@ -141,12 +102,12 @@ class _Listener:
         self._disconnect: asyncio.Task[Message] | None = None
 
     async def receive(self) -> Message:
-        """The next message: the parts of the body, then, however often asked, the disconnect.
+        """Return the next part of the body; after the last one, return the disconnect to every call.
 
-        If the client has gone it is returned without suspending: Starlette asks in a scope that is cancelled already.
+        If the client has gone, this returns without suspending: Starlette asks in a scope that is cancelled already.
         """
         if self._disconnect is not None:
-            return await asyncio.shield(self._disconnect)  # who asks may be cancelled, the listening goes on
+            return await asyncio.shield(self._disconnect)  # the caller may be cancelled; the task goes on
         message = await self._receive()
         if message['type'] == 'http.request' and not message.get('more_body', False):
             self._disconnect = asyncio.create_task(self._listen())

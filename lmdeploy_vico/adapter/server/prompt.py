@@ -1,12 +1,16 @@
-"""From messages to a prompt of true length: where the images stand, the token ids, the embedding spans."""
+"""From messages to a prompt of true length: where the images stand, the token ids, the spans of visual tokens."""
 
 import hashlib
 import itertools
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmdeploy_vico.adapter.handover import PackedRows
+from lmdeploy.model import BaseChatTemplate
+
+from lmdeploy_vico.adapter.handover import PackedRows, Span
+from lmdeploy_vico.adapter.server.items import MEDIA_ROLES, ImageItem, SyntheticItem, TextItem, VideoItem
+from lmdeploy_vico.adapter.server.request import Message, VicoRequest
 from lmdeploy_vico.stage.jobs import EncodedImage
 
 IMAGE_START, IMAGE_END = '<img>', '</img>'
@@ -14,50 +18,91 @@ IMAGE_CONTEXT = '<IMG_CONTEXT>'
 # LMDeploy's convention for saying in the text where the images go.
 IMAGE_PLACEHOLDER = '<IMAGE_TOKEN>'
 
-Message = Mapping[str, Any]
 Ids = list[int]
+Render = Callable[[list[dict[str, Any]]], str | None]
 
 
-def render_chat(
-    messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], str | None], videos: Sequence[int] = ()
-) -> list[str]:
+def cut_at_images(
+    request: VicoRequest, chat_template: Any, render: Render, image_token_id: int, vocab_size: int
+) -> list[str] | list[Ids]:
+    """Cut a request's prompt where its images, and the frames of its videos, stand.
+
+    Args:
+        request: decoded.
+        chat_template: LMDeploy's; for /generate it passes one that does nothing.
+        render: renders messages with the template, as the request asks.
+        image_token_id: stands for an image in the token ids of a /generate request.
+        vocab_size: of the language model.
+
+    Returns:
+        Pieces of text, or of the token ids of a /generate request: one more than there are images and frames.
+
+    Raises:
+        ValueError: the prompt does not fit its images, or a text is none.
+    """
+    raw = type(chat_template) is BaseChatTemplate
+    if raw and any(isinstance(item, VideoItem) for item in request.media):
+        raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
+    first = next(iter(request.messages[0].items), None)
+    # Where a chat message has a list for a text, it is a client's mistake, and must not be taken for token ids.
+    if raw and isinstance(first, TextItem) and isinstance(first.text, list):
+        check_ids(first.text, vocab_size)
+        return split_ids(first.text, image_token_id, len(request.images))
+    if raw and len(request.messages) == 1:
+        return render_raw(''.join(_texts(request)), len(request.images))
+    return render_chat(request, render)
+
+
+def render_chat(request: VicoRequest, render: Render) -> list[str]:
     """Render a conversation and cut the text where its images, and the frames of its videos, stand.
 
     In the text handed to the chat template each image is a random mark, so that no text a user types, the image token
     included, can be taken for an image.
-
-    Args:
-        messages: with content lists of text, image and video items.
-        render: the chat template.
-        videos: the number of frames of each video.
 
     Returns:
         One piece of text more than there are images and frames.
     """
     mark = f'vico-{secrets.token_hex(16)}'
     image_text = f'{IMAGE_START}{mark}{IMAGE_END}'
-    inline = _images_placed_in_text(messages)
-    frames = iter(videos)
-    flattened = []
-    for message in messages:
-        message = dict(message)
-        message['content'] = _flatten(message, image_text, inline, frames)
-        flattened.append(message)
-    text = render(flattened)
+    # One placeholder for each image says where the images go. LMDeploy has none for videos.
+    images = sum(isinstance(item, ImageItem | SyntheticItem) for item in request.media)
+    placed = 0 < images == sum(text.count(IMAGE_PLACEHOLDER) for text in _texts(request))
+    frames = iter([len(jobs) for jobs in request.jobs])
+
+    def flatten(message: Message) -> str:
+        if isinstance(message.content, str):
+            return message.content
+        parts = []
+        for item in message.content:
+            if isinstance(item, TextItem):
+                parts.append(item.string.replace(IMAGE_PLACEHOLDER, image_text) if placed else item.string)
+                continue
+            count = next(frames)
+            if isinstance(item, VideoItem):
+                parts += [f'Frame{number}: {image_text}\n' for number in range(1, count + 1)]
+            elif not placed:
+                parts.append(image_text + '\n')
+        # LMDeploy joins the parts of a message without images by line breaks, those of one with images by nothing.
+        return ('' if message.sent['role'] in MEDIA_ROLES else '\n').join(parts)
+
+    text = render([{**message.sent, 'content': flatten(message)} for message in request.messages])
     if text is None:
         raise ValueError('This server has no chat template, which messages need: start it with --chat-template.')
     pieces = text.split(mark)
-    images = sum(_image_count(message['content']) for message in messages) + sum(videos)
-    if len(pieces) != images + 1:
-        raise ValueError(f'The chat template shows {len(pieces) - 1} of the {images} images.')
+    if len(pieces) != len(request.images) + 1:
+        raise ValueError(f'The chat template shows {len(pieces) - 1} of the {len(request.images)} images.')
     return pieces
+
+
+def _texts(request: VicoRequest) -> list[str]:
+    return [item.string for item in request.items if isinstance(item, TextItem)]
 
 
 def render_raw(text: str, images: int) -> list[str]:
     """Cut a raw /generate prompt where its images go.
 
-    That is at the placeholders or image tokens if there is one for each image; without any, after the text, as LMDeploy
-    does for InternVL.
+    They go where the placeholders or image tokens are, if there is one for each image. Without any they go after the
+    text, as LMDeploy does for InternVL.
 
     Raises:
         ValueError: there are image marks, but not as many as images.
@@ -77,7 +122,7 @@ def render_raw(text: str, images: int) -> list[str]:
 
 
 def check_ids(ids: Sequence[Any], vocab_size: int) -> None:
-    """Raise ValueError unless ``ids`` are token ids: the engine looks them up unchecked, and dies of any other."""
+    """Raise ValueError unless ``ids`` are token ids: the engine looks them up unchecked, and any other kills it."""
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise ValueError(f'input_ids must be integers from 0 to {vocab_size - 1}, not {token!r}.')
@@ -105,7 +150,7 @@ def split_ids(ids: Ids, image_token_id: int, images: int) -> list[Ids]:
 
 def assemble(
     pieces: Sequence[Ids], images: Sequence[EncodedImage], image_token_id: int, block_size: int
-) -> tuple[Ids, list[dict[str, Any]]]:
+) -> tuple[Ids, list[Span]]:
     """Put the visual tokens between the pieces of text.
 
     Args:
@@ -115,8 +160,7 @@ def assemble(
         block_size: KV-cache block size in tokens.
 
     Returns:
-        The prompt's ids at their true length, and its spans: dicts of ``embeddings`` (PackedRows of ``[end - start,
-        H]``), ``start``, ``end`` and ``content_hash``.
+        The prompt's ids at their true length, and the spans of its visual tokens.
     """
     ids = list(pieces[0])
     spans = []
@@ -127,7 +171,7 @@ def assemble(
     return ids, spans
 
 
-def _spans(image: EncodedImage, start: int, block_size: int) -> list[dict[str, Any]]:
+def _spans(image: EncodedImage, start: int, block_size: int) -> list[Span]:
     """Cut an image's visual tokens where the prompt's KV blocks end.
 
     LMDeploy never ends a prefix-cache match inside a span, and then goes back to a block boundary: a span over several
@@ -136,12 +180,12 @@ def _spans(image: EncodedImage, start: int, block_size: int) -> list[dict[str, A
     end = start + len(image.tokens.embeddings)
     cuts = [start, *range(start - start % block_size + block_size, end, block_size), end]
     return [
-        {
-            'embeddings': PackedRows.of(image.tokens.embeddings[low - start : high - start]),
-            'start': low,
-            'end': high,
-            'content_hash': _content_hash(image, low - start, high - start),
-        }
+        Span(
+            embeddings=PackedRows.of(image.tokens.embeddings[low - start : high - start]),
+            start=low,
+            end=high,
+            content_hash=_content_hash(image, low - start, high - start),
+        )
         for low, high in itertools.pairwise(cuts)
     ]
 
@@ -156,37 +200,3 @@ def _content_hash(image: EncodedImage, low: int, high: int) -> str:
             digest.update(tile + f':{count}:{first - tile_start}:{last - tile_start};'.encode())
         tile_start += count
     return digest.hexdigest()
-
-
-def _images_placed_in_text(messages: Sequence[Message]) -> bool:
-    """Whether the text says where the images go: one placeholder for each, in the messages that carry images.
-
-    LMDeploy has none for videos, which stand where their items do.
-    """
-    contents = [message['content'] for message in messages if isinstance(message['content'], list)]
-    texts = [item['text'] for content in contents for item in content if item['type'] == 'text']
-    images = sum(map(_image_count, contents))
-    return images > 0 and sum(text.count(IMAGE_PLACEHOLDER) for text in texts) == images
-
-
-def _image_count(content: Any) -> int:
-    return sum(item['type'] not in ('text', 'video') for item in content) if isinstance(content, list) else 0
-
-
-def _flatten(message: Message, image_text: str, inline: bool, frames: Iterator[int]) -> str:
-    content = message['content']
-    if content is None:
-        return ''
-    if isinstance(content, str):
-        return content
-    parts = []
-    for item in content:
-        if item['type'] == 'text':
-            text = item['text']
-            parts.append(text.replace(IMAGE_PLACEHOLDER, image_text) if inline else text)
-        elif item['type'] == 'video':
-            parts += [f'Frame{number}: {image_text}\n' for number in range(1, next(frames) + 1)]
-        elif not inline:
-            parts.append(image_text + '\n')
-    # LMDeploy joins the parts of a message without images by line breaks, those of one with images by nothing.
-    return ('' if message['role'] in ('user', 'tool') else '\n').join(parts)

@@ -1,21 +1,20 @@
 """Image items whose visual tokens are made up, so that a benchmark can measure the language model alone.
 
-Only where the option ``synthetic_images`` is on. Nothing of such an image is cut, encoded, routed or projected; what
-comes after, assembly, hand-over and prefill, is that of any other image.
+They are accepted only where the option ``synthetic_images`` is on. Such an image is not cut, encoded, routed or
+projected. Its visual tokens are assembled, handed over and prefilled like those of any other image.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
-from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
+from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.projection import VisualTokens
-from lmdeploy_vico.vision.tiling import Grid
 
 KEY = 'synthetic'
 FIELDS = ('tiles', 'compressed', 'seed')
@@ -23,9 +22,9 @@ MAX_SEED = 2**63 - 1
 STARTS = 4096  # slices of the random rows that seeds choose from
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyntheticImage(ImageJob):
-    """An image item that asks for visual tokens without an image.
+@dataclass(frozen=True)
+class SyntheticImage:
+    """Visual tokens that an image item asks for without an image.
 
     Attributes:
         tiles: whole number of tiles, a thumbnail included.
@@ -37,35 +36,34 @@ class SyntheticImage(ImageJob):
     compressed: int
     seed: int
 
+    @property
+    def tile_tokens(self) -> list[int]:
+        """Visual tokens of each tile, those of the compressed tiles first."""
+        return [TOKENS_COMPRESSED] * self.compressed + [TOKENS_FULL] * (self.tiles - self.compressed)
 
-def synthetic_image(item: Mapping[str, Any], max_tiles: int) -> SyntheticImage:
-    """Read an image item that has the key "synthetic", beside an image that is ignored.
+
+def synthetic_image(params: Mapping[str, Any], max_tiles: int) -> SyntheticImage:
+    """Read the keys of an image item, one of which is "synthetic".
+
+    Args:
+        params: the keys beside the url, whose image is ignored.
+        max_tiles: the most tiles that an image may ask for, thumbnail not counted.
 
     Raises:
-        ValueError: it is malformed; the message becomes the body of a 400.
+        ValueError: something is malformed; the text becomes the body of a 400.
     """
-    others = sorted(item.keys() - {'type', 'data', KEY})
+    others = sorted(params.keys() - {KEY})
     if others:
         raise ValueError(f'An image item with "{KEY}" has no key {others[0]!r}: its tokens are not made of an image.')
-    wanted = item[KEY]
+    wanted = params[KEY]
     if not isinstance(wanted, Mapping) or set(wanted) != set(FIELDS):
         raise ValueError(f'"{KEY}" must be an object with the keys {", ".join(FIELDS)}, not {wanted!r}.')
     tiles = _integer(wanted, 'tiles', 1, max_tiles + 1)
     return SyntheticImage(
-        image=item['data'],
-        grid=Grid(tiles, 1, thumbnail=False),
         tiles=tiles,
         compressed=_integer(wanted, 'compressed', 0, tiles),
         seed=_integer(wanted, 'seed', 0, MAX_SEED),
     )
-
-
-def are_synthetic(jobs: Sequence[ImageJob]) -> TypeGuard[Sequence[SyntheticImage]]:
-    """Whether a prompt has images and all of them are synthetic; raises ValueError if only some are."""
-    number = sum(isinstance(job, SyntheticImage) for job in jobs)
-    if 0 < number < len(jobs):
-        raise ValueError(f'A request has either images with "{KEY}" or without, not both.')
-    return number > 0
 
 
 class SyntheticEncoder:
@@ -83,20 +81,19 @@ class SyntheticEncoder:
         self._rows = rows.normal_(std=width**-0.5, generator=torch.Generator().manual_seed(0))
 
     def submit(self, images: Sequence[SyntheticImage]) -> 'Future[list[EncodedImage]]':
-        """What VisionStage.submit gives for images that have to be encoded; done at once."""
+        """Return what ``VisionStage.submit`` returns for images that have to be encoded; it is done at once."""
         future: Future[list[EncodedImage]] = Future()
         future.set_result([self.encode(image) for image in images])
         return future
 
     def encode(self, image: SyntheticImage) -> EncodedImage:
         """Visual tokens ``[n, H]``, those of the compressed tiles first."""
-        full = image.tiles - image.compressed
-        tile_tokens = [TOKENS_COMPRESSED] * image.compressed + [TOKENS_FULL] * full
+        tile_tokens = image.tile_tokens
         # Names everything that the rows depend on, as the prefix cache takes equal digests for equal contents.
         name = f'{KEY}:{image.seed}:{image.tiles}:{image.compressed}'
         start = int.from_bytes(_digest(name), 'little') % STARTS
         embeddings = self._rows[start : start + sum(tile_tokens)]
-        scores = [1.0] * image.compressed + [0.0] * full
+        scores = [1.0] * image.compressed + [0.0] * (image.tiles - image.compressed)
         digests = [_digest(f'{name}:{index}') for index in range(image.tiles)]
         return EncodedImage(VisualTokens(embeddings, tile_tokens, scores), digests)
 

@@ -1,73 +1,49 @@
-"""The API-process side: a new-style LMDeploy VisionModel that encodes images before the engine sees the request."""
+"""The VisionModel of ViCO checkpoints: how LMDeploy calls the vision side, from a request to its prompt."""
 
 import asyncio
-import json
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from lmdeploy.model import BaseChatTemplate
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 from lmdeploy.tokenizer import Tokenizer
 from lmdeploy.vl.model.base import VisionModel
 
-from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.patches.decoding import guard_media_decoding
 from lmdeploy_vico.adapter.patches.registration import require_all_hooks
-from lmdeploy_vico.adapter.server.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.pixels import PixelBudget
-from lmdeploy_vico.adapter.server.placement.devices import vision_devices
-from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
-from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
-from lmdeploy_vico.adapter.server.placement.replicas import Replicas
-from lmdeploy_vico.adapter.server.placement.weights import open_weights
-from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
-from lmdeploy_vico.adapter.server.requests import check_texts, media_jobs, prompt_compression
-from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder, are_synthetic
+from lmdeploy_vico.adapter.server.placement.start import start_vision_side
+from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
+from lmdeploy_vico.adapter.server.request import VicoRequest, parse_request
+from lmdeploy_vico.adapter.server.served import admitted, served_request
 from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
-from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
-from lmdeploy_vico.kernels.implementation import use
-from lmdeploy_vico.log import get_logger
-from lmdeploy_vico.options import Options
+from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.stage.errors import EncodingError
-from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
+from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.stage.queue import StageBusyError
-from lmdeploy_vico.stage.stage import VisionStage
-from lmdeploy_vico.vision.routing import Compression
-from lmdeploy_vico.vision.tile_encoder import TileEncoder
-from lmdeploy_vico.vision.tiling import Tiling
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A rendered prompt, cut where its images stand: text, or token ids of a /generate request; and those images."""
-
-    pieces: list[str] | list[list[int]]
-    jobs: list[ImageJob]
 
 
 class VicoVisionModel(VisionModel):
     """Serves ViCO checkpoints: images are tiled, encoded and routed here, in the API process.
 
-    LMDeploy's scheduler, KV cache and usage then see the prompt's true, short length.
+    LMDeploy's scheduler, KV cache and usage then see the prompt's true, short length. For each request LMDeploy calls
+    :meth:`admit`, decodes its images with our MediaParser, and calls :meth:`get_input_prompt` and
+    :meth:`preprocess_async`. What it passes on as "messages" is our :class:`VicoRequest`.
     """
 
     _arch = 'InternVLChatModel'
 
     @classmethod
     def match(cls, config: Any) -> bool:
-        """Only configs that our own loader made, which are those of ViCO checkpoints."""
+        """Return whether the config is one that our own loader made, which are those of ViCO checkpoints."""
         return isinstance(config, VicoChatConfig)
 
     def build_preprocessor(self, trust_remote_code: bool = False) -> None:
@@ -81,45 +57,18 @@ class VicoVisionModel(VisionModel):
         """Load the vision side; called once, when LMDeploy has chosen the data type and the engine's config.
 
         Raises:
-            UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the message
-                says why.
+            UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the text says
+                why.
         """
         require_all_hooks()
-        get_logger()  # which implementation of the kernels runs is logged below, by a room that knows no handlers
-        began = time.perf_counter()
-        self.backend_config = backend_config
-        self.options = options = Options.load(backend_config.hf_overrides)
-        use(options.kernels)
         guard_media_decoding()
         watch_clients()
         show_image_tokens()
-        weights = open_weights(self.model_path, self.hf_config, backend_config, options)
-        config = read_config(self.model_path, backend_config.hf_overrides)
-        config = replace(config, max_tiles=min(config.max_tiles, options.max_tiles))
-        self._tiling = Tiling.of(config)
-        replicas = Replicas(
-            weights,
-            config,
-            vision_devices(options.vision_device, backend_config),
-            options,
-            graph=not backend_config.eager_mode,
-        )
-        torch.cuda.empty_cache()  # of loading; what the stage takes is kept, and the KV cache is sized by what is free
-        # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
-        capacity = options.max_queued_tiles if backend_config.enable_mp_engine else None
-        self._pixels = PixelBudget(None if capacity is None else options.max_decoded_bytes)
-        dtype = engine_dtype(self.hf_config, backend_config)
-        with replicas.fitting():
-            self.stage = VisionStage(
-                replicas.encoders, dtype, options.preprocess_threads, capacity, options.cache_bytes
-            )
-        self._synthetic = (
-            SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None
-        )
-        # Of its own, since in the loop's default pool finished prompts would wait behind other requests' decoding.
+        self.backend_config = backend_config
+        side = start_vision_side(self.model_path, self.hf_config, backend_config)
+        self.stage, self.rules, self._pixels, self._synthetic = side.stage, side.rules, side.pixels, side.synthetic
+        # Not the loop's default pool, where finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
-        self._log_start(replicas.encoders, capacity, time.perf_counter() - began)
-        report_kv_cache(self.model_path, self.hf_config, backend_config, replicas.before)
 
     def close(self) -> None:
         """Stop the threads and let go of the vision side's memory."""
@@ -127,51 +76,40 @@ class VicoVisionModel(VisionModel):
         self._assembling.shutdown()
         del self.stage
 
-    def _log_start(self, encoders: Sequence[TileEncoder], capacity: int | None, seconds: float) -> None:
-        encoder, options, logger = encoders[0], self.options, get_logger()
-        config = encoder.config
-        logger.info('lmdeploy-vico %s serves %s', __version__, self.model_path)
-        logger.info(
-            'vision side on %s in %s (tile batch %d, loaded in %.1f s)',
-            *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
-        )
-        logger.info(
-            'preparation by %d threads, %s tiles queued at most, %s decoded images, cache of %.1f GiB',
-            options.preprocess_threads,
-            'any number of' if capacity is None else capacity,
-            'any number of' if capacity is None else f'{options.max_decoded_bytes / 2**30:.1f} GiB of',
-            options.cache_bytes / 2**30,
-        )
-        logger.info(
-            'compression %s (thresholds: quantile %g, score %g), at most %d tiles per image',
-            *(options.compression, config.relative_threshold, config.absolute_threshold, options.max_tiles),
-        )
+    @asynccontextmanager
+    async def admit(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        media_io_kwargs: Mapping[str, Any] | None,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+    ) -> AsyncIterator[VicoRequest]:
+        """Parse a request, and hold a place for it while its images are decoded and encoded inside.
+
+        Raises:
+            ValueError: the request is at fault; LMDeploy answers 400 with the text.
+            OverloadError: too much is waiting already; LMDeploy answers 503.
+        """
+        # LMDeploy fills the context length in after the start.
+        rules = replace(self.rules, session_len=self.backend_config.session_len)
+        request = parse_request(messages, media_io_kwargs, mm_processor_kwargs, rules)
+        async with admitted(self.stage, request.most_tiles(), self._pixels):
+            yield request
 
     def get_input_prompt(
         self,
-        messages: list[dict[str, Any]],
+        messages: VicoRequest,
         chat_template: Any,
         tools: list[object] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> Prompt:
-        """Render the messages; overrides LMDeploy's, which knows no images (``self`` replaces a static method)."""
-        jobs, videos = media_jobs(messages, self._tiling, self.options.max_tiles, self.options.synthetic_images)
-        if videos and _is_raw(chat_template):
-            raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
-        ids = _generate_ids(messages, chat_template)
-        if ids is not None:
-            self.check_ids(ids)
-            return Prompt(split_ids(ids, self.image_token_id, len(jobs)), jobs)
-        check_texts(messages)
-        if _is_raw(chat_template) and len(messages) == 1:
-            text = ''.join(item['text'] for item in messages[0]['content'] if item['type'] == 'text')
-            return Prompt(render_raw(text, len(jobs)), jobs)
-        render = partial(chat_template.messages2prompt, tools=tools, **(chat_template_kwargs or {}))
-        return Prompt(render_chat(messages, render, videos), jobs)
+    ) -> list[str] | list[Ids]:
+        """Render a decoded request; overrides LMDeploy's static method, which knows no images.
 
-    def session_len(self) -> int | None:
-        """The model context length, which LMDeploy fills in after the start."""
-        return self.backend_config.session_len
+        Returns:
+            The prompt, cut where its images stand; see :func:`cut_at_images`.
+        """
+        render = partial(chat_template.messages2prompt, tools=tools, **(chat_template_kwargs or {}))
+        vocab_size = self.hf_config.llm_config.vocab_size
+        return cut_at_images(messages, chat_template, render, self.image_token_id, vocab_size)
 
     def check_ids(self, ids: Sequence[Any]) -> None:
         """Raise ValueError unless a client's ``ids`` are in the language model's vocabulary."""
@@ -179,31 +117,35 @@ class VicoVisionModel(VisionModel):
 
     def preprocess(
         self,
-        messages: list[dict[str, Any]],
-        input_prompt: Prompt,
+        messages: VicoRequest,
+        input_prompt: list[str] | list[Ids],
         mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Blocking form of :meth:`preprocess_async`, with the signature by which LMDeploy knows new-style models."""
-        return self._assemble(input_prompt, self._submit(input_prompt, mm_processor_kwargs).result())
+        return self._assemble(input_prompt, self._submit(messages).result())
 
     async def preprocess_async(
         self,
-        messages: list[dict[str, Any]],
-        input_prompt: Prompt,
+        messages: VicoRequest,
+        input_prompt: list[str] | list[Ids],
         mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Encode a request's images and build its prompt, without blocking other requests' preparation.
+
+        Args:
+            messages: the request, decoded.
+            input_prompt: the pieces that :meth:`get_input_prompt` returned.
+            mm_processor_kwargs: not used; the request has been parsed.
 
         Returns:
             ``prompt`` (text for the log), ``input_ids`` at their true length, ``multimodal`` (the spans).
 
         Raises:
-            ValueError: the request is at fault; LMDeploy answers 400 with the message.
             OverloadError: too much is being encoded already; LMDeploy answers 503.
             RequestError: the vision side failed; LMDeploy answers 500.
         """
         try:
-            images = await asyncio.wrap_future(self._submit(input_prompt, mm_processor_kwargs))
+            images = await asyncio.wrap_future(self._submit(messages))
         except StageBusyError as error:
             raise OverloadError(str(error)) from error
         except torch.OutOfMemoryError as error:
@@ -215,91 +157,19 @@ class VicoVisionModel(VisionModel):
         count_image_tokens(prompt['multimodal'])
         return prompt
 
-    def admit(
-        self, messages: Sequence[Any], media_io_kwargs: Mapping[str, Any] | None
-    ) -> AbstractAsyncContextManager[None]:
-        """Hold a place for a request whose images are to be decoded inside.
+    def _submit(self, request: VicoRequest) -> 'Future[list[EncodedImage]]':
+        if self._synthetic is not None and request.synthetic:
+            return self._synthetic.submit(request.synthetic)
+        served = served_request()
+        return self.stage.submit(request.pictures, request.compression, served.admission if served else None)
 
-        Raises:
-            ValueError: it has more images and videos than fit the session, whatever they show.
-            OverloadError: too much is waiting already.
-        """
-        limit = self.session_len()
-        least, most = estimate_tiles(messages, media_io_kwargs, self._tiling.most, self.options.max_tiles, limit)
-        self._refuse_too_many(least * TOKENS_COMPRESSED)
-        # A place is not held for more than could be answered.
-        most = most if limit is None else min(most, limit // TOKENS_COMPRESSED + 1)
-        return admitted(self.stage, most, self._pixels)
-
-    def _submit(self, prompt: Prompt, mm_processor_kwargs: dict[str, Any] | None) -> Any:
-        compression = prompt_compression(mm_processor_kwargs, self.options.compression)
-        if self._synthetic is not None and are_synthetic(prompt.jobs):
-            return self._synthetic.submit(prompt.jobs)
-        self._refuse_what_cannot_fit(prompt.jobs, compression)
-        return self.stage.submit(prompt.jobs, compression, current_admission())
-
-    def _refuse_what_cannot_fit(self, jobs: Sequence[ImageJob], compression: Compression) -> None:
-        """Refuse a prompt before any encoding if even its images alone, fully compressed, exceed the session."""
-        least = 0
-        for job in jobs:
-            wanted = compression if job.compression is None else job.compression
-            least += job.grid.tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)
-        self._refuse_too_many(least)
-
-    def _refuse_too_many(self, least: int) -> None:
-        limit = self.session_len()
-        if limit is not None and least >= limit:
-            raise ValueError(
-                f'The images and video frames have at least {least} visual tokens, more than the model context length '
-                f'({limit}) allows. Send fewer or smaller ones, or serve with a larger --session-len.'
-            )
-
-    def _assemble(self, prompt: Prompt, images: Sequence[EncodedImage]) -> dict[str, Any]:
-        pieces = prompt.pieces
-        text = None
-        if isinstance(pieces[0], str):
-            text = IMAGE_CONTEXT.join(pieces)
-            pieces = [self.tokenizer.encode(piece, add_bos=index == 0) for index, piece in enumerate(pieces)]
-        input_ids, spans = assemble(pieces, images, self.image_token_id, self.backend_config.block_size)
-        return {'prompt': text, 'input_ids': input_ids, 'multimodal': spans}
-
-
-def _is_raw(chat_template: Any) -> bool:
-    return type(chat_template) is BaseChatTemplate  # what LMDeploy passes for /generate
-
-
-def _generate_ids(messages: Sequence[Mapping[str, Any]], chat_template: Any) -> list[Any] | None:
-    """The token ids of a /generate request, which arrive as the "text" of its only message.
-
-    A chat message whose text is a list is a client's mistake, and must not be taken for ids.
-    """
-    first = messages[0]['content'][0] if _is_raw(chat_template) and isinstance(messages[0]['content'], list) else {}
-    ids = first.get('text') if first.get('type') == 'text' else None
-    return ids if isinstance(ids, list) else None
-
-
-def _where(encoders: Sequence[TileEncoder]) -> str:
-    """The devices, each with what the vision side takes of it, or together those of which it takes the same."""
-    devices: dict[str, list[str]] = {}
-    for encoder in encoders:
-        devices.setdefault(encoder.memory(), []).append(str(encoder.device))
-    return ', '.join(
-        f'{", ".join(names)} ({memory}{" each" if len(names) > 1 else ""})' for memory, names in devices.items()
-    )
-
-
-def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:
-    """The checkpoint's config as the engine sees it: with ``--hf-overrides`` applied."""
-    config = json.loads((Path(model_path) / 'config.json').read_text())
-    return VicoConfig.from_dict(_override(config, overrides or {}))
-
-
-def _override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(config)
-    for key, value in overrides.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _override(merged[key], value) if both else value
-    return merged
+    def _assemble(self, pieces: list[str] | list[Ids], images: Sequence[EncodedImage]) -> dict[str, Any]:
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        encoded = [self.tokenizer.encode(text, add_bos=index == 0) for index, text in enumerate(texts)]
+        of_ids = [piece for piece in pieces if not isinstance(piece, str)]
+        block_size = self.backend_config.block_size
+        input_ids, spans = assemble(encoded or of_ids, images, self.image_token_id, block_size)
+        return {'prompt': IMAGE_CONTEXT.join(texts) if texts else None, 'input_ids': input_ids, 'multimodal': spans}
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

@@ -1,8 +1,10 @@
-"""Small random checkpoints in the layout of InternVL3.5-Flash, for tests, demonstrations and development without a GPU.
+"""Random checkpoints in the layout of InternVL3.5-Flash.
 
-The small ones have real token counts (448x448 tiles, 1024 patch tokens, 64 or 256 visual tokens), a router that sends
-smooth tiles to 64 tokens and detailed ones to 256, and answers that depend on every picture and every word; they know
-nothing. Those of the published sizes come without weights or with random ones, for measuring.
+Tiny ones serve tests, demonstrations and development without a GPU. They have real token counts (448x448 tiles, 1024
+patch tokens, 64 or 256 visual tokens) and a router that compresses smooth tiles and keeps detailed ones full. Their
+answers mean nothing, but depend on every picture and every word.
+
+Checkpoints of the published sizes, without or with random weights, serve measurements.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Checkpoints need torch, and are loaded when asked for: running a server (``launch``) needs none."""
+    """Import a function when it is asked for: these modules load torch, and starting a server needs none."""
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from lmdeploy_vico.checkpoints.random import published, tiny

@@ -1,7 +1,7 @@
-"""Config classes that a checkpoint's ``auto_map`` points at; copied into every tiny checkpoint.
+"""The config classes that a checkpoint's ``auto_map`` names; this file is copied into every random checkpoint.
 
-They stand for the remote code of published checkpoints, which LMDeploy's own InternVL classes need (with
-``--trust-remote-code``) and this plugin does not. Only this file's copy is ever imported, by transformers.
+They take the place of the remote code of published checkpoints. LMDeploy's own InternVL classes need that code (with
+``--trust-remote-code``); this plugin does not. Transformers imports the copy in the checkpoint, never this file.
 """
 
 from typing import Any

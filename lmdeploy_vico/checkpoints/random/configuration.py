@@ -1,17 +1,17 @@
-"""The configuration files of a tiny checkpoint: the published ones with small numbers in them."""
+"""The configuration files of random checkpoints: the published ones, with other numbers in them."""
 
 from dataclasses import dataclass
 from typing import Any
 
-TILE = 448
-PATCH = 14
+from lmdeploy_vico.config import ARCHITECTURE, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, PATCH_SIZE
+
 RELATIVE_THRESHOLD = 0.5
 ABSOLUTE_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Size:
-    """The dimensions of one preset. ``vit_width`` is a multiple of 16: the router always has 16 heads."""
+    """The dimensions of a model. ``vit_width`` is a multiple of 16, the number of the router's heads."""
 
     vit_width: int
     vit_layers: int
@@ -52,7 +52,7 @@ def vision_config(size: Size, vit: str) -> dict[str, Any]:
         'dtype': 'bfloat16',
         'hidden_act': 'gelu',
         'hidden_size': size.vit_width,
-        'image_size': TILE,
+        'image_size': IMAGE_SIZE,
         'initializer_factor': 1.0,
         'initializer_range': 0.02,
         'intermediate_size': size.vit_mlp,
@@ -62,7 +62,7 @@ def vision_config(size: Size, vit: str) -> dict[str, Any]:
         'num_attention_heads': size.vit_heads,
         'num_channels': 3,
         'num_hidden_layers': size.vit_layers,
-        'patch_size': PATCH,
+        'patch_size': PATCH_SIZE,
         'qk_normalization': big,
         'qkv_bias': not big,
         'use_flash_attn': True,
@@ -117,7 +117,7 @@ def llm_config(size: Size, llm: str, vocab_size: int, token_ids: dict[str, int])
 def model_config(vision: dict[str, Any], llm: dict[str, Any], flash: bool) -> dict[str, Any]:
     """Return ``config.json``; of the remote code that ``auto_map`` names, only the config classes are shipped."""
     config = {
-        'architectures': ['InternVLChatModel'],
+        'architectures': [ARCHITECTURE],
         'auto_map': {
             'AutoConfig': 'configuration_internvl_chat.InternVLChatConfig',
             'AutoModel': 'modeling_internvl_chat.InternVLChatModel',
@@ -127,7 +127,7 @@ def model_config(vision: dict[str, Any], llm: dict[str, Any], flash: bool) -> di
         'dtype': 'bfloat16',
         'dynamic_image_size': True,
         'eos_token_id': llm['eos_token_id'],
-        'force_image_size': TILE,
+        'force_image_size': IMAGE_SIZE,
         'hidden_size': llm['hidden_size'],
         'image_fold': None,
         'llm_config': llm,
@@ -154,6 +154,36 @@ def model_config(vision: dict[str, Any], llm: dict[str, Any], flash: bool) -> di
     return config
 
 
+def checkpoint_config(
+    size: Size,
+    llm: str,
+    vit: str,
+    vocab_size: int,
+    token_ids: dict[str, int],
+    flash: bool = True,
+    dtype: str = 'bfloat16',
+    absolute_threshold: float = ABSOLUTE_THRESHOLD,
+) -> dict[str, Any]:
+    """Return the whole ``config.json`` of a checkpoint.
+
+    Args:
+        size: the model's dimensions.
+        llm: one of :data:`LLMS`.
+        vit: one of :data:`VITS`.
+        vocab_size: rows of the token embedding.
+        token_ids: the id of every special token.
+        flash: whether the checkpoint is a ViCO one.
+        dtype: one of :data:`DTYPES`.
+        absolute_threshold: the score that a tile needs to be compressed, whatever the other tiles' scores are.
+    """
+    config = model_config(vision_config(size, vit), llm_config(size, llm, vocab_size, token_ids), flash)
+    if flash:
+        config['flash_absolute_threshold'] = absolute_threshold
+    for part in (config, config['llm_config'], config['vision_config']):
+        part['dtype'] = dtype
+    return config
+
+
 def generation_config(token_ids: dict[str, int]) -> dict[str, Any]:
     """Return ``generation_config.json``."""
     return {
@@ -167,13 +197,13 @@ def generation_config(token_ids: dict[str, int]) -> dict[str, Any]:
 def preprocessor_config() -> dict[str, Any]:
     """Return ``preprocessor_config.json``: the image processor of a plain 448x448 resize, as published."""
     return {
-        'crop_size': TILE,
+        'crop_size': IMAGE_SIZE,
         'do_center_crop': True,
         'do_normalize': True,
         'do_resize': True,
         'feature_extractor_type': 'CLIPFeatureExtractor',
-        'image_mean': [0.485, 0.456, 0.406],
-        'image_std': [0.229, 0.224, 0.225],
+        'image_mean': list(IMAGE_MEAN),
+        'image_std': list(IMAGE_STD),
         'resample': 3,
-        'size': TILE,
+        'size': IMAGE_SIZE,
     }

@@ -1,16 +1,17 @@
-"""How LMDeploy's engine is started for a tiny checkpoint.
+"""The limits with which LMDeploy's engine is started for a tiny checkpoint, and the file that marks one.
 
-LMDeploy fills the device with KV blocks and lets as many sequences run as it would of a large model. A block of a tiny
-checkpoint is 32 KiB: a GPU of 80 GB holds two million of them, and each of the decode graphs, captured at the start,
-keeps a table of int32 ``[sequences, blocks]`` of its own: 22 GiB and more with the default of 1024 sequences, so that
-the engine ends for lack of memory. These limits are far above what a demonstration or a test asks for (262,144 tokens,
-32 requests decoded at a time), and the same with and without a GPU, so that one command is tried on both.
+By default LMDeploy fills the device with KV blocks and decodes up to 1024 sequences at a time. A block of a tiny
+checkpoint is 32 KiB, so a GPU of 80 GB holds two million. Every decode graph has a block table of its own, int32
+``[sequences, blocks]``. These tables would take 22 GiB and more, and the engine would run out of memory at its start.
+
+The limits below allow 262,144 tokens and 32 sequences, far more than a demonstration or a test needs. They are the same
+with and without a GPU, so that both are tried with one command.
 """
 
 import json
 from pathlib import Path
 
-MARKER = 'tiny_checkpoint.json'
+MARKER = 'tiny_checkpoint.json'  # a file in every random checkpoint
 MADE_BY = 'lmdeploy-vico tiny'
 # As keywords of lmdeploy.PytorchEngineConfig.
 TINY_ENGINE = {'max_batch_size': 32, 'num_gpu_blocks': 4096}
@@ -19,9 +20,9 @@ TINY_SERVER = tuple(text for name, value in TINY_ENGINE.items() for text in (f'-
 
 
 def server_arguments(checkpoint: str | Path) -> tuple[str, ...]:
-    """Arguments that ``lmdeploy serve api_server`` needs for this checkpoint: none unless it is a tiny one."""
+    """Return the arguments that ``lmdeploy serve api_server`` needs for a tiny checkpoint; none for any other."""
     try:
         marker = json.loads((Path(checkpoint) / MARKER).read_text())
-    except (OSError, ValueError):  # a name on the hub, or a checkpoint of somebody else
+    except (OSError, ValueError):  # a name on the hub, or a checkpoint that is not random
         return ()
     return TINY_SERVER if marker.get('made_by') == MADE_BY else ()

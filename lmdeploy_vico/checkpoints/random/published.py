@@ -1,30 +1,23 @@
-"""The published models' shapes, and checkpoints of them for measuring: without weights, or with random ones."""
+"""The sizes of the published models, and checkpoints of these sizes for measuring: without or with random weights."""
 
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from lmdeploy_vico.checkpoints.files import INDEX_FILE, Shape
-from lmdeploy_vico.checkpoints.language_model import language_model_shapes
+from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.checkpoints.random import configuration, shards
 from lmdeploy_vico.checkpoints.random.configuration import Size
 from lmdeploy_vico.checkpoints.random.limits import MADE_BY, MARKER
 from lmdeploy_vico.checkpoints.random.tiny import prepare_directory, write_configuration, write_json
 from lmdeploy_vico.checkpoints.random.tokenizer import SPECIAL_TOKENS, write_tokenizer
-from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.vision.model.tower import VisionTower
+from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE
+from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
 
 VOCABULARY = 151936  # embedding rows of the published language models
 WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
-POOLING = 'pooling_before_gating.'
-# The router's third and fourth step take the second one's weights; checkpoints have some of their own, never used.
-UNUSED = {f'{POOLING}{part}2.': [f'{POOLING}{part}{step}.' for step in (3, 4)] for part in ('attn', 'norm')}
 
 
 class WeightsExistError(FileExistsError):
@@ -37,7 +30,7 @@ class NoSpaceError(OSError):
 
 @dataclass(frozen=True)
 class Model:
-    """A model's shape: ``llm`` is 'dense' (Qwen3) or 'moe' (Qwen3-MoE), ``vit`` the norm of its InternViT."""
+    """A model's dimensions: ``llm`` is 'dense' (Qwen3) or 'moe' (Qwen3-MoE), ``vit`` the norm of its InternViT."""
 
     size: Size
     llm: str = 'dense'
@@ -79,10 +72,18 @@ MODELS = {
 def make_checkpoint_without_weights(path: str | Path, model: str | Model, force: bool = False) -> Path:
     """Write config and tokenizer of a model, to be served with ``LMDEPLOY_VICO_DUMMY_WEIGHTS=1``; return the directory.
 
-    The configuration has the shapes of ``model``, which is one of :data:`MODELS` if it is a name. The tokenizer is that
-    of the tiny checkpoints, so that most token ids such a model generates have no text, and the routing thresholds have
-    half of the tiles of any prompt compressed. Raises ValueError for an unknown name, WeightsExistError when ``path``
-    holds weights, and FileExistsError when it holds anything but a tiny checkpoint, unless ``force`` is set.
+    The tokenizer is that of the tiny checkpoints, so most token ids that such a model generates have no text. The
+    routing thresholds have half of the tiles of any prompt compressed.
+
+    Args:
+        path: the directory.
+        model: one of :data:`MODELS`, or other dimensions.
+        force: write into a directory that holds something else.
+
+    Raises:
+        ValueError: the name is unknown.
+        WeightsExistError: ``path`` holds weights.
+        FileExistsError: ``path`` holds anything but a random checkpoint, and ``force`` is not set.
     """
     path, shape = Path(path), _shape(model)
     if _holds_weights(path):
@@ -101,15 +102,20 @@ def make_checkpoint_with_weights(
 ) -> Path:
     """Write a whole checkpoint of a model, with random bfloat16 weights that any server loads; return the directory.
 
-    As :func:`make_checkpoint_without_weights`, and with every tensor of a published checkpoint, in shards of 4 GB. The
-    same ``seed`` gives the same bytes. ``done`` is told the bytes as they are written, of :func:`weight_bytes`. A run
-    that breaks off leaves shards without an index, which no server loads and the same call writes again.
+    As :func:`make_checkpoint_without_weights`, and with every tensor of a published checkpoint, in files of 4 GB. A run
+    that breaks off leaves files without an index, which no server loads. The same call writes them again.
+
+    Args:
+        path, model, force: as for :func:`make_checkpoint_without_weights`.
+        seed: of the weights; the same seed gives the same bytes.
+        done: called every few megabytes with the number of bytes written since the last call. They add up to
+            :func:`weight_bytes`.
 
     Raises:
         ValueError: the name is unknown.
         NoSpaceError: the disk has too little room for the weights; nothing has been written.
-        WeightsExistError: ``path`` holds other weights, or whole ones.
-        FileExistsError: as above.
+        WeightsExistError: ``path`` holds other weights, or complete ones.
+        FileExistsError: ``path`` holds anything but a random checkpoint, and ``force`` is not set.
     """
     path, shape = Path(path), _shape(model)
     marker = _marker(model) | {'seed': seed, 'weights': str(shape)}
@@ -124,23 +130,21 @@ def make_checkpoint_with_weights(
 
 
 def weight_bytes(model: str | Model) -> int:
-    """How many bytes the weights of a model are in bfloat16."""
+    """Return the size of a model's weights in bytes, in bfloat16."""
     return shards.nbytes(tensor_shapes(_shape(model)))
 
 
 def tensor_shapes(model: Model) -> dict[str, Shape]:
-    """Name and shape of every tensor in a checkpoint: what the two loading sides expect, and what they leave unused."""
-    no_ids = dict.fromkeys(SPECIAL_TOKENS, 0)  # shapes do not depend on the tokens
-    language = configuration.llm_config(model.size, model.llm, model.vocab_size, no_ids)
-    vision = configuration.vision_config(model.size, model.vit)
-    config = configuration.model_config(vision, language, flash=True)
-    with torch.device('meta'):
-        tower = VisionTower(VicoConfig.from_dict(config))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tower.named_parameters()}
-    for used, copies in UNUSED.items():
-        of_step = {name.removeprefix(used): shape for name, shape in shapes.items() if name.startswith(used)}
-        shapes |= {copy + name: shape for copy in copies for name, shape in of_step.items()}
-    return shapes | language_model_shapes(SimpleNamespace(**language), SimpleNamespace(**config))
+    """Return name and shape of every tensor in a checkpoint of this model."""
+    return checkpoint_shapes(_config(model, dict.fromkeys(SPECIAL_TOKENS, 0)))  # shapes do not depend on the tokens
+
+
+def _config(model: Model, token_ids: dict[str, int]) -> dict[str, Any]:
+    # Random weights score all tiles about alike, on either side of a fixed threshold. With a threshold of 0, half of
+    # the tiles of any prompt are compressed.
+    return configuration.checkpoint_config(
+        model.size, model.llm, model.vit, model.vocab_size, token_ids, absolute_threshold=0.0
+    )
 
 
 def _shape(model: str | Model) -> Model:
@@ -158,9 +162,7 @@ def _marker(model: str | Model) -> dict[str, Any]:
 def _write_all_but_weights(path: Path, shape: Model, marker: dict[str, Any]) -> None:
     write_json(path / MARKER, marker)
     token_ids = write_tokenizer(path)
-    # Random weights score all tiles about alike, on either side of a fixed threshold. With none, half of the tiles of
-    # any prompt are compressed.
-    write_configuration(path, shape.size, shape.llm, shape.vit, shape.vocab_size, token_ids, absolute_threshold=0.0)
+    write_configuration(path, _config(shape, token_ids), token_ids)
 
 
 def _holds_weights(path: Path) -> bool:
@@ -168,7 +170,7 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _broken_off(path: Path, marker: dict[str, Any]) -> bool:
-    """Whether the weights in a directory are those of a run with the same arguments that did not get to its end."""
+    """Return whether a directory's weights are from a run with the same arguments that did not finish."""
     try:
         same: bool = json.loads((path / MARKER).read_text()) == marker
     except (OSError, ValueError):

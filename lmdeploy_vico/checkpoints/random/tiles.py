@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmdeploy_vico.checkpoints.random.configuration import TILE
+from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD
 
-SIDE = TILE // 2
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+SIDE = IMAGE_SIZE // 2
 
 
 def synthetic_tiles(per_kind: int = 24) -> Tensor:
@@ -26,7 +24,7 @@ def synthetic_tiles(per_kind: int = 24) -> Tensor:
 
 def normalize(tiles: Tensor) -> Tensor:
     """Return the tiles with the channel statistics that InternViT expects."""
-    mean, std = (tiles.new_tensor(x)[:, None, None] for x in (MEAN, STD))
+    mean, std = (tiles.new_tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
     return (tiles - mean) / std
 
 

@@ -1,27 +1,51 @@
 """Random weights of a tiny checkpoint, under the published tensor names.
 
-Plain small-variance noise would give a model that ignores its input: attention would average everything away and the
-answers would not depend on the picture. The scales below keep attention selective (scores with a standard deviation of
-about two) and every branch about as large as the residual stream it is added to.
+Plain noise of a small variance would give a model that ignores its input: attention would average everything away, and
+answers would not depend on the picture. The spreads below keep attention selective (scores with a standard deviation of
+about two) and every branch about as large as the residual stream to which it is added.
 """
 
 import math
-import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmdeploy_vico.checkpoints.random.configuration import PATCH, Size
+from lmdeploy_vico.checkpoints.initialisation import Kind, Spread, fan_in, generator_for, kind_of
+from lmdeploy_vico.checkpoints.names import GATING, LANGUAGE_MODEL, VIT, Shape
+from lmdeploy_vico.config import PATCH_SIZE
 
-TOKENS = 1025
-# q_norm x k_norm gives attention scores a standard deviation of about the square of this: high enough that an answer
-# depends on single tiles, low enough that rounding to bfloat16 costs a few hundredths of the logits' deviation.
-# A mixture of experts gets less: where rounding swaps two nearly tied experts, it does so for all the equal tokens of a
-# flat picture at once. For the same reason the experts are alike (a correlation) and the first outweighs the second.
+Gains = Mapping[str, float]
+
+# A matrix's standard deviation is its gain / sqrt(fan-in): by the end of its name, 1 for all others.
+VISION_GAINS: Gains = {
+    'attn.qkv.weight': 1.2,
+    'attn.proj.weight': 1.2,
+    'mlp.fc1.weight': 1.5,
+    'mlp.fc2.weight': 1.5,
+    'mlp1.1.weight': 1.5,
+    'mlp2.1.weight': 1.5,
+    'mlp2.4.weight': 1.5,
+}
+LANGUAGE_GAINS: Gains = {
+    'o_proj.weight': 3.0,
+    'gate_proj.weight': 1.5,
+    'up_proj.weight': 1.5,
+    'mlp.gate.weight': 5.0,  # of experts: the first of them outweighs the second
+    'lm_head.weight': 3.0,
+}
+# The product of q_norm and k_norm gives attention scores a standard deviation of about the square of this. It is high
+# enough that an answer depends on single tiles, and low enough that rounding to bfloat16 costs a few hundredths of the
+# logits' deviation. A mixture of experts gets less: where rounding swaps two nearly tied experts, it does so for all
+# equal tokens of a flat picture at once. For the same reason the experts of a layer are alike (a correlation).
 QK_GAIN = {'dense': 1.5, 'moe': 1.4}
-MLP_GAIN = {'dense': 3.0, 'moe': 2.0}
+DOWN_GAIN = {'dense': 3.0, 'moe': 2.0}
 EXPERT_LIKENESS = 0.95
-EXPERT_GATE = 5.0
+POSITION = 0.3  # standard deviation of the position embedding
+VECTOR = 0.1  # standard deviation of biases, norms and layer scales
+LAYER_SCALE = 0.7
+GATE_NORM = 0.3  # what the norms of the router's residual blocks are scaled by
 
 
 class Noise:
@@ -30,21 +54,26 @@ class Noise:
     def __init__(self, seed: int):
         self.seed = seed
 
-    def __call__(self, name: str, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+    def __call__(self, name: str, shape: Shape, spread: Spread = Spread(1.0)) -> Tensor:  # noqa: B008 (frozen)
         """Return a float64 tensor of this shape."""
-        generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) << 24) + self.seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean
+        values = torch.randn(shape, generator=generator_for(name, self.seed), dtype=torch.float64)
+        return values * spread.std + spread.mean
 
 
-def _linear(out: dict[str, Tensor], noise: Noise, name: str, n_in: int, n_out: int, gain: float = 1.0) -> None:
-    out[f'{name}.weight'] = noise(f'{name}.weight', n_out, n_in, std=gain / math.sqrt(n_in))
-    out[f'{name}.bias'] = noise(f'{name}.bias', n_out, std=0.1)
-
-
-def _norm(out: dict[str, Tensor], noise: Noise, name: str, width: int, bias: bool = True) -> None:
-    out[f'{name}.weight'] = noise(f'{name}.weight', width, std=0.1, mean=1.0)
-    if bias:
-        out[f'{name}.bias'] = noise(f'{name}.bias', width, std=0.1)
+def spread(name: str, shape: Shape, gains: Gains) -> Spread:
+    """Return the spread of a tensor's values before the special cases below."""
+    match kind_of(name, shape):
+        case Kind.MATRIX:
+            gain = next((gain for ending, gain in gains.items() if name.endswith(ending)), 1.0)
+            return Spread(gain / math.sqrt(fan_in(shape)))
+        case Kind.EMBEDDING:
+            return Spread(POSITION if name.endswith('position_embedding') else 1.0)
+        case Kind.LAYER_SCALE:
+            return Spread(VECTOR, LAYER_SCALE)
+        case Kind.NORM:
+            return Spread(VECTOR, 1.0)
+        case Kind.BIAS:
+            return Spread(VECTOR)
 
 
 def patch_filters(noise: Noise, name: str, width: int) -> Tensor:
@@ -52,39 +81,36 @@ def patch_filters(noise: Noise, name: str, width: int) -> Tensor:
 
     White noise would see little but a patch's mean colour, since photographs have most of their energy there.
     """
-    i = torch.arange(PATCH, dtype=torch.float64)
-    cosines = torch.cos(math.pi / PATCH * (i[None, :] + 0.5) * i[:, None])  # [frequency, position]
+    i = torch.arange(PATCH_SIZE, dtype=torch.float64)
+    cosines = torch.cos(math.pi / PATCH_SIZE * (i[None, :] + 0.5) * i[:, None])  # [frequency, position]
     frequency = (i[:, None] ** 2 + i[None, :] ** 2).sqrt()
     steepness = torch.linspace(-2.0, 3.0, width, dtype=torch.float64)[:, None, None, None]
-    spectrum = noise(name, width, 3, PATCH, PATCH) * (frequency + 0.5) ** steepness
+    spectrum = noise(name, (width, 3, PATCH_SIZE, PATCH_SIZE)) * (frequency + 0.5) ** steepness
     filters = torch.einsum('dcuv,uy,vx->dcyx', spectrum, cosines, cosines)
     return filters / filters.flatten(1).norm(dim=1)[:, None, None, None]
 
 
-def vision_weights(size: Size, vit: str, noise: Noise) -> dict[str, Tensor]:
-    """Return ``vision_model.*`` in float64."""
+def vision_weights(shapes: Mapping[str, Shape], noise: Noise) -> dict[str, Tensor]:
+    """Return the tensors of the vision side in float64, before calibration.
+
+    Args:
+        shapes: of :func:`~lmdeploy_vico.checkpoints.shapes.checkpoint_shapes`; the language model's are left out.
+        noise: of the checkpoint's seed.
+    """
+    patches = f'{VIT}embeddings.patch_embedding'
     out: dict[str, Tensor] = {}
-    width, plain = size.vit_width, vit == 'layer_norm'
-    name = 'vision_model.embeddings'
-    out[f'{name}.class_embedding'] = noise(f'{name}.class_embedding', 1, 1, width)
-    out[f'{name}.position_embedding'] = noise(f'{name}.position_embedding', 1, TOKENS, width, std=0.3)
-    out[f'{name}.patch_embedding.weight'] = patch_filters(noise, f'{name}.patch_embedding.weight', width)
-    out[f'{name}.patch_embedding.bias'] = torch.zeros(width, dtype=torch.float64)
-    for i in range(size.vit_layers):
-        block = f'vision_model.encoder.layers.{i}'
-        for ls in ('ls1', 'ls2'):
-            out[f'{block}.{ls}'] = noise(f'{block}.{ls}', width, std=0.1, mean=0.7)
-        for norm in ('norm1', 'norm2'):
-            _norm(out, noise, f'{block}.{norm}', width, bias=plain)
-        _linear(out, noise, f'{block}.attn.qkv', width, 3 * width, gain=1.2)
-        if not plain:
-            del out[f'{block}.attn.qkv.bias']
-            for norm in ('q_norm', 'k_norm'):
-                _norm(out, noise, f'{block}.attn.{norm}', width, bias=False)
-        _linear(out, noise, f'{block}.attn.proj', width, width, gain=1.2)
-        _linear(out, noise, f'{block}.mlp.fc1', width, size.vit_mlp, gain=1.5)
-        _linear(out, noise, f'{block}.mlp.fc2', size.vit_mlp, width, gain=1.5)
-    _measure_detail(out, 'vision_model.encoder.layers.0.mlp')
+    for name, shape in shapes.items():
+        if name.startswith(LANGUAGE_MODEL):
+            continue
+        if name == f'{patches}.weight':
+            out[name] = patch_filters(noise, name, shape[0])
+        elif name == f'{patches}.bias':
+            out[name] = torch.zeros(shape, dtype=torch.float64)
+        else:
+            out[name] = noise(name, shape, spread(name, shape, VISION_GAINS))
+        if name.startswith(f'{GATING}block') and name.endswith('.5.weight'):
+            out[name] *= GATE_NORM
+    _measure_detail(out, f'{VIT}encoder.layers.0.mlp')
     return out
 
 
@@ -105,101 +131,47 @@ def _measure_detail(out: dict[str, Tensor], mlp: str) -> None:
             out[f'{mlp}.fc2.weight'][width - k, units] = 4.0 * (-1) ** k / len(heard)
 
 
-def projector_weights(size: Size, flash: bool, noise: Noise) -> dict[str, Tensor]:
-    """Return ``mlp1.*`` and, on a Flash checkpoint, ``mlp2.*`` in float64."""
-    out: dict[str, Tensor] = {}
-    width, hidden = size.vit_width, size.hidden
-    _norm(out, noise, 'mlp1.0', 4 * width)
-    _linear(out, noise, 'mlp1.1', 4 * width, hidden, gain=1.5)
-    _linear(out, noise, 'mlp1.3', hidden, hidden)
-    if flash:
-        _norm(out, noise, 'mlp2.0', 16 * width)
-        _linear(out, noise, 'mlp2.1', 16 * width, 2 * hidden, gain=1.5)
-        _linear(out, noise, 'mlp2.4', 2 * hidden, 2 * hidden, gain=1.5)
-        _linear(out, noise, 'mlp2.7', 2 * hidden, hidden)
-    return out
+def language_weights(
+    shapes: Mapping[str, Shape], llm_config: Mapping[str, Any], spoken: int, noise: Noise
+) -> dict[str, Tensor]:
+    """Return the tensors of the language model in float64.
 
+    Only the first ``spoken`` tokens can be the most likely next one. The output rows of all others, special tokens
+    among them, are zero, and so are their logits. The best of a thousand random logits is about three standard
+    deviations above. So no answer ends before its token limit.
 
-def router_weights(size: Size, noise: Noise) -> dict[str, Tensor]:
-    """Return ``pooling_before_gating.*`` and ``gating.*`` in float64, with the steps 3 and 4 that inference ignores."""
-    out: dict[str, Tensor] = {}
-    width = size.vit_width
-    pooling = 'pooling_before_gating'
-    out[f'{pooling}.query_token'] = noise(f'{pooling}.query_token', 1, width)
-    for step in range(1, 5):
-        name = f'{pooling}.attn{step}'
-        out[f'{name}.in_proj_weight'] = noise(f'{name}.in_proj_weight', 3 * width, width, std=1 / math.sqrt(width))
-        out[f'{name}.in_proj_bias'] = noise(f'{name}.in_proj_bias', 3 * width, std=0.1)
-        _linear(out, noise, f'{name}.out_proj', width, width)
-        _norm(out, noise, f'{pooling}.norm{step}', width)
-    for i in range(1, 5):
-        _linear(out, noise, f'gating.block{i}.0', width, 4 * width)
-        _linear(out, noise, f'gating.block{i}.3', 4 * width, width)
-        _norm(out, noise, f'gating.block{i}.5', width)
-        out[f'gating.block{i}.5.weight'] *= 0.3
-    _norm(out, noise, 'gating.gate.0', width)
-    _linear(out, noise, 'gating.gate.1', width, 2)
-    return out
-
-
-def language_weights(size: Size, llm: str, vocab_size: int, spoken: int, noise: Noise) -> dict[str, Tensor]:
-    """Return ``language_model.*`` in float64; only the first ``spoken`` tokens can be the most likely next one.
-
-    The output rows of all others, special tokens among them, are zero: a logit of 0 where the best of a thousand
-    random ones is about three standard deviations above. So no answer ends before its token limit.
+    Args:
+        shapes: of :func:`~lmdeploy_vico.checkpoints.shapes.checkpoint_shapes`; the vision side's are left out.
+        llm_config: the language model's section of ``config.json``.
+        spoken: how many tokens of the vocabulary an answer can have.
+        noise: of the checkpoint's seed.
     """
+    llm = 'moe' if 'num_experts' in llm_config else 'dense'
+    gains = {**LANGUAGE_GAINS, 'down_proj.weight': DOWN_GAIN[llm]}
     out: dict[str, Tensor] = {}
-    root, hidden = 'language_model.model', size.hidden
-    out[f'{root}.embed_tokens.weight'] = noise(f'{root}.embed_tokens.weight', vocab_size, hidden)
-    for i in range(size.layers):
-        layer = f'{root}.layers.{i}'
-        _attention(out, noise, layer, size, QK_GAIN[llm])
-        if llm == 'moe':
-            gate = f'{layer}.mlp.gate.weight'
-            out[gate] = noise(gate, size.experts, hidden, std=EXPERT_GATE / math.sqrt(hidden))
-            for expert in range(size.experts):
-                _feed_forward(out, noise, f'{layer}.mlp.experts.{expert}', hidden, size.expert_mlp, MLP_GAIN[llm])
-            _make_alike(out, noise, f'{layer}.mlp.experts', size.experts)
-        else:
-            _feed_forward(out, noise, f'{layer}.mlp', hidden, size.mlp, MLP_GAIN[llm])
-        for norm in ('input_layernorm', 'post_attention_layernorm'):
-            _norm(out, noise, f'{layer}.{norm}', hidden, bias=False)
-    _norm(out, noise, f'{root}.norm', hidden, bias=False)
-    head = 'language_model.lm_head.weight'
-    out[head] = noise(head, vocab_size, hidden, std=3 / math.sqrt(hidden))
+    for name, shape in shapes.items():
+        if not name.startswith(LANGUAGE_MODEL):
+            continue
+        qk_norm = name.endswith(('q_norm.weight', 'k_norm.weight'))
+        wanted = Spread(VECTOR, QK_GAIN[llm]) if qk_norm else spread(name, shape, gains)
+        out[name] = noise(name, shape, wanted)
+    if llm == 'moe':
+        for layer in range(llm_config['num_hidden_layers']):
+            experts = f'{LANGUAGE_MODEL}model.layers.{layer}.mlp.experts'
+            _make_alike(out, noise, experts, llm_config['num_experts'])
+    head = f'{LANGUAGE_MODEL}lm_head.weight'
     # Away from the token just read: its embedding is a large part of what arrives here, and answers got stuck on it.
-    out[head] -= out[f'{root}.embed_tokens.weight'] / math.sqrt(hidden)
+    out[head] -= out[f'{LANGUAGE_MODEL}model.embed_tokens.weight'] / math.sqrt(llm_config['hidden_size'])
     out[head][spoken:] = 0
     return out
 
 
-def _attention(out: dict[str, Tensor], noise: Noise, layer: str, size: Size, qk_gain: float) -> None:
-    width = size.heads * size.head_dim
-    shapes = {
-        'q_proj': (width, size.hidden),
-        'k_proj': (size.kv_heads * size.head_dim, size.hidden),
-        'v_proj': (size.kv_heads * size.head_dim, size.hidden),
-        'o_proj': (size.hidden, width),
-    }
-    for kind, (n_out, n_in) in shapes.items():
-        name = f'{layer}.self_attn.{kind}.weight'
-        out[name] = noise(name, n_out, n_in, std=(3.0 if kind == 'o_proj' else 1.0) / math.sqrt(n_in))
-    for kind in ('q_norm', 'k_norm'):
-        name = f'{layer}.self_attn.{kind}.weight'
-        out[name] = noise(name, size.head_dim, std=0.1, mean=qk_gain)
-
-
-def _feed_forward(out: dict[str, Tensor], noise: Noise, name: str, hidden: int, width: int, gain: float) -> None:
-    for kind, n_out, n_in in (('gate_proj', width, hidden), ('up_proj', width, hidden), ('down_proj', hidden, width)):
-        weight = f'{name}.{kind}.weight'
-        out[weight] = noise(weight, n_out, n_in, std=(gain if kind == 'down_proj' else 1.5) / math.sqrt(n_in))
-
-
-def _make_alike(out: dict[str, Tensor], noise: Noise, name: str, experts: int) -> None:
+def _make_alike(out: dict[str, Tensor], noise: Noise, experts: str, count: int) -> None:
+    """Give the experts of a layer a common part."""
     own = math.sqrt(1 - EXPERT_LIKENESS**2)
     for kind in ('gate_proj', 'up_proj', 'down_proj'):
-        first = out[f'{name}.0.{kind}.weight']
-        common = noise(f'{name}.{kind}', *first.shape, std=float(first.std()))
-        for expert in range(experts):
-            out[f'{name}.{expert}.{kind}.weight'] *= own
-            out[f'{name}.{expert}.{kind}.weight'] += EXPERT_LIKENESS * common
+        first = out[f'{experts}.0.{kind}.weight']
+        common = noise(f'{experts}.{kind}', tuple(first.shape), Spread(float(first.std())))
+        for expert in range(count):
+            out[f'{experts}.{expert}.{kind}.weight'] *= own
+            out[f'{experts}.{expert}.{kind}.weight'] += EXPERT_LIKENESS * common

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmdeploy_vico.choices import NO_SPEEDUPS, Speedups
 from lmdeploy_vico.config import GRID, IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, InternViTConfig
 from lmdeploy_vico.kernels.residual_norm import Normalised, norm, residual_norm
-from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups, cudnn_attention
+from lmdeploy_vico.vision.model.speedups import cudnn_attention
 
 PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE
 PADDED_PATCH_VALUES = -(-PATCH_VALUES // 8) * 8  # whose 16-bit rows begin at multiples of 16 bytes

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmdeploy_vico.config import ROUTER_HEADS as HEADS
 from lmdeploy_vico.kernels.attention_pool import attention_pool
 from lmdeploy_vico.kernels.linear import linear
 
-HEADS = 16  # of the pooling, whatever the ViT's width
 EPS = 1e-5
 
 

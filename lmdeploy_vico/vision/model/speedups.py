@@ -5,65 +5,20 @@ data type, and a tile's tokens are still the same alone and in any batch. ``benc
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
 
 import torch
 
+from lmdeploy_vico.choices import Speedups
 from lmdeploy_vico.config import GRID, InternViTConfig
 from lmdeploy_vico.kernels.implementation import TRITON, implementation
 
 HOPPER = (9, 0)
 
+logger = logging.getLogger(__name__)
+
 
 class UnsupportedSpeedupError(ValueError):
     """A speed-up that was asked for cannot run here; the message names it and says why."""
-
-
-@dataclass(frozen=True)
-class Speedups:
-    """Which are on.
-
-    Attributes:
-        cudnn_attention: cuDNN's attention instead of FlashAttention 2, on Hopper GPUs.
-        residual_norm: layer scale, residual and the next norm in one Triton kernel.
-        padded_patches: the rows of the patch embedding's product padded from 588 to 592 values, a multiple of 16 bytes.
-        strided_qk_norm: q and k normalised where the fused projection wrote them, by a Triton kernel; of a ViT that
-            normalises them (6B).
-    """
-
-    cudnn_attention: bool = False
-    residual_norm: bool = False
-    padded_patches: bool = False
-    strided_qk_norm: bool = False
-
-    def names(self) -> Iterator[str]:
-        """The names of those that are on."""
-        return (name for name in NAMES if getattr(self, name))
-
-    def __bool__(self) -> bool:
-        return any(self.names())
-
-    def __str__(self) -> str:
-        return ','.join(self.names())
-
-
-NAMES = tuple(field.name for field in fields(Speedups))
-NO_SPEEDUPS = Speedups()
-
-
-def parse_speedups(value: object) -> Speedups:
-    """Read a comma-separated list of names, empty for none; raises ValueError for anything else."""
-    if isinstance(value, Speedups):
-        return value
-    names = [name.strip() for name in value.split(',')] if isinstance(value, str) else [repr(value)]
-    names = [name for name in names if name]
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise ValueError(
-            f'vit_speedups must be a comma-separated list of {", ".join(NAMES)}, or empty, not {", ".join(unknown)}.'
-        )
-    return Speedups(**dict.fromkeys(names, True))
 
 
 def require_speedups(speedups: Speedups, config: InternViTConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -73,7 +28,7 @@ def require_speedups(speedups: Speedups, config: InternViTConfig, device: torch.
         if obstacle:
             raise UnsupportedSpeedupError(f'vit_speedups: {name} {obstacle}; leave it out.')
     if speedups:
-        logging.getLogger('lmdeploy_vico').info('ViT speed-ups on %s: %s', device, speedups)
+        logger.info('ViT speed-ups on %s: %s', device, speedups)
 
 
 def find_obstacle(name: str, config: InternViTConfig, device: torch.device, dtype: torch.dtype) -> str:

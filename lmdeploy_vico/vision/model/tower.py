@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
+from lmdeploy_vico.choices import NO_SPEEDUPS, Speedups
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels.pixel_shuffle import Shuffled
 from lmdeploy_vico.vision.model.intern_vit import InternVisionModel
 from lmdeploy_vico.vision.model.projector import compressed_projector, full_projector, shuffle
 from lmdeploy_vico.vision.model.router import AttentionPooling, Gating
-from lmdeploy_vico.vision.model.speedups import NO_SPEEDUPS, Speedups
 
 
 class VisionTower(nn.Module):

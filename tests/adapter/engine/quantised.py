@@ -1,12 +1,12 @@
 """Checkpoints whose language model is quantised, tensor by tensor as quantisers store them; the vision side is not."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from lmdeploy_vico.checkpoints.random.configuration import Size
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
+from lmdeploy_vico.checkpoints.random.configuration import Size, checkpoint_config
 from lmdeploy_vico.checkpoints.random.published import Model, tensor_shapes
 from lmdeploy_vico.checkpoints.random.tiny import write_configuration
 from lmdeploy_vico.checkpoints.random.tokenizer import write_tokenizer
@@ -14,8 +14,6 @@ from lmdeploy_vico.checkpoints.random.tokenizer import write_tokenizer
 # As small as blocks of 128 x 128 allow: queries, keys and values have 256, 128 and 128 rows.
 SIZE = Size(64, 2, 4, 128, 256, 2, 4, 2, 64, 256, 4, 2, 128)
 GROUP = 32
-LANGUAGE_MODEL = 'language_model.'
-VISION = ('vision_model.', 'mlp1.', 'mlp2.', 'pooling_before_gating.', 'gating.')
 
 CONFIGS = {
     'awq': {'quant_method': 'awq', 'bits': 4, 'group_size': GROUP, 'version': 'gemm', 'zero_point': True},
@@ -85,12 +83,12 @@ def make_quantised(
     """
     path.mkdir(exist_ok=True)
     vocabulary = 1024
-    write_configuration(path, SIZE, llm, 'layer_norm', vocabulary, write_tokenizer(path))
-    config = json.loads((path / 'config.json').read_text())
+    token_ids = write_tokenizer(path)
+    config = checkpoint_config(SIZE, llm, 'layer_norm', vocabulary, token_ids)
     quantisation = CONFIGS[method] | ({} if skip_list is None else {SKIP_LIST[method]: skip_list})
     for part in {'top': [config], 'llm_config': [config['llm_config']], 'both': [config, config['llm_config']]}[place]:
         part['quantization_config'] = quantisation
-    (path / 'config.json').write_text(json.dumps(config))
+    write_configuration(path, config, token_ids)
 
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}

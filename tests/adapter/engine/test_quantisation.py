@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapter.engine.quantised import LANGUAGE_MODEL, VISION, make_quantised
+from adapter.engine.quantised import make_quantised
 from lmdeploy.pytorch.config import ModelConfig
 from lmdeploy.pytorch.model_inputs import BuildModelContext
 from lmdeploy.pytorch.models.patch import build_model_from_hf_config
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from lmdeploy_vico.adapter.engine.quantisation import CheckpointQuantization
 from lmdeploy_vico.adapter.hf_config import load_vico_config
 from lmdeploy_vico.adapter.server.placement.weights import open_weights
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL, VISION
 from lmdeploy_vico.config import UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.vision.tile_encoder import TileEncoder

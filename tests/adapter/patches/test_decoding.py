@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from adapter.server.counting import counting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lmdeploy.serve.processors.multimodal import MultimodalProcessor
@@ -23,10 +24,12 @@ from PIL import Image, ImageFile
 
 from lmdeploy_vico.adapter.patches import decoding
 from lmdeploy_vico.adapter.patches.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.media import AT_ONCE, MediaParser
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.pixels import PixelBudget, PixelShare, TooLargeError
-from lmdeploy_vico.vision.tiling import cut_tiles
+from lmdeploy_vico.adapter.server.request import parse_request
+from lmdeploy_vico.adapter.server.served import PixelBudget, TooLargeError
+from lmdeploy_vico.vision.tiling import Tiling, cut_tiles
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 
@@ -143,11 +146,11 @@ def test_pictures_are_counted_before_they_are_decoded(kind, load, tmp_path):
     (tmp_path / 'picture').write_bytes(data)
     argument = {'load_bytes': [data], 'load_base64': ['', base64.b64encode(data)], 'load_file': [tmp_path / 'picture']}
     size, budget = 40 * 56 * 8, PixelBudget(40 * 56 * 8)
-    with PixelShare(budget).in_use():
+    with counting(budget):
         getattr(ImageMediaIO(), load)(*argument[load])
         assert budget.taken == size
     budget.limit = size - 1
-    with pytest.raises(TooLargeError, match=f'at least {size} bytes'), PixelShare(budget).in_use():
+    with pytest.raises(TooLargeError, match=f'at least {size} bytes'), counting(budget):
         getattr(ImageMediaIO(), load)(*argument[load])
 
 
@@ -166,8 +169,9 @@ def test_of_pictures_that_do_not_fit_hardly_any_is_decoded(monkeypatch):
 
     async def run():
         item = {'type': 'image_url', 'image_url': {'url': data_url(Image.new('RGB', (40, 56)))}}
-        with PixelShare(PixelBudget(4 * 40 * 56 * 8)).in_use():
-            await MediaParser(MultimodalProcessor, lambda: None)([{'role': 'user', 'content': [item] * 200}])
+        messages = [{'role': 'user', 'content': [item] * 200}]
+        with counting(PixelBudget(4 * 40 * 56 * 8)):
+            await MediaParser(MultimodalProcessor)(parse_request(messages, None, None, Rules(Tiling(1, 12), 12)))
 
     monkeypatch.setattr(ImageFile.ImageFile, 'load', counted)
     with pytest.raises(TooLargeError):
@@ -177,10 +181,9 @@ def test_of_pictures_that_do_not_fit_hardly_any_is_decoded(monkeypatch):
 
 def test_a_picture_that_does_not_fit_beside_others():
     budget = PixelBudget(40 * 56 * 8)
-    other = PixelShare(budget)
-    with other.in_use():
+    with counting(budget) as other:
         other.take(1)
-        with pytest.raises(OverloadError), PixelShare(budget).in_use():
+        with pytest.raises(OverloadError), counting(budget):
             ImageMediaIO().load_bytes(encoded('PNG'))
 
 
@@ -211,12 +214,12 @@ def test_frames_are_counted_before_they_are_read(large_video, monkeypatch, large
     monkeypatch.setattr(decoding, '_LARGE', large)
     size = 5 * side[0] * side[1] * 7 + 640 * 480 * 16
     budget = PixelBudget(size)
-    with PixelShare(budget).in_use():
+    with counting(budget):
         read(large_video, num_frames=5)
         assert budget.taken == size
     budget.limit -= 1
     monkeypatch.setattr(decoding._Capture, 'grab', None)
-    with pytest.raises(TooLargeError, match=f'at least {size} bytes'), PixelShare(budget).in_use():
+    with pytest.raises(TooLargeError, match=f'at least {size} bytes'), counting(budget):
         read(large_video, num_frames=5)
 
 
@@ -230,11 +233,11 @@ def test_frames_of_another_size_than_announced():
 def test_a_sequence_of_jpeg_frames_is_counted(pictures):
     frames = sequence(moving_crops(pictures['coffee'], 4))
     budget = PixelBudget(4 * 96 * 128 * 8)
-    with PixelShare(budget).in_use():
+    with counting(budget):
         VideoMediaIO(ImageMediaIO()).load_base64('video/jpeg', frames)
         assert budget.taken == budget.limit
     budget.limit -= 1
-    with pytest.raises(TooLargeError), PixelShare(budget).in_use():
+    with pytest.raises(TooLargeError), counting(budget):
         VideoMediaIO(ImageMediaIO()).load_base64('video/jpeg', frames)
 
 
@@ -244,7 +247,7 @@ def test_frames_of_another_loader_are_counted(video, monkeypatch):
     decoded[1]['duration'] = 1
     monkeypatch.setattr(loader.video_loader, 'load_bytes', lambda *args, **kwargs: decoded)
     budget = PixelBudget(2 * 96 * 128 * 7)
-    with PixelShare(budget).in_use():
+    with counting(budget):
         loader.load_bytes(video)
         assert budget.taken == budget.limit
 

@@ -15,7 +15,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 from waiting import HANG
 
 from lmdeploy_vico.adapter.server import disconnect
-from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware, served_request, while_client_waits
+from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware, while_client_waits
+from lmdeploy_vico.adapter.server.served import served_request
 
 pytestmark = pytest.mark.busy
 

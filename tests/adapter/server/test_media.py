@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import requests
 import torch
+from adapter.server.counting import counting
 from lmdeploy.serve.processors.multimodal import MultimodalProcessor
 from lmdeploy.vl.media.image import ImageMediaIO
 from lmdeploy.vl.media.video_loader import VideoLoader
@@ -19,14 +20,22 @@ from PIL import Image
 from waiting import HANG
 
 from lmdeploy_vico.adapter.server.disconnect import while_client_waits
+from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.media import MediaParser, video_frames
-from lmdeploy_vico.adapter.server.pixels import PixelBudget, PixelShare, charge
+from lmdeploy_vico.adapter.server.request import parse_request
+from lmdeploy_vico.adapter.server.served import PixelBudget, charge
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
+from lmdeploy_vico.vision.tiling import Tiling
 
 
-def parse(messages, media_io_kwargs=None, session_len=8192):
-    parser = MediaParser(MultimodalProcessor, lambda: session_len)
-    return asyncio.run(parser(messages, media_io_kwargs))
+def asked(messages, media_io_kwargs=None, session_len=8192):
+    return parse_request(messages, media_io_kwargs, None, Rules(Tiling(1, 12), 40, session_len=session_len))
+
+
+def decode(messages, media_io_kwargs=None, session_len=8192):
+    """The jobs of each image and video."""
+    request = asked(messages, media_io_kwargs, session_len)
+    return asyncio.run(MediaParser(MultimodalProcessor)(request, media_io_kwargs)).jobs
 
 
 def image(colour, **params):
@@ -63,12 +72,12 @@ def test_same_as_lmdeploy(video, pictures):
         {'role': 'user', 'content': []},
         {'role': 'user', 'content': [text('only')]},
     ]
-    ours, theirs = parse(messages), asyncio.run(MultimodalProcessor.async_parse_multimodal_item(messages))
-    frames, their_frames = (found[5]['content'].pop() for found in (ours, theirs))
-    assert ours == theirs
-    pictures = [np.asarray(picture) for picture in frames.pop('data')]
-    np.testing.assert_array_equal(pictures, their_frames.pop('data'))
-    assert frames == their_frames and frames['type'] == 'video'
+    theirs = asyncio.run(MultimodalProcessor.async_parse_multimodal_item(messages))
+    items = [item for message in theirs for item in message['content'] or () if 'data' in item]
+    assert [item['type'] for item in items] == ['image', 'image', 'image', 'video']
+    for jobs, item in zip(decode(messages), items, strict=True):
+        frames = item['data'] if item['type'] == 'video' else [item['data']]
+        np.testing.assert_array_equal(pixels([job.image for job in jobs]), pixels(frames))
 
 
 @pytest.mark.busy
@@ -81,8 +90,8 @@ def test_images_of_one_message_are_decoded_at_the_same_time(monkeypatch):
         return load(*args)
 
     monkeypatch.setattr(ImageMediaIO, 'load_base64', meet)
-    [message] = parse([{'role': 'user', 'content': [image('red'), image('blue')]}])
-    assert [item['data'].getpixel((0, 0)) for item in message['content']] == [(255, 0, 0), (0, 0, 255)]
+    found = decode([{'role': 'user', 'content': [image('red'), image('blue')]}])
+    assert [job.image.getpixel((0, 0)) for [job] in found] == [(255, 0, 0), (0, 0, 255)]
 
 
 @pytest.mark.busy
@@ -101,7 +110,7 @@ def test_the_first_error_in_the_prompts_order_is_raised(monkeypatch):
         {'type': 'image_url', 'image_url': {'url': f'data:image/png;base64,{name}'}} for name in ('first', 'second')
     ]
     with pytest.raises(ValueError, match='first'):
-        parse([{'role': 'user', 'content': content}])
+        decode([{'role': 'user', 'content': content}])
 
 
 @pytest.mark.busy
@@ -111,13 +120,13 @@ def test_threads_count_for_the_request(monkeypatch):
         return Image.new('RGB', (9, 7))
 
     async def run():
-        with PixelShare(budget).in_use():
-            await MediaParser(MultimodalProcessor, lambda: None)([{'role': 'user', 'content': [image('red')] * 3}])
+        with counting(budget):
+            await MediaParser(MultimodalProcessor)(asked([{'role': 'user', 'content': [image('red')] * 3}]))
             return budget.taken
 
     budget, other = PixelBudget(10**9), PixelBudget(10**9)
     monkeypatch.setattr(ImageMediaIO, 'load_base64', load)
-    with PixelShare(other).in_use():
+    with counting(other):
         assert asyncio.run(run()) == 300
     assert budget.taken == other.taken == 0
 
@@ -142,7 +151,7 @@ def test_what_a_refused_request_has_sent_and_decoded_is_freed_at_once(monkeypatc
         messages = [Message(role='user', content=content)]
         freed.append(weakref.ref(messages[0]))
         with pytest.raises(ValueError, match='bad'):
-            await while_client_waits(lambda: asyncio.ensure_future(parser(messages)))
+            await while_client_waits(lambda: asyncio.ensure_future(parser(asked(messages))))
         refused.set()
 
     def load(self, media_type, data):
@@ -168,7 +177,7 @@ def test_what_a_refused_request_has_sent_and_decoded_is_freed_at_once(monkeypatc
 
     monkeypatch.setattr('lmdeploy_vico.adapter.server.media.AT_ONCE', 3)
     monkeypatch.setattr(ImageMediaIO, 'load_base64', load)
-    parser = MediaParser(MultimodalProcessor, lambda: None)
+    parser = MediaParser(MultimodalProcessor)
     gc.disable()
     try:
         asyncio.run(run())
@@ -179,8 +188,8 @@ def test_what_a_refused_request_has_sent_and_decoded_is_freed_at_once(monkeypatc
 def test_a_lazy_picture_many_times_passes_untouched(pictures, tmp_path):
     pictures['page'].save(tmp_path / 'page.png')
     with Image.open(tmp_path / 'page.png') as lazy:
-        [message] = parse([{'role': 'user', 'content': [{'type': 'image', 'image': lazy}] * 50}])
-        assert all(item['data'] is lazy for item in message['content'])
+        found = decode([{'role': 'user', 'content': [{'type': 'image', 'image': lazy, 'max_dynamic_patch': 1}] * 50}])
+        assert [job.image for [job] in found] == [lazy] * 50
         assert lazy.fp.tell() < (tmp_path / 'page.png').stat().st_size  # its pixels are not read yet
 
 
@@ -189,13 +198,13 @@ def test_num_frames_of_each_video(video):
         return {'type': 'video_url', 'video_url': {'url': video, **params}}
 
     content = [item(), item(num_frames=3), item(num_frames=-1)]
-    [message] = parse([{'role': 'user', 'content': content}], {'video': {'num_frames': 5}})
-    assert [len(found['data']) for found in message['content']] == [5, 3, 40]
-    [message] = parse([{'role': 'user', 'content': [item()]}])
-    assert len(message['content'][0]['data']) == 32
+    found = decode([{'role': 'user', 'content': content}], {'video': {'num_frames': 5}})
+    assert [len(jobs) for jobs in found] == [5, 3, 40]
+    [jobs] = decode([{'role': 'user', 'content': [item()]}])
+    assert len(jobs) == 32
     # The 640 tokens that fit are at most 10 frames; one more shows that it is too long.
-    [message] = parse([{'role': 'user', 'content': [item(num_frames=-1)]}], session_len=640)
-    assert len(message['content'][0]['data']) == 11
+    with pytest.raises(ValueError, match=f'at least {11 * 64} visual tokens'):
+        decode([{'role': 'user', 'content': [item(num_frames=-1)]}], session_len=640)
 
 
 # Frame i has the colour (i, 100, 200), and its left half is dark.
@@ -227,17 +236,12 @@ def test_frames_of_loaders_that_return_tensors(backend):
     np.testing.assert_array_equal(pixels(found), FRAMES)
 
 
-@pytest.mark.parametrize('item', [5, 'text', None, ['text']])
-def test_items_that_are_none(item):
-    with pytest.raises(ValueError, match='A content item must be an object with a "type", not '):
-        parse([{'role': 'user', 'content': [text('a'), item, image('red')]}])
-
-
 def test_errors_become_sentences(monkeypatch):
     with pytest.raises(ValueError, match='Only base64 data URLs'):
-        parse([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'data:image/png;hex,00'}}]}])
-    with pytest.raises(ValueError, match="type 'smell' are not supported; text, image_url and video_url are"):
-        parse([{'role': 'user', 'content': [{'type': 'smell'}]}])
+        decode([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'data:image/png;hex,00'}}]}])
+    # LMDeploy's own, with the number of the message.
+    with pytest.raises(ValueError, match='Invalid multimodal image item at index 1: .* Expected a str'):
+        decode([{'role': 'user', 'content': 'x'}, {'role': 'user', 'content': [{'type': 'image', 'image': 5}]}])
 
     failures = [
         (requests.HTTPError('404 for proxy 10.0.0.7', response=requests.Response()), 'status 404'),
@@ -253,4 +257,6 @@ def test_errors_become_sentences(monkeypatch):
     monkeypatch.setattr(requests.Session, 'get', get)
     for _, reason in failures:
         with pytest.raises(ValueError, match=f'An image or video could not be fetched: {reason}.$'):
-            parse([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}])
+            decode(
+                [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {'url': 'https://example.com/a'}}]}]
+            )

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 import pytest
+from adapter.server.counting import counting
 from waiting import HANG
 
-from lmdeploy_vico.adapter.server import pixels
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.pixels import PixelBudget, PixelShare, TooLargeError, charge, decoding
+from lmdeploy_vico.adapter.server.served import PixelBudget, PixelShare, TooLargeError, charge, decoding, served_request
 
 
 def test_a_request_that_alone_is_too_large():
@@ -67,7 +67,7 @@ def test_a_thread_that_decodes_for_a_client_that_has_left():
         charge(20)
 
     with ThreadPoolExecutor(1) as threads:
-        with PixelShare(budget).in_use():
+        with counting(budget):
             thread = threads.submit(copy_context().run, decode)
             assert reading.wait(HANG)
         assert budget.taken == 50  # still there, though the request has ended
@@ -93,11 +93,11 @@ def test_many_threads():
 
     def request(seed):
         sizes = [random.Random(seed).randrange(1, 120) for _ in range(8)]
-        with PixelShare(budget).in_use(), ThreadPoolExecutor(4) as threads:
+        with counting(budget), ThreadPoolExecutor(4) as threads:
             for future in [threads.submit(copy_context().run, decode, size) for size in sizes]:
                 future.exception(30)
 
     with ThreadPoolExecutor(8) as clients:
         for future in [clients.submit(request, seed) for seed in range(200)]:
             future.result(60)
-    assert budget.taken == 0 and pixels._current.get() is None
+    assert budget.taken == 0 and served_request() is None

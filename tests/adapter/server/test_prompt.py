@@ -5,14 +5,21 @@ import pickle
 
 import pytest
 import torch
+from lmdeploy.model import BaseChatTemplate
+from PIL import Image
 
-from lmdeploy_vico.adapter.server.prompt import assemble, check_ids, render_chat, render_raw, split_ids
+from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.prompt import assemble, check_ids, cut_at_images, render_raw, split_ids
+from lmdeploy_vico.adapter.server.prompt import render_chat as render_request
+from lmdeploy_vico.adapter.server.request import parse_request
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.projection import VisualTokens
+from lmdeploy_vico.vision.tiling import Tiling
 
 IMAGE = 9  # token id
-PICTURE = {'type': 'image', 'data': None}
-VIDEO = {'type': 'video', 'data': None}
+PICTURE = {'type': 'image_url', 'image_url': {'url': 'x'}}
+VIDEO = {'type': 'video_url', 'video_url': {'url': 'x'}}
+RULES = Rules(Tiling(1, 12), max_tiles=40)
 
 
 def text(value):
@@ -25,6 +32,21 @@ def user(*content):
 
 def template(messages):
     return ''.join(f'[{message["role"]}]{message["content"]}' for message in messages)
+
+
+def decoded(messages, videos=()):
+    """The request with these messages, decoded: one picture for each image, so many for each video."""
+    request, frames = parse_request(messages, None, None, RULES), iter(videos)
+    picture = Image.new('RGB', (8, 8))
+    jobs = []
+    for number, item in enumerate(request.media):
+        pictures = [picture] * next(frames) if item.sent is VIDEO else picture
+        jobs.append(item.jobs(pictures, number))
+    return request.decoded(jobs)
+
+
+def render_chat(messages, render, videos=()):
+    return render_request(decoded(messages, videos), render)
 
 
 def encoded(*tile_tokens, name=b'image'):
@@ -120,6 +142,12 @@ def test_a_template_that_loses_images():
         render_chat([user(PICTURE)], lambda messages: 'nothing')
 
 
+def test_a_text_that_is_none():
+    for value in (None, 5, [5, 6]):
+        with pytest.raises(ValueError, match='A content item of type "text" must have a string "text"'):
+            render_chat([user(text(value), PICTURE)], template)
+
+
 @pytest.mark.parametrize('ids', [['a'], [1.0], [True], [[1]], [-1], [100], [None]])
 def test_ids_outside_the_vocabulary(ids):
     with pytest.raises(ValueError, match='input_ids must be integers from 0 to 99, not '):
@@ -154,23 +182,46 @@ def test_ids_with_another_number_of_image_tokens(ids):
         split_ids(ids, IMAGE, 1)
 
 
+def cut(*content, raw=True):
+    chat_template = BaseChatTemplate() if raw else object()
+    return cut_at_images(decoded([user(*content)], [1]), chat_template, template, IMAGE, vocab_size=100)
+
+
+def test_which_way_a_prompt_is_cut():
+    assert cut(text('look'), PICTURE) == ['look<img>', '</img>\n']  # as /generate comes
+    assert cut(text([1, IMAGE, 2]), PICTURE) == [[1], [2]]
+    assert cut(text('look'), PICTURE, raw=False) == ['[user]look<img>', '</img>\n']
+
+
+def test_token_ids_are_taken_from_generate_only():
+    with pytest.raises(ValueError, match='must have a string "text"'):
+        cut(text([1, IMAGE, 2]), PICTURE, raw=False)
+    with pytest.raises(ValueError, match='input_ids must be integers from 0 to 99, not 100'):
+        cut(text([100, IMAGE]), PICTURE)
+
+
+def test_videos_in_raw_prompts():
+    with pytest.raises(ValueError, match='Videos are accepted in chat messages only, not in raw prompts'):
+        cut(text('look'), VIDEO)
+
+
 @pytest.mark.parametrize('block_size', [16, 64, 128])
 @pytest.mark.parametrize('before', [0, 1, 63, 64, 65, 130])
 def test_spans_cover_the_image_and_end_at_block_boundaries(before, block_size):
     image = encoded(256, 64, 64)
     ids, spans = assemble([[1] * before, [2, 3]], [image], IMAGE, block_size)
     assert ids == [1] * before + [IMAGE] * 384 + [2, 3]
-    assert spans[0]['start'] == before and spans[-1]['end'] == before + 384
+    assert spans[0].start == before and spans[-1].end == before + 384
     for left, right in itertools.pairwise(spans):
-        assert left['end'] == right['start'] and right['start'] % block_size == 0
-    assert all(0 < span['end'] - span['start'] <= block_size for span in spans)
-    assert torch.equal(torch.cat([span['embeddings'].tensor() for span in spans]), image.tokens.embeddings)
+        assert left.end == right.start and right.start % block_size == 0
+    assert all(0 < len(span) <= block_size for span in spans)
+    assert torch.equal(torch.cat([span.embeddings.tensor() for span in spans]), image.tokens.embeddings)
 
 
 def test_several_images():
     ids, spans = assemble([[1], [2], [3]], [encoded(64), encoded(256)], IMAGE, 64)
     assert ids == [1] + [IMAGE] * 64 + [2] + [IMAGE] * 256 + [3]
-    assert sum(span['end'] - span['start'] for span in spans) == 64 + 256
+    assert sum(map(len, spans)) == 64 + 256
 
 
 def test_spans_pickle_at_the_size_of_their_images():
@@ -182,7 +233,7 @@ def test_spans_pickle_at_the_size_of_their_images():
 
 def test_hashes_follow_the_content():
     def hashes(image, before=10):
-        return [span['content_hash'] for span in assemble([[1] * before, []], [image], IMAGE, 64)[1]]
+        return [span.content_hash for span in assemble([[1] * before, []], [image], IMAGE, 64)[1]]
 
     base = hashes(encoded(256, 64))
     assert base == hashes(encoded(256, 64))

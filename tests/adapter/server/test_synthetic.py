@@ -2,25 +2,33 @@
 
 import pytest
 import torch
-from PIL import Image
 
+from lmdeploy_vico.adapter.server.items import ImageItem, Rules, SyntheticItem
 from lmdeploy_vico.adapter.server.prompt import assemble
-from lmdeploy_vico.adapter.server.requests import media_jobs
-from lmdeploy_vico.adapter.server.synthetic import MAX_SEED, STARTS, SyntheticEncoder, SyntheticImage, are_synthetic
-from lmdeploy_vico.stage.jobs import ImageJob
-from lmdeploy_vico.vision.tiling import Grid, Tiling
+from lmdeploy_vico.adapter.server.request import parse_request
+from lmdeploy_vico.adapter.server.synthetic import MAX_SEED, STARTS, SyntheticEncoder, SyntheticImage
+from lmdeploy_vico.vision.tiling import Tiling
 
-PICTURE = Image.new('RGB', (1, 1))
 WIDTH = 32
+REAL = {'type': 'image_url', 'image_url': {'url': 'x'}}
+
+
+def parsed(*items, synthetic=True):
+    rules = Rules(Tiling(1, 12), max_tiles=12, synthetic=synthetic)
+    return parse_request([{'role': 'user', 'content': list(items)}], None, None, rules)
+
+
+def item(wanted, **params):
+    return {'type': 'image_url', 'image_url': {'url': 'x', 'synthetic': wanted, **params}}
 
 
 def jobs(wanted, synthetic=True, **params):
-    item = {'type': 'image', 'data': PICTURE, 'synthetic': wanted, **params}
-    return media_jobs([{'role': 'user', 'content': [item]}], Tiling(1, 12), 12, synthetic)[0]
+    [media] = parsed(item(wanted, **params), synthetic=synthetic).media
+    return media.jobs(None, 0)
 
 
 def image(tiles, compressed, seed):
-    return SyntheticImage(image=PICTURE, grid=Grid(tiles, 1, False), tiles=tiles, compressed=compressed, seed=seed)
+    return SyntheticImage(tiles=tiles, compressed=compressed, seed=seed)
 
 
 def wanted(tiles=10, compressed=5, seed=7, **others):
@@ -67,11 +75,10 @@ def test_other_keys_of_the_item():
 
 
 def test_real_images_beside_synthetic_ones():
-    real = ImageJob(PICTURE, Grid(1, 1, False))
-    assert not are_synthetic([]) and not are_synthetic([real])
-    assert are_synthetic([image(1, 0, 0), image(2, 0, 0)])
+    assert [type(media) for media in parsed(REAL, REAL).media] == [ImageItem] * 2
+    assert [type(media) for media in parsed(item(wanted()), item(wanted())).media] == [SyntheticItem] * 2
     with pytest.raises(ValueError, match='either images with "synthetic" or without, not both'):
-        are_synthetic([image(1, 0, 0), real])
+        parsed(item(wanted()), REAL)
 
 
 @pytest.fixture(scope='module')
@@ -102,7 +109,7 @@ def test_seeds_make_the_content(encoder):
     assert not torch.equal(first.tokens.embeddings, other.tokens.embeddings)
 
     def hashes(one):
-        return [span['content_hash'] for span in assemble([[1], [2]], [one], 9, 64)[1]]
+        return [span.content_hash for span in assemble([[1], [2]], [one], 9, 64)[1]]
 
     assert hashes(first) == hashes(again)
     assert not set(hashes(first)) & set(hashes(other))

@@ -9,6 +9,7 @@ from waiting import HANG
 CODE = """
 import asyncio
 from lmdeploy.serve.openai import protocol
+from lmdeploy_vico.adapter.handover import Span
 from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware
 from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
 
@@ -21,7 +22,7 @@ def answers():
 
 async def app(scope, receive, send):
     async def choice():
-        count_image_tokens([{'start': 3, 'end': 5}, {'start': 5, 'end': 8}])
+        count_image_tokens([Span(None, 3, 5, 'a'), Span(None, 5, 8, 'b')])
     await asyncio.gather(choice(), choice())  # of one prompt
     answers()
 

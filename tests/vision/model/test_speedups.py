@@ -8,19 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from lmdeploy_vico.checkpoints.files import Checkpoint
+from lmdeploy_vico.choices import NO_SPEEDUPS, SPEEDUPS, Speedups, parse_speedups
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD, InternViTConfig, VicoConfig
 from lmdeploy_vico.kernels import implementation
 from lmdeploy_vico.vision.model import intern_vit, speedups
 from lmdeploy_vico.vision.model.intern_vit import InternVisionModel
-from lmdeploy_vico.vision.model.speedups import (
-    NAMES,
-    NO_SPEEDUPS,
-    Speedups,
-    UnsupportedSpeedupError,
-    cudnn_attention,
-    parse_speedups,
-    require_speedups,
-)
+from lmdeploy_vico.vision.model.speedups import UnsupportedSpeedupError, cudnn_attention, require_speedups
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 CUDA = torch.device('cuda:0')
@@ -50,26 +43,6 @@ def path(request, make_checkpoint):
     return make_checkpoint(vit=request.param)
 
 
-class TestNames:
-    @pytest.mark.parametrize('text', ['', ' ', ',', NO_SPEEDUPS])
-    def test_none(self, text):
-        assert parse_speedups(text) == NO_SPEEDUPS
-        assert not NO_SPEEDUPS
-
-    def test_some(self):
-        some = parse_speedups(' residual_norm,padded_patches, ')
-        assert some == Speedups(residual_norm=True, padded_patches=True)
-        assert some and str(some) == 'residual_norm,padded_patches'
-
-    def test_all(self):
-        assert list(parse_speedups(','.join(NAMES)).names()) == list(NAMES)
-
-    @pytest.mark.parametrize('value', ['residual', 'cudnn_attention,flash', 1, True, None, ['residual_norm']])
-    def test_unknown(self, value):
-        with pytest.raises(ValueError, match='vit_speedups must be a comma-separated list of cudnn_attention, resid'):
-            parse_speedups(value)
-
-
 class TestWhatCannotRun:
     @pytest.fixture
     def hopper(self, monkeypatch):
@@ -88,7 +61,7 @@ class TestWhatCannotRun:
         assert str(raised.value).endswith('; leave it out.')
 
     def test_all_of_them_on_hopper(self, hopper):
-        require_speedups(parse_speedups(','.join(NAMES)), BIG, CUDA, torch.bfloat16)
+        require_speedups(parse_speedups(','.join(SPEEDUPS)), BIG, CUDA, torch.bfloat16)
 
     def test_nothing_is_asked_of_the_device_without_them(self, monkeypatch):
         forbid(monkeypatch, torch.cuda, 'get_device_capability')
@@ -253,7 +226,7 @@ class TestGradients:
         model(torch.from_numpy(tiles[:1])).sum().backward()
         assert all(weight.grad is not None for weight in model.parameters())
 
-    @pytest.mark.parametrize('name', NAMES)
+    @pytest.mark.parametrize('name', SPEEDUPS)
     def test_no_speedup_has(self, model, tiles, name):
         model.speedups = Speedups(**{name: True})
         with pytest.raises(RuntimeError, match=re.escape(f'no gradients with vit_speedups ({name})')):

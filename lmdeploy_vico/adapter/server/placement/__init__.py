@@ -1,1 +1,1 @@
-"""Where the vision side runs, with which weights, and what that leaves for the language model."""
+"""Where the vision side runs, which weights it loads, and how much memory that leaves for the language model."""

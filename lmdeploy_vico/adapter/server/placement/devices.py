@@ -1,7 +1,7 @@
-"""Which devices LMDeploy's engine is going to use, and with them the vision side.
+"""The devices that LMDeploy's engine will use, and those of the vision side.
 
-LMDeploy's engine is imported in functions: this module is read with LMDeploy's vision models, in processes too that
-serve another model without it.
+Functions import LMDeploy's engine. The module is loaded together with LMDeploy's vision models, also in processes that
+serve another model and never load the engine.
 """
 
 import dataclasses
@@ -22,14 +22,19 @@ SETTING = f'{PREFIX}VISION_DEVICE=cuda:0,cuda:1'
 
 
 class UnknownDevicesError(OptionError):
-    """The engine's devices cannot be known before it starts, or are not of this machine; the message says why."""
+    """The engine's devices are not known before it starts, or are on another machine; the message says why."""
 
 
 def vision_devices(option: str, engine: PytorchEngineConfig) -> list[torch.device]:
-    """The devices of the vision side: those that ``vision_device`` names, or for "auto" those of the engine.
+    """Return the devices of the vision side.
+
+    Args:
+        option: ``vision_device``: names of devices, or "auto" for the engine's.
+        engine: LMDeploy's config.
 
     Raises:
-        OptionError: a device is not of this machine, devices are of different kinds, or the engine's are not known.
+        OptionError: a device does not exist or is named twice, devices are of different kinds, or the engine's devices
+            are not known.
     """
     if option != AUTO:
         devices = [_named(name.strip()) for name in option.split(',')]
@@ -48,14 +53,14 @@ def vision_devices(option: str, engine: PytorchEngineConfig) -> list[torch.devic
 
 
 def engine_devices(engine: PytorchEngineConfig) -> list[torch.device]:
-    """The devices that the engine of this server uses, rank by rank; the CPU on a machine without CUDA devices.
+    """Return the devices that the engine of this server uses, rank by rank: the CPU where there are no CUDA devices.
 
-    With ``--dp`` LMDeploy starts a server for each rank and shows it its own devices only (``launch_server.py``). The
-    executors then count from the first: "mp" by the worker's number, "ray" by placing one worker after the other, as
-    long as the Ray cluster is LMDeploy's own.
+    With ``--dp`` LMDeploy starts a server for each rank, which sees its own devices only (``launch_server.py``). Both
+    executors number these from 0: "mp" by the worker's number, and "ray", in a Ray cluster of LMDeploy's own, by
+    placing one worker after the other.
 
     Raises:
-        UnknownDevicesError: the ranks are on other devices, or Ray alone decides where they are.
+        UnknownDevicesError: there are more ranks than devices, or a Ray cluster decides where the ranks are.
     """
     if not torch.cuda.is_available():
         return [torch.device('cpu')]
@@ -73,10 +78,10 @@ def engine_devices(engine: PytorchEngineConfig) -> list[torch.device]:
 
 
 def parallelism(engine: PytorchEngineConfig) -> 'DistConfig':
-    """How LMDeploy splits the language model; ``attn_tp`` is the number of devices of one server."""
+    """Return how LMDeploy splits the language model; ``attn_tp`` is the number of devices of one server."""
     from lmdeploy.pytorch.config import DistConfig
 
-    if engine.tp == engine.ep == 1:  # LMDeploy drops dp then
+    if engine.tp == engine.ep == 1:  # LMDeploy ignores dp then
         engine = dataclasses.replace(engine, dp=1, dp_rank=0)
     return DistConfig.from_engine_config(engine)
 
@@ -92,9 +97,10 @@ def _uses_ray(engine: PytorchEngineConfig, dist: 'DistConfig') -> bool:
 
 
 def _running_ray_cluster(engine: PytorchEngineConfig) -> str | None:
-    """The address of the Ray cluster that the engine will join, None if LMDeploy is going to start its own.
+    """Return the address of the Ray cluster that the engine will join; None if LMDeploy will start its own.
 
-    LMDeploy calls ``ray.init`` without an address, for which Ray takes RAY_ADDRESS, or what ``ray start`` left behind.
+    LMDeploy calls ``ray.init`` without an address. Ray then takes RAY_ADDRESS, or the cluster of an earlier
+    ``ray start``.
     """
     from ray._private import services
 
@@ -121,7 +127,7 @@ def _named(name: str) -> torch.device:
 def _require_one_kind(option: str, devices: Sequence[torch.device]) -> None:
     kinds = {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu' for device in devices}
     if len(kinds) > 1:
-        # They would not compute the same bits, and a tile's tokens would depend on who took it.
+        # Devices of different kinds compute different bits: a tile's tokens would depend on its device.
         raise OptionError(
             f'vision_device {option!r}: several devices must be of one kind, not {", ".join(sorted(kinds))}; set it to '
             f'some of one kind, for example {SETTING}.'

@@ -1,15 +1,15 @@
-"""What the vision side's place costs the language model's KV cache: an estimate at start, by LMDeploy's own formulas.
+"""How much KV cache the vision side costs the language model: an estimate at start, by LMDeploy's own formulas.
 
-LMDeploy sizes the KV cache of all ranks by the poorest (``ExecutorBase._get_min_num_gpu_blocks``), so a vision side on
-one of the ranks' devices costs every rank its memory, and one on each of them costs no more. The estimate knows the
-weights' bytes; what a rank takes besides has been measured on no GPU yet.
+LMDeploy gives all ranks the KV cache that fits on the device with the least free memory
+(``ExecutorBase._get_min_num_gpu_blocks``). So a vision side on the device of one rank costs every rank its memory, and
+one on each device costs no more. The estimate takes the weights' sizes from the checkpoint. What a rank needs besides
+is a guess: no GPU has confirmed it yet.
 """
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,30 +17,34 @@ from lmdeploy.messages import PytorchEngineConfig
 from lmdeploy.utils import get_max_batch_size
 
 from lmdeploy_vico.adapter.server.placement.devices import UnknownDevicesError, engine_devices, parallelism
-from lmdeploy_vico.adapter.server.placement.replicas import GIB, FreeMemory, free_memory
+from lmdeploy_vico.adapter.server.placement.replicas import FreeMemory, free_memory
+from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes
-from lmdeploy_vico.checkpoints.skipped_modules import LANGUAGE_MODEL
-from lmdeploy_vico.log import get_logger
+from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
+from lmdeploy_vico.host_memory import GIB
 
 if TYPE_CHECKING:
     from lmdeploy.pytorch.config import DistConfig
 
-CUDA_CONTEXT = GIB // 2  # what a process takes of a device by using it; an estimate
-RANK_OVERHEAD = GIB  # a rank's CUDA context, NCCL's buffers and workspaces; an estimate
-FEW_BLOCKS = 16  # below, LMDeploy halves the prefill budget
-TOO_FEW_BLOCKS = 2  # with so many it does not start
-WARN_FROM = 0.25  # of the KV cache
+logger = logging.getLogger(__name__)
+
+CUDA_CONTEXT = GIB // 2  # bytes that a process takes on every device it uses; an estimate
+RANK_OVERHEAD = GIB  # bytes of a rank's CUDA context, NCCL buffers and workspaces; an estimate
+FEW_BLOCKS = 16  # with fewer KV blocks LMDeploy halves the prefill budget
+TOO_FEW_BLOCKS = 2  # with this many or fewer it does not start
+WARN_FROM = 0.25  # share of the KV cache that a vision side may cost without a warning
 
 
 @dataclass(frozen=True)
 class CacheSizing:
-    """What LMDeploy sizes the KV cache of a rank by.
+    """The numbers from which LMDeploy computes a rank's KV cache.
 
     Attributes:
         weights: bytes of the language model on a rank.
-        vocab_size: of the logits, for which LMDeploy reserves memory.
-        max_batches, max_prefill_tokens: which decide how many.
-        share: of what is free then that becomes KV cache, ``cache_max_entry_count``.
+        vocab_size: width of the logits, for which LMDeploy reserves memory.
+        max_batches: sequences in a batch. With ``max_prefill_tokens`` it gives the rows of the logits.
+        max_prefill_tokens: tokens in a prefill.
+        share: the share of the remaining memory that becomes KV cache, ``cache_max_entry_count``.
         block: bytes of a KV block.
     """
 
@@ -52,9 +56,12 @@ class CacheSizing:
     block: int
 
     def kv_bytes(self, free: int) -> int:
-        """KV cache of a rank, on a device that has ``free`` bytes before the engine starts; 0 if it cannot start.
+        """Return the bytes of a rank's KV cache; 0 if the engine cannot start.
 
-        As ``ExecutorBase._get_runtime_size`` and ``_update_num_gpu_blocks`` of LMDeploy 0.18.
+        The formula is that of ``ExecutorBase._get_runtime_size`` and ``_update_num_gpu_blocks`` in LMDeploy 0.18.
+
+        Args:
+            free: bytes that are free on the device before the engine starts.
         """
         left, tokens = free - self.weights - RANK_OVERHEAD, self.max_prefill_tokens
         while tokens > 0:
@@ -70,7 +77,12 @@ class CacheSizing:
 
 @dataclass(frozen=True)
 class Placement:
-    """Free memory of the poorest device that the engine uses, in bytes: as it is, and without the vision side."""
+    """Free memory of that device of the engine which has the least, in bytes.
+
+    Attributes:
+        here: with the vision side where it is.
+        elsewhere: if the vision side were on other devices.
+    """
 
     here: int
     elsewhere: int
@@ -82,17 +94,17 @@ def report_kv_cache(
     engine: PytorchEngineConfig,
     before: Mapping[torch.device, FreeMemory],
 ) -> None:
-    """Log the KV cache per rank with the vision side where it is and elsewhere; a warning where the place costs much.
+    """Log the KV cache of a rank with the vision side where it is, and if it were elsewhere.
 
-    Never fails: where the estimate is not possible the log says why.
+    A warning is logged where the difference is large. Nothing is raised: where no estimate is possible the log says
+    why.
 
     Args:
         model_path: of the checkpoint.
         hf_config: of the checkpoint.
         engine: LMDeploy's config.
-        before: what the vision side's devices had free before it was loaded.
+        before: free memory of the vision side's devices before it was loaded.
     """
-    logger = get_logger()
     try:
         devices = engine_devices(engine)
         if devices[0].type == 'cpu':
@@ -112,7 +124,6 @@ def report_kv_cache(
 
 
 def _log(here: int, elsewhere: int, shared: bool, engine: PytorchEngineConfig) -> None:
-    logger = get_logger()
     if not shared:
         logger.info('KV cache: about %.1f GiB a rank (estimate); the vision side is on other devices', here / GIB)
         return
@@ -133,9 +144,14 @@ def _log(here: int, elsewhere: int, shared: bool, engine: PytorchEngineConfig) -
 
 
 def placement(devices: Sequence[torch.device], before: Mapping[torch.device, FreeMemory]) -> Placement:
-    """What the poorest of the engine's ``devices`` has free; ``before`` as in :func:`report_kv_cache`.
+    """Return the free memory of that one of the engine's ``devices`` which has the least.
 
-    A device without a vision side is taken to be empty: to ask it would make a context on it, at the cost of its KV.
+    A device without a vision side is assumed to be empty. Asking it would create a CUDA context on it, which would take
+    memory from its KV cache.
+
+    Args:
+        devices: of the engine.
+        before: as for :func:`report_kv_cache`.
     """
     here, elsewhere = [], []
     for device in devices:
@@ -150,12 +166,16 @@ def placement(devices: Sequence[torch.device], before: Mapping[torch.device, Fre
 
 
 def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -> CacheSizing:
-    """What LMDeploy will size the KV cache by; raises ValueError or OSError where the weights' size is not known."""
+    """Return the numbers from which LMDeploy will compute the KV cache.
+
+    Raises:
+        ValueError: the size of the weights is not known.
+    """
     if engine.model_format:
         raise ValueError(f'what the weights take as {engine.model_format} is not known')
     llm, dist = hf_config.llm_config, parallelism(engine)
     shapes = {} if is_quantised(llm, hf_config) else language_model_shapes(llm, hf_config)
-    # Of a checkpoint in float32 LMDeploy serves 16 bits too; other and quantised ones are taken as they are stored.
+    # LMDeploy serves a float32 checkpoint in 16 bits too. Quantised and unknown language models are served as stored.
     sizes = {name: 2 * prod(shape) for name, shape in shapes.items()} or stored_sizes(model_path)
     head_dim = getattr(llm, 'head_dim', None) or llm.hidden_size // llm.num_attention_heads
     kv_heads = max(llm.num_key_value_heads // dist.attn_tp, 1)
@@ -170,16 +190,21 @@ def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -
 
 
 def rank_bytes(sizes: Mapping[str, int], dist: 'DistConfig', kv_heads: int) -> int:
-    """Bytes of the language model on one rank, of its tensors' ``sizes`` by name.
+    """Return the bytes of the language model on one rank.
 
-    Embeddings, head, norms and routers of experts stand on every rank; keys and values where there are fewer heads than
-    ranks on several.
+    Every rank has the whole embeddings, head, norms and experts' gates. Where there are fewer key-value heads than
+    ranks, several ranks have the same heads.
+
+    Args:
+        sizes: bytes of each tensor, by name.
+        dist: how LMDeploy splits the model.
+        kv_heads: of the model.
     """
     return sum(-(-size // _ranks(name, dist, kv_heads)) for name, size in sizes.items())
 
 
 def _ranks(name: str, dist: 'DistConfig', kv_heads: int) -> int:
-    """Among how many ranks LMDeploy's Qwen3 models share a tensor out."""
+    """Return over how many ranks LMDeploy's Qwen3 models split a tensor."""
     if '.mlp.experts.' in name:
         return int(dist.ep * dist.moe_tp)
     if '.k_proj.' in name or '.v_proj.' in name:
@@ -192,19 +217,10 @@ def _ranks(name: str, dist: 'DistConfig', kv_heads: int) -> int:
 
 
 def stored_sizes(model_path: str) -> dict[str, int]:
-    """Bytes of each tensor of the language model, by the headers of a checkpoint's safetensors shards.
+    """Return the bytes of each tensor of the language model, as the checkpoint stores them.
 
     Raises:
-        OSError, ValueError: there are none, or one cannot be read.
+        UnsupportedCheckpointError: the checkpoint holds no weights, or damaged ones.
     """
-    sizes: dict[str, int] = {}
-    for shard in sorted(Path(model_path).glob('*.safetensors')):
-        with shard.open('rb') as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), 'little')))
-        for name, tensor in header.items():
-            if name.startswith(LANGUAGE_MODEL):
-                start, end = tensor['data_offsets']
-                sizes[name] = end - start
-    if not sizes:
-        raise ValueError('the size of the weights is not known')
-    return sizes
+    sizes = Checkpoint(model_path).sizes
+    return {name: size for name, size in sizes.items() if name.startswith(LANGUAGE_MODEL)}

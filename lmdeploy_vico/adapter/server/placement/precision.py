@@ -1,4 +1,4 @@
-"""The data type in which visual tokens are handed on, which need not be that of the vision side."""
+"""The data type in which the engine takes visual tokens. The vision side may compute in another one."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -8,10 +8,11 @@ import torch
 
 
 def engine_dtype(hf_config: Any, backend_config: Any) -> torch.dtype:
-    """What the engine is going to compute in, as LMDeploy decides it there.
+    """Return the data type that the engine will compute in, by LMDeploy's own decision.
 
-    Its ``mm_feature_dtype`` is what the checkpoint is written in, or ``--dtype``. The engine computes in float16
-    whenever the language model is quantised with AWQ, or the checkpoint is float32 and the device no CPU.
+    LMDeploy's ``mm_feature_dtype`` does not say it: that is the checkpoint's data type, or ``--dtype``. The engine
+    computes in float16 if the language model is quantised with AWQ, or if the checkpoint is float32 and the device is
+    not a CPU.
 
     Args:
         hf_config: the checkpoint's; not changed.

@@ -1,4 +1,4 @@
-"""The vision side on each of its devices: weights read once and copied, and a clear word where one does not fit."""
+"""The vision side on each of its devices: its weights are read once and copied, and too little memory is reported."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,44 +7,45 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lmdeploy_vico.checkpoints.files import Shape, Weights
+from lmdeploy_vico.checkpoints.files import Weights
+from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
-GIB = 2**30
 WEIGHT_BYTES = 2  # of a value on a CUDA device: bfloat16 or float16
-# How CUDA's libraries and Triton say it; PyTorch's own allocations raise OutOfMemoryError.
+# Words in the errors of CUDA's libraries and Triton. PyTorch's own allocations raise OutOfMemoryError.
 OUT_OF_MEMORY = ('out of memory', 'ALLOC_FAILED')
 
 
 class CopiedWeights:
-    """The weights of a vision side that is in place already, copied from its device, bit for bit.
+    """The weights of a vision side that is loaded already, copied bit for bit from its device.
 
-    Some of its parameters are in float32 by then (``VisionTower.freeze``), with the values that they were loaded with.
+    Some of its parameters have been cast to float32 (``VisionTower.freeze``), which keeps their values.
     """
 
     def __init__(self, source: nn.Module) -> None:
         self._source = source
 
     def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
-        """Nothing to check: the source has been."""
+        """Check nothing: the source's weights have been checked."""
 
     @torch.no_grad()
     def load_into(self, module: nn.Module) -> None:
-        """Fill every parameter of ``module``, which is in the dtype that the source was loaded in."""
+        """Fill every parameter of ``module``, whose dtype is that in which the source was loaded."""
         source = dict(self._source.named_parameters())
         for name, parameter in module.named_parameters():
-            if source[name].shape != parameter.shape:  # else it would be broadcast
+            if source[name].shape != parameter.shape:  # copy_ would broadcast it
                 raise ValueError(f'{name} is {list(source[name].shape)} in the source, not {list(parameter.shape)}')
             parameter.copy_(source[name])
 
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """Of a device, in bytes."""
+    """Free and total memory of a device, in bytes."""
 
     free: int
     total: int
@@ -53,17 +54,17 @@ class FreeMemory:
 class Replicas:
     """The vision side on each of ``devices``, loaded and ready for a stage.
 
-    The checkpoint is read for the first device, the others copy from it.
+    The checkpoint is read for the first device; the others copy from it.
 
     Attributes:
         encoders: one for each device.
-        before: what each device had free before its vision side was loaded.
+        before: free memory of each device before its vision side was loaded.
 
     Args:
         weights: of the checkpoint.
         config: the vision side's.
         devices: all of one kind.
-        options: the server's; ``tile_batch`` and ``vit_speedups`` count here.
+        options: the server's, of which ``tile_batch`` and ``vit_speedups`` are used.
         graph: whether a CUDA graph is captured on each device.
 
     Raises:
@@ -93,7 +94,7 @@ class Replicas:
 
     @contextmanager
     def fitting(self, device: torch.device | None = None) -> Iterator[None]:
-        """Turn running out of memory on a device inside the block into an OptionError that says what to set.
+        """Raise an OptionError that says what to set if a device runs out of memory inside the block.
 
         Args:
             device: by default the one that a :class:`DeviceStartError` names.
@@ -125,17 +126,17 @@ class Replicas:
 
 
 def free_memory(device: torch.device) -> FreeMemory:
-    """What a device has free now; on a CPU, 0 of 0.
+    """Return the memory of a device now; zeros for a CPU.
 
-    Asking a CUDA device makes a context on it, some hundred MiB: ask only where the vision side runs.
+    Asking a CUDA device creates a context of some hundred MiB on it: ask only devices of the vision side.
     """
     return FreeMemory(*torch.cuda.mem_get_info(device)) if device.type == 'cuda' else FreeMemory(0, 0)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is that a device's memory is used up.
+    """Return whether an error, or one that caused it, says that a device is out of memory.
 
-    When an allocation fails while a graph is captured, what arrives is the capture's own failure.
+    An allocation that fails while a graph is captured arrives as a failure of the capture.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):

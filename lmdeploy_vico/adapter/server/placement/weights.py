@@ -1,28 +1,43 @@
-"""Serving without weights, to size a deployment: which weights a start uses, and what cannot be made up."""
+"""Open the weights that a server starts with, and check that both sides can be served from them.
 
+With the option ``dummy_weights`` they are random and no file is read: for sizing a deployment.
+"""
+
+import logging
 from copy import deepcopy
 from typing import Any
 
-from lmdeploy_vico.checkpoints.files import Checkpoint, DummyWeights, NoWeightsError, Weights
+from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError, Weights
+from lmdeploy_vico.checkpoints.initialisation import DummyWeights
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes, quantised_shapes
 from lmdeploy_vico.config import UnsupportedCheckpointError
-from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import PREFIX, Options
+
+logger = logging.getLogger(__name__)
 
 SWITCH = f'{PREFIX}DUMMY_WEIGHTS=1'
 
 
 def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: Options) -> Weights:
-    """The checkpoint's weights, complete for both sides; or made-up ones, if the option says so.
+    """Return the checkpoint's weights, or random ones if ``dummy_weights`` is set.
+
+    The language model's tensors have been checked then. The vision encoder checks its own when it loads them.
+
+    Args:
+        model_path: the checkpoint's directory.
+        hf_config: the checkpoint's config; not changed.
+        backend_config: LMDeploy's PytorchEngineConfig.
+        options: the server's.
 
     Raises:
-        UnsupportedCheckpointError: tensors are missing or misshapen, or are quantised and cannot be made up or served.
+        UnsupportedCheckpointError: tensors are missing or misshapen, or LMDeploy cannot serve their quantisation, or
+            random weights are asked for in place of quantised ones.
     """
     if not options.dummy_weights:
         return _open_checkpoint(model_path, _as_served(hf_config, backend_config))
     if backend_config.model_format or is_quantised(hf_config.llm_config, hf_config):
         raise UnsupportedCheckpointError('dummy_weights cannot make up quantised weights: serve without quantisation.')
-    get_logger().warning(
+    logger.warning(
         'DUMMY WEIGHTS: all weights are made up, none of %s is read. The answers are random; for sizing only.',
         model_path,
     )
@@ -30,8 +45,8 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
 
 
 def _as_served(hf_config: Any, backend_config: Any) -> Any:
-    """The config as the engine sees it: with ``--hf-overrides`` applied."""
-    # Here, as in devices.py: LMDeploy's vision models, and with them this module, are imported before its engine.
+    """Return the config as the engine sees it: with ``--hf-overrides`` applied."""
+    # LMDeploy imports its vision models, and with them this module, before its engine.
     from lmdeploy.pytorch.config import override_hf_config
 
     config = deepcopy(hf_config)

@@ -21,11 +21,12 @@ from lmdeploy_vico.adapter.server.placement.kv_memory import (
     rank_bytes,
     stored_sizes,
 )
-from lmdeploy_vico.adapter.server.placement.replicas import GIB, FreeMemory
+from lmdeploy_vico.adapter.server.placement.replicas import FreeMemory
 from lmdeploy_vico.checkpoints.language_model import language_model_shapes
 from lmdeploy_vico.checkpoints.random import configuration
 from lmdeploy_vico.checkpoints.random.published import MODELS, tensor_shapes
 from lmdeploy_vico.checkpoints.random.tokenizer import SPECIAL_TOKENS
+from lmdeploy_vico.host_memory import GIB
 
 H100, H200 = 79.1, 139.8  # GiB, as PyTorch gives their memory
 WORKING = 0.7  # GiB besides weights and context that a ViT-6B takes in batches of two tiles; an estimate

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmdeploy_vico.adapter.server.placement.replicas import GIB, CopiedWeights, Replicas
+from lmdeploy_vico.adapter.server.placement.replicas import CopiedWeights, Replicas
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder

@@ -1,0 +1,140 @@
+"""Starts the vision side of a server: reads the options, loads the weights, and says in the log what it does."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmdeploy_vico import __version__
+from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.placement.devices import vision_devices
+from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
+from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
+from lmdeploy_vico.adapter.server.placement.replicas import Replicas
+from lmdeploy_vico.adapter.server.placement.weights import open_weights
+from lmdeploy_vico.adapter.server.served import PixelBudget
+from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
+from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.host_memory import GIB
+from lmdeploy_vico.kernels.implementation import use
+from lmdeploy_vico.options import Options
+from lmdeploy_vico.stage.stage import VisionStage
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
+from lmdeploy_vico.vision.tiling import Tiling
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VisionSide:
+    """What a started server prepares requests with.
+
+    Attributes:
+        stage: encodes images.
+        rules: for requests; the model's context length is not among them, because it is not known yet.
+        pixels: memory for decoded pictures.
+        synthetic: makes visual tokens up; None where that is not allowed.
+    """
+
+    stage: VisionStage
+    rules: Rules
+    pixels: PixelBudget
+    synthetic: SyntheticEncoder | None
+
+
+def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> VisionSide:
+    """Load the vision side of a checkpoint, once for each of its devices, and start the stage.
+
+    Args:
+        model_path: the checkpoint.
+        hf_config: its config, without ``--hf-overrides``.
+        backend_config: LMDeploy's PytorchEngineConfig.
+
+    Raises:
+        UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the text says why.
+    """
+    began = time.perf_counter()
+    options = Options.load(backend_config.hf_overrides)
+    use(options.kernels)
+    weights = open_weights(model_path, hf_config, backend_config, options)
+    config = read_config(model_path, backend_config.hf_overrides)
+    config = replace(config, max_tiles=min(config.max_tiles, options.max_tiles))
+    devices = vision_devices(options.vision_device, backend_config)
+    replicas = Replicas(weights, config, devices, options, graph=not backend_config.eager_mode)
+    # Loading leaves memory behind. The KV cache is sized by what is free, and what the stage takes from here on stays.
+    torch.cuda.empty_cache()
+    # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
+    limited = backend_config.enable_mp_engine
+    dtype = engine_dtype(hf_config, backend_config)
+    with replicas.fitting():
+        stage = VisionStage(
+            replicas.encoders,
+            dtype,
+            options.preprocess_threads,
+            options.max_queued_tiles if limited else None,
+            options.cache_bytes,
+        )
+    _log_start(model_path, config, replicas.encoders, options, limited, time.perf_counter() - began)
+    report_kv_cache(model_path, hf_config, backend_config, replicas.before)
+    return VisionSide(
+        stage,
+        Rules(Tiling.of(config), options.max_tiles, options.compression, synthetic=options.synthetic_images),
+        PixelBudget(options.max_decoded_bytes if limited else None),
+        SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None,
+    )
+
+
+def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:
+    """Read the checkpoint's config as the engine sees it: with ``--hf-overrides`` applied."""
+    config = json.loads((Path(model_path) / 'config.json').read_text())
+    return VicoConfig.from_dict(_override(config, overrides or {}))
+
+
+def _override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _override(merged[key], value) if both else value
+    return merged
+
+
+def _log_start(
+    model_path: str,
+    config: VicoConfig,
+    encoders: Sequence[TileEncoder],
+    options: Options,
+    limited: bool,
+    seconds: float,
+) -> None:
+    encoder = encoders[0]
+    logger.info('lmdeploy-vico %s serves %s', __version__, model_path)
+    logger.info(
+        'vision side on %s in %s (tile batch %d, loaded in %.1f s)',
+        *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
+    )
+    logger.info(
+        'preparation by %d threads, %s tiles queued at most, %s decoded images, cache of %.1f GiB',
+        options.preprocess_threads,
+        options.max_queued_tiles if limited else 'any number of',
+        f'{options.max_decoded_bytes / GIB:.1f} GiB of' if limited else 'any number of',
+        options.cache_bytes / GIB,
+    )
+    logger.info(
+        'compression %s (thresholds: quantile %g, score %g), at most %d tiles per image',
+        *(options.compression, config.relative_threshold, config.absolute_threshold, options.max_tiles),
+    )
+
+
+def _where(encoders: Sequence[TileEncoder]) -> str:
+    """The devices, each with what the vision side takes of it, or together those of which it takes the same."""
+    devices: dict[str, list[str]] = {}
+    for encoder in encoders:
+        devices.setdefault(encoder.memory(), []).append(str(encoder.device))
+    return ', '.join(
+        f'{", ".join(names)} ({memory}{" each" if len(names) > 1 else ""})' for memory, names in devices.items()
+    )

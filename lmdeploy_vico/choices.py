@@ -1,0 +1,68 @@
+"""What operators and clients may choose about the vision side. Imports nothing heavy: the options are made of these."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias
+
+Compression: TypeAlias = Literal['auto', 'none', 'all'] | float
+
+COMPRESSIONS = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
+
+
+def parse_compression(value: object, source: str = 'compression') -> Compression:
+    """Check a value from a request, an option or a caller.
+
+    Raises:
+        ValueError: naming ``source`` and the accepted values.
+    """
+    if value in ('auto', 'none', 'all') and isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError(f'{source} must be {COMPRESSIONS}, not {value!r}.')
+
+
+@dataclass(frozen=True)
+class Speedups:
+    """Faster ways to compute parts of the ViT, and which of them are on; see vision/model/speedups.py.
+
+    Attributes:
+        cudnn_attention: cuDNN's attention instead of FlashAttention 2, on Hopper GPUs.
+        residual_norm: layer scale, residual and the next norm in one Triton kernel.
+        padded_patches: the rows of the patch embedding's product padded from 588 to 592 values, a multiple of 16 bytes.
+        strided_qk_norm: q and k normalised where the fused projection wrote them, by a Triton kernel; of a ViT that
+            normalises them (6B).
+    """
+
+    cudnn_attention: bool = False
+    residual_norm: bool = False
+    padded_patches: bool = False
+    strided_qk_norm: bool = False
+
+    def names(self) -> Iterator[str]:
+        """The names of those that are on."""
+        return (name for name in SPEEDUPS if getattr(self, name))
+
+    def __bool__(self) -> bool:
+        return any(self.names())
+
+    def __str__(self) -> str:
+        return ','.join(self.names())
+
+
+SPEEDUPS = tuple(field.name for field in fields(Speedups))
+NO_SPEEDUPS = Speedups()
+
+
+def parse_speedups(value: object) -> Speedups:
+    """Read a comma-separated list of names, empty for none; raises ValueError for anything else."""
+    if isinstance(value, Speedups):
+        return value
+    names = [name.strip() for name in value.split(',')] if isinstance(value, str) else [repr(value)]
+    names = [name for name in names if name]
+    unknown = [name for name in names if name not in SPEEDUPS]
+    if unknown:
+        raise ValueError(
+            f'vit_speedups must be a comma-separated list of {", ".join(SPEEDUPS)}, or empty, not {", ".join(unknown)}.'
+        )
+    return Speedups(**dict.fromkeys(names, True))

@@ -1,0 +1,203 @@
+"""A request from LMDeploy's first call to the prompt: every decision about it is taken once."""
+
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lmdeploy.model import BaseChatTemplate
+from lmdeploy.serve.processors.multimodal import MultimodalProcessor
+from lmdeploy.vl.engine import ImageEncoder
+from parity.conversations import data_url, video_url
+from parity.videos import moving_crops, write_video
+from PIL import Image
+
+from lmdeploy_vico.adapter.server import items, request, served
+from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.served import PixelBudget, ServedRequest, serving
+from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
+from lmdeploy_vico.stage.jobs import EncodedImage
+from lmdeploy_vico.stage.queue import TileQueue
+from lmdeploy_vico.vision import tiling
+from lmdeploy_vico.vision.projection import VisualTokens
+from lmdeploy_vico.vision.tiling import Grid, Tiling
+
+IMAGE_TOKEN, VOCABULARY, BLOCK, WIDTH = 9, 1000, 64, 8
+
+
+class Stage:
+    """Stands in for a VisionStage: makes visual tokens up, 256 of each tile."""
+
+    def __init__(self):
+        self.queue = TileQueue(100)
+        self.submitted = []
+
+    def admit(self, size):
+        return self.queue.admit(size)
+
+    def release(self, admission):
+        self.queue.release(admission)
+
+    def submit(self, jobs, compression, admission):
+        assert admission in self.queue._admissions
+        self.submitted.append((jobs, compression))
+        future = Future()
+        future.set_result([self.encoded(number, job.grid.tiles) for number, job in enumerate(jobs)])
+        return future
+
+    def encoded(self, number, tiles):
+        tokens = VisualTokens(torch.full((256 * tiles, WIDTH), float(number)), [256] * tiles, [0.0] * tiles)
+        return EncodedImage(tokens, [bytes([number, tile]) for tile in range(tiles)])
+
+
+class Template(BaseChatTemplate):
+    def messages2prompt(self, messages, **kwargs):
+        return ''.join(f'[{message["role"]}]{message["content"]}' for message in messages)
+
+
+@pytest.fixture
+def model():
+    """A VisionModel as it is after its start, on a stage that makes visual tokens up."""
+    model = VicoVisionModel.__new__(VicoVisionModel)
+    model.tokenizer = SimpleNamespace(encode=lambda text, add_bos: [1] * add_bos + [2] * len(text))
+    model.image_token_id = IMAGE_TOKEN
+    model.hf_config = SimpleNamespace(llm_config=SimpleNamespace(vocab_size=VOCABULARY))
+    model.backend_config = SimpleNamespace(session_len=10**5, block_size=BLOCK)
+    model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
+    model._pixels, model._synthetic, model._assembling = PixelBudget(None), None, None
+    return model
+
+
+@pytest.fixture
+def processor(model):
+    """LMDeploy's, which asks the model for every request."""
+    encoder = ImageEncoder.__new__(ImageEncoder)
+    encoder.model, encoder._uses_new_preprocess, encoder.preprocess = model, True, model.preprocess_async
+    return MultimodalProcessor(model.tokenizer, Template(), vl_encoder=encoder, backend='pytorch')
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which functions have been called, and with what."""
+    made = []
+
+    def record(owner, name):
+        function = getattr(owner, name)
+
+        def recorded(*args, **kwargs):
+            made.append((name, args))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(tiling, 'choose_grid')
+    record(items, 'parse_compression')
+    record(request, 'parse_compression')
+    record(request, 'parse_item')
+    record(items, '_tile_limit')
+    record(items, '_video_options')
+    record(TileQueue, 'admit')
+    record(served, 'PixelShare')
+    return made
+
+
+@pytest.fixture(scope='module')
+def video(pictures, tmp_path_factory):
+    path = tmp_path_factory.mktemp('video') / 'coffee.mp4'
+    return video_url(write_video(path, moving_crops(pictures['coffee'], 6)))
+
+
+def text(value):
+    return {'type': 'text', 'text': value}
+
+
+def image(size, **params):
+    return {'type': 'image_url', 'image_url': {'url': data_url(Image.new('RGB', size)), **params}}
+
+
+def test_every_decision_is_taken_once(model, processor, calls, video):
+    film = {'type': 'video_url', 'video_url': {'url': video, 'num_frames': 3, 'compression': 'none'}}
+    content = [image((896, 448), compression='all'), text('a'), film, image((448, 896), max_dynamic_patch=2), text('b')]
+    client = ServedRequest()
+
+    async def ask():
+        with serving(client):
+            return await processor.get_prompt_input(
+                [{'role': 'user', 'content': content}],
+                do_preprocess=True,
+                media_io_kwargs={'video': {'fps': 30}},
+                mm_processor_kwargs={'image': {'compression': 0.5}},
+            )
+
+    prompt = asyncio.run(ask())
+    model.stage.queue.admit(100)  # the place has been given back
+
+    def of(name):
+        return [args for called, args in calls if called == name]
+
+    assert sorted(args[:4] for args in of('choose_grid')) == [(448, 896, 1, 2), (896, 448, 1, 12)]
+    assert of('parse_compression') == [
+        ('all', 'image_url["compression"]'),
+        ('none', 'video_url["compression"]'),
+        (0.5, 'mm_processor_kwargs["image"]["compression"]'),
+    ]
+    assert [args[0] for args in of('parse_item')] == content
+    assert len(of('_tile_limit')) == 2
+    assert of('_video_options') == [({'num_frames': 3, 'compression': 'none'}, {'video': {'fps': 30}})]
+    assert [size for _, size in of('admit')[:-1]] == [13 + 3 + 3]
+    assert len(of('PixelShare')) == 1
+
+    [(jobs, compression)] = model.stage.submitted
+    assert compression == 0.5
+    own = [(job.grid.tiles, job.compression, job.routed_with) for job in jobs]
+    assert own == [(3, 'all', None), *[(1, 'none', 1)] * 3, (3, None, None)]
+    assert jobs[0].grid == Grid(2, 1, True) and jobs[4].grid == Grid(1, 2, True)
+
+    frames = ''.join(f'Frame{number}: <img><IMG_CONTEXT></img>\n' for number in (1, 2, 3))
+    one = '<img><IMG_CONTEXT></img>\n'
+    assert prompt['prompt'] == f'[user]{one}a{frames}{one}b'
+    visual = 256 * (3 + 3 + 3)
+    assert prompt['input_ids'].count(IMAGE_TOKEN) == sum(map(len, prompt['multimodal'])) == visual
+    assert client.image_tokens == visual and client.admission is None and not client.pending
+
+
+def test_choices_share_their_place_and_decide_each_for_itself(model, processor, calls):
+    async def ask():
+        with serving(ServedRequest()):
+            messages = [{'role': 'user', 'content': [image((448, 448))]}]
+            return await asyncio.gather(*(processor.get_prompt_input(messages, do_preprocess=True) for _ in range(3)))
+
+    first, *others = asyncio.run(ask())
+    assert all(other['input_ids'] == first['input_ids'] for other in others)
+    assert [name for name, _ in calls].count('admit') == [name for name, _ in calls].count('PixelShare') == 1
+    assert [name for name, _ in calls].count('choose_grid') == 3
+    assert len(model.stage.submitted) == 3
+
+
+def test_pictures_of_a_pipeline_without_a_client(model, processor):
+    """As ``lmdeploy.pipeline`` passes them on, outside of any HTTP request."""
+    picture = Image.new('RGB', (448, 448))
+    [pair] = processor.format_prompts(('look', picture))
+    prompt = asyncio.run(processor.get_prompt_input(pair, do_preprocess=True))
+    [([job], compression)] = model.stage.submitted
+    assert job.image is picture and compression == 'auto'
+    assert prompt['input_ids'].count(IMAGE_TOKEN) == 256
+
+
+def test_ids_of_generate(model, processor):
+    content = [text([5, IMAGE_TOKEN, 6]), image((448, 448))]
+    ask = processor.get_prompt_input([{'role': 'user', 'content': content}], do_preprocess=False)
+    prompt = asyncio.run(ask)
+    assert prompt['prompt'] is None
+    assert prompt['input_ids'] == [5, *[IMAGE_TOKEN] * 256, 6]
+
+
+def test_blocking_form(model, processor):
+    async def decoded():
+        messages = [{'role': 'user', 'content': [image((448, 448))]}]
+        async with model.admit(messages, None, None) as asked:
+            ready = await processor.async_parse_multimodal_item(asked)
+            return model.preprocess(ready, input_prompt=model.get_input_prompt(ready, Template()))
+
+    assert asyncio.run(decoded())['input_ids'].count(IMAGE_TOKEN) == 256

@@ -1,0 +1,47 @@
+"""The unmodified ``lmdeploy serve api_server``: right answers alone and in company, for all kinds of checkpoints."""
+
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from serving.configurations import KINDS
+
+CONCURRENCY = 16
+
+
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(kind, id=name, marks=pytest.mark.served(checkpoint=kind)) for name, kind in KINDS.items()],
+)
+def kind(request):
+    return request.param
+
+
+def test_alone_and_in_random_batches(client, kind, prompts, judge):
+    alone = {name: client.chat(messages) for name, messages in prompts.items()}
+    for name, answer in alone.items():
+        judge(**kind).check(prompts[name], answer, name=name)
+    order = random.Random(7)
+    for _ in range(2):
+        names = order.choices(list(prompts), k=CONCURRENCY)
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            answers = list(pool.map(lambda name: client.chat(prompts[name]), names))
+        for name, answer in zip(names, answers, strict=True):
+            judge(**kind).check(prompts[name], answer, name=name)
+
+
+@pytest.mark.parametrize('compression', ['none', 'all', 0.25])
+def test_compression_of_a_request(client, kind, prompts, judge, compression):
+    name = 'images in the history'
+    answer = client.chat(prompts[name], mm_processor_kwargs={'image': {'compression': compression}})
+    judge(**kind).check(prompts[name], answer, compression, name=name)
+
+
+@pytest.mark.usefixtures('kind')
+def test_start_up_log_says_what_runs(client):
+    log = client.server.log_text()
+    assert 'vision kernels on cpu: torch' in log
+    assert log.count('no CUDA device: running on the CPU reference backend') == 1
+    assert len(re.findall(r'vision side on cpu \([0-9.]+ GiB of weights\) in float32 \(tile batch 1', log)) == 1
+    assert 'trust' not in log and 'Traceback' not in log

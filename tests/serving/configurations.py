@@ -1,0 +1,21 @@
+"""The configurations that several modules share, and the kinds of checkpoints."""
+
+import pytest
+
+KINDS = {
+    'layer_norm, dense': {},
+    'rms_norm, dense': {'vit': 'rms_norm'},
+    # In float32: bfloat16 rounding flips nearly tied experts, here and in any other implementation.
+    'layer_norm, MoE': {'llm': 'moe', 'dtype': 'float32'},
+}
+DEFAULT = pytest.mark.served()
+
+BLOCK = 64  # tokens of a KV block
+CACHING = pytest.mark.served(
+    '--enable-prefix-caching', '--cache-block-seq-len', str(BLOCK), '--max-prefill-token-num', '512',
+    LMDEPLOY_VICO_SYNTHETIC_IMAGES='1',
+)  # fmt: skip
+
+SESSION_LEN = 16384  # tokens
+MEMORY = 2**28  # bytes of decoded pictures
+LIMITED = pytest.mark.served('--session-len', str(SESSION_LEN), LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY))

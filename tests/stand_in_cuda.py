@@ -137,5 +137,5 @@ class StandInCuda:
         from lmdeploy_vico.vision.batches import CudaBatches
 
         encoder._batches = CudaBatches(encoder.tower, encoder.tile_batch, CPU, graph=False)
-        encoder._projecting = torch.cuda.Stream()
+        encoder.projection.stream = torch.cuda.Stream()
         return encoder

@@ -22,7 +22,7 @@ from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision import tiling
-from lmdeploy_vico.vision.encoder import VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
 
 RECIPE = 2  # one more with every change of a case or a reference: results of another one are not compared
 CUDA = torch.cuda.is_available()

@@ -8,7 +8,7 @@ from torch import nn
 from lmdeploy_vico.checkpoints.initialisation import DummyWeights
 from lmdeploy_vico.checkpoints.random import configuration
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 # Name: ViT width, layers, heads, MLP width, norm type, language model width.
 SIZES = {
@@ -49,9 +49,9 @@ class RandomCheckpoint(DummyWeights):
 
 def random_encoder(
     config: dict[str, Any], device: torch.device, keep: bool
-) -> tuple[VisionEncoder, dict[str, torch.Tensor]]:
+) -> tuple[TileEncoder, dict[str, torch.Tensor]]:
     """A warm encoder for this config in the device's usual dtype, and a copy of its weights if they are kept."""
     checkpoint = RandomCheckpoint(keep=keep)
-    encoder = VisionEncoder.load(checkpoint, VicoConfig.from_dict(config), device=device)
+    encoder = TileEncoder.load(checkpoint, VicoConfig.from_dict(config), device=device)
     encoder.warm_up()
     return encoder, checkpoint.tensors

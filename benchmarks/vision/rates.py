@@ -40,6 +40,7 @@ from benchmarks.lib.timing import QUIET, one_at_a_time, undisturbed
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
+from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.resample import resize_into_tiles
 from lmdeploy_vico.vision.tiling import Tiling, choose_grid, cut_tiles, tile_digests
 
@@ -186,7 +187,7 @@ class Bench:
         return ImageJob(picture, Tiling.of(self.config).grid(picture.size))
 
     def check_embeddings(self, picture: Image.Image, pixels: torch.Tensor) -> None:
-        ours = self.encoder.encode([picture], 'none')[0].embeddings.float()
+        ours = VisionEncoder(self.encoder).encode([picture], 'none')[0].embeddings.float()
         theirs = self.theirs['LMDeploy, plain'].encode([pixels]).float()
         error = ((ours - theirs).norm() / theirs.norm()).item()
         assert error <= TOLERANCE[self.device.type], f'embeddings differ from LMDeploy by {error:.1e}'

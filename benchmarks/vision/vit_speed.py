@@ -31,9 +31,9 @@ from benchmarks.lib.facts import facts
 from benchmarks.lib.timing import Timing, graphed, interleaved
 from lmdeploy_vico.choices import NO_SPEEDUPS, SPEEDUPS, Speedups
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.speedups import find_obstacle
 from lmdeploy_vico.vision.model.tower import VisionTower
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import TILE_SHAPE
 
 NONE, CONTROL, ALL = 'none', 'none again', 'all'
@@ -77,7 +77,7 @@ class Bench:
     def __init__(self, like: str, layers: int | None, device: torch.device) -> None:
         self.device = device
         self.config = VicoConfig.from_dict(models.config(like, layers))
-        loaded = VisionEncoder.load(models.RandomCheckpoint(keep=False), self.config, device=device, graph=False)
+        loaded = TileEncoder.load(models.RandomCheckpoint(keep=False), self.config, device=device, graph=False)
         self.dtype = loaded.dtype
         # On a CPU two at least, so that there are places to stand at.
         self.tile_batch = max(2, loaded.tile_batch)
@@ -90,7 +90,7 @@ class Bench:
         self.variants |= {name: Variant(Speedups(**{name: True})) for name in possible}
         if len(possible) > 1:
             self.variants[ALL] = Variant(Speedups(**dict.fromkeys(possible, True)))
-        self.encoders: dict[str, VisionEncoder] = {}
+        self.encoders: dict[str, TileEncoder] = {}
 
     def tiles(self, count: int) -> list[np.ndarray]:
         return list(self.rng.integers(0, 256, (count, *TILE_SHAPE), dtype=np.uint8))
@@ -103,13 +103,13 @@ class Bench:
         return torch.cat([exact(torch.from_numpy(tile)[None].to(self.device))[:, 1:].double().cpu() for tile in tiles])
 
     @torch.inference_mode()
-    def make_encoder(self, speedups: Speedups) -> VisionEncoder:
+    def make_encoder(self, speedups: Speedups) -> TileEncoder:
         """An encoder on the same weights, captured with these switches."""
         with torch.device('meta'):
             tower = VisionTower(self.config, speedups)
         tower.load_state_dict(self.tower.state_dict(), assign=True)
         tower.freeze()
-        return VisionEncoder(tower, self.config, self.tile_batch)
+        return TileEncoder(tower, self.config, self.tile_batch)
 
     def check(self) -> None:
         """Find out for every variant whether it is right and whether its bits hold."""
@@ -123,7 +123,7 @@ class Bench:
             variant.right = variant.error <= (LARGEST_ERROR[self.dtype] if name == NONE else ERROR_RATIO * plain)
             variant.bits = self.bits_hold(encoder, tiles)
 
-    def bits_hold(self, encoder: VisionEncoder, tiles: list[np.ndarray]) -> bool:
+    def bits_hold(self, encoder: TileEncoder, tiles: list[np.ndarray]) -> bool:
         """Whether each tile's patch tokens and score are the same alone and at every place, whatever stands beside."""
         for tile in tiles:
             alone = encoder.start([tile]).wait()

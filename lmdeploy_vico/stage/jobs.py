@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from lmdeploy_vico.choices import Compression, parse_compression
-from lmdeploy_vico.vision.encoder import RoutingGroup, VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
+from lmdeploy_vico.vision.routing import RoutingGroup
 from lmdeploy_vico.vision.tiling import Grid
 
 

@@ -11,7 +11,7 @@ from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.tiles import TileCache
 from lmdeploy_vico.stage.workers.protocol import DeviceEncoder
 from lmdeploy_vico.vision.arena import PinnedArena
-from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES
+from lmdeploy_vico.vision.projection import PROJECTED_BATCHES
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.tiles import Tile
-from lmdeploy_vico.vision.encoder import RoutingGroup
+from lmdeploy_vico.vision.routing import RoutingGroup
 
 ATTEMPTS = 2  # how often a tile is given to a device before its prompts fail
 

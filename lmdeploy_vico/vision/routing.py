@@ -1,10 +1,15 @@
 """The routing rule: which tiles of a prompt are compressed to 64 visual tokens."""
 
+from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from typing import TypeAlias
 
 import torch
 
 from lmdeploy_vico.choices import Compression
+
+# Images of a prompt, by their indices, that are routed together, and what they are routed by.
+RoutingGroup: TypeAlias = tuple[Sequence[int], Compression]
 
 
 def route(
@@ -36,6 +41,31 @@ def route(
     order = torch.argsort(scores, descending=True, stable=True)
     chosen[order[: _round_half_up(float(compression), scores.numel())]] = True
     return chosen
+
+
+def route_prompt(
+    scores: torch.Tensor,
+    counts: Sequence[int],
+    groups: Sequence[RoutingGroup],
+    relative_threshold: float,
+    absolute_threshold: float,
+) -> torch.Tensor:
+    """Decide for the tiles of one prompt, each group of images by itself; see :func:`route`.
+
+    Args:
+        scores: of all tiles, image after image.
+        counts: tiles of each image.
+        groups: each image stands in one of them.
+
+    Returns:
+        bool ``[sum(counts)]``, true where the tile gets 64 tokens.
+    """
+    compressed = torch.zeros(scores.shape, dtype=torch.bool)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    for images, compression in groups:
+        chosen = torch.isin(owner, torch.tensor(list(images), dtype=owner.dtype))
+        compressed[chosen] = route(scores[chosen], compression, relative_threshold, absolute_threshold)
+    return compressed
 
 
 def _round_half_up(fraction: float, tiles: int) -> int:

@@ -14,9 +14,9 @@ import yaml
 from benchmarks.gates import check
 from benchmarks.lib.compare import rounds_that_count
 from lmdeploy_vico import cli
-from lmdeploy_vico.vision import tiling
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision import tile_encoder, tiling
 from lmdeploy_vico.vision.model.tower import VisionTower
+from lmdeploy_vico.vision.projection import Projection
 
 ROOT = Path(__file__).parents[2]
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason='a tiny ViT takes no time of a GPU')
@@ -60,8 +60,8 @@ def slowed(function, seconds):
     [
         ('test_cutting', tiling, 'cut_tiles', 0),
         pytest.param('test_encoding', VisionTower, 'encode', 0, marks=ON_CPU),
-        ('test_encoding', VisionEncoder, 'route_prompt', SECONDS),
-        ('test_encoding', VisionEncoder, '_project_prompt', SECONDS),
+        ('test_encoding', tile_encoder, 'route_prompt', SECONDS),
+        ('test_encoding', Projection, 'by_image', SECONDS),
     ],
 )
 def test_a_slowed_build_fails(unchanged, tmp_path, monkeypatch, capsys, case, owner, name, seconds):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError
 from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE
 from lmdeploy_vico.config import UnsupportedCheckpointError
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 LAYER = 'vision_model.encoder.layers.0.mlp.fc1'
 ADVICE = 'Use a checkpoint in which they are float32, float16 or bfloat16.'
@@ -63,14 +63,14 @@ def cast(dtype, *names):
 @pytest.mark.parametrize('name', [f'{LAYER}.weight', 'mlp2.1.weight', 'gating.gate.1.bias'])
 def test_other_types_are_refused(rewritten, dtype, stored, name):
     with pytest.raises(UnsupportedCheckpointError) as caught:
-        VisionEncoder.from_pretrained(rewritten(cast(dtype, name)))
+        TileEncoder.from_pretrained(rewritten(cast(dtype, name)))
     assert f'quantised tensors of the vision side cannot be used: {name} is {stored}. {ADVICE}' in str(caught.value)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_floats_are_read(rewritten, dtype):
     path = rewritten(cast(dtype, f'{LAYER}.weight'))
-    weight = dict(VisionEncoder.from_pretrained(path, device='cpu').tower.named_parameters())[f'{LAYER}.weight']
+    weight = dict(TileEncoder.from_pretrained(path, device='cpu').tower.named_parameters())[f'{LAYER}.weight']
     shards = [load_file(shard) for shard in path.glob('*.safetensors')]
     written = next(tensors[f'{LAYER}.weight'] for tensors in shards if f'{LAYER}.weight' in tensors)
     assert written.dtype == dtype and torch.equal(weight, written.float())
@@ -95,7 +95,7 @@ def pack(*kinds):
 )
 def test_a_packed_layer_is_not_called_missing(rewritten, kinds):
     with pytest.raises(UnsupportedCheckpointError) as caught:
-        VisionEncoder.from_pretrained(rewritten(pack(*kinds)))
+        TileEncoder.from_pretrained(rewritten(pack(*kinds)))
     message = str(caught.value)
     assert f'cannot be used: {LAYER}.weight is stored as {LAYER}.{kinds[0]}. {ADVICE}' in message
     assert 'missing' not in message
@@ -107,7 +107,7 @@ def test_of_many_a_few_are_named(rewritten):
     ]
     names += [f'vision_model.encoder.layers.{layer}.attn.qkv.weight' for layer in (0, 1)]
     with pytest.raises(UnsupportedCheckpointError) as caught:
-        VisionEncoder.from_pretrained(rewritten(cast(torch.int8, *names)))
+        TileEncoder.from_pretrained(rewritten(cast(torch.int8, *names)))
     message = str(caught.value)
     assert [name in message for name in sorted(names)] == [True] * 3 + [False] * 3
     assert 'and 3 more' in message

@@ -9,6 +9,7 @@ from lmdeploy_vico.checkpoints.random.configuration import SIZES, Size
 from lmdeploy_vico.checkpoints.random.published import Model
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 # As deep as the published ViTs, since it is over the layers that activations grow.
 DEEP = {
@@ -20,12 +21,12 @@ DEEP = {
 @pytest.fixture(params=DEEP)
 def encoder(request, tmp_path):
     path = make_checkpoint_without_weights(tmp_path / 'new', Model(DEEP[request.param], vit=request.param))
-    return VisionEncoder.load(DummyWeights(), VicoConfig.from_pretrained(path), device='cpu')
+    return TileEncoder.load(DummyWeights(), VicoConfig.from_pretrained(path), device='cpu')
 
 
 def test_scores_tell_tiles_apart(encoder, pictures):
     images = [pictures[name] for name in ('astronaut', 'coffee', 'page')]
-    encoded = encoder.encode(images, 0.5)
+    encoded = VisionEncoder(encoder).encode(images, 0.5)
     assert all(one.embeddings.isfinite().all() for one in encoded)
     assert 0.01 < torch.cat([one.embeddings for one in encoded]).std() < 10
     scores = torch.tensor([score for one in encoded for score in one.scores])

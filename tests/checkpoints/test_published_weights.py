@@ -23,6 +23,7 @@ from lmdeploy_vico.checkpoints.random import make_checkpoint_with_weights, publi
 from lmdeploy_vico.checkpoints.random.configuration import SIZES
 from lmdeploy_vico.checkpoints.random.published import Model, NoSpaceError, WeightsExistError, tensor_shapes
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 INDEX = 'model.safetensors.index.json'
 KINDS = [('dense', 'layer_norm'), ('moe', 'rms_norm')]
@@ -57,8 +58,8 @@ def test_tensors_are_those_of_a_tiny_checkpoint(tmp_path, make_checkpoint, llm, 
 def test_both_sides_find_what_they_need(checkpoint, pictures):
     config = load_vico_config(str(checkpoint))
     Checkpoint(checkpoint).require(language_model_shapes(config.llm_config, config))
-    encoder = VisionEncoder.from_pretrained(checkpoint, device='cpu')
-    [tokens] = encoder.encode([pictures['coffee']], 'auto')
+    encoder = TileEncoder.from_pretrained(checkpoint, device='cpu')
+    [tokens] = VisionEncoder(encoder).encode([pictures['coffee']], 'auto')
     assert tokens.embeddings.isfinite().all() and tokens.embeddings.std() > 0.1
     assert len(set(tokens.scores)) == len(tokens.scores)
     # Of 7 tiles, those above the median are compressed, whatever the scores are.
@@ -82,7 +83,7 @@ def test_transformers_reads_it_and_activations_stay_finite(tmp_path):
     assert states.logits.float().std() == pytest.approx(1, rel=0.2)
     assert max(state.std() for state in states.hidden_states) < 20
     tiles = np.random.default_rng(0).integers(0, 256, (1, 448, 448, 3), dtype=np.uint8)
-    [patches] = VisionEncoder.from_pretrained(path, device='cpu').features(tiles).patches
+    [patches] = TileEncoder.from_pretrained(path, device='cpu').features(tiles).patches
     assert patches.isfinite().all() and 0.1 < patches.std() < 20
 
 

@@ -18,9 +18,11 @@ from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
-from lmdeploy_vico.vision.encoder import PROJECTED_BATCHES, VisionEncoder
+from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
-from lmdeploy_vico.vision.tiling import Tiling
+from lmdeploy_vico.vision.projection import PROJECTED_BATCHES
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
+from lmdeploy_vico.vision.tiling import Tiling, cut_grid
 
 DEVICE = os.environ.get('VICO_TEST_DEVICE', 'cuda')
 # What rounding to bfloat16 does to the vision side is measured in the test itself, with the independent implementation
@@ -47,7 +49,7 @@ def vit(request):
 
 @pytest.fixture(scope='module')
 def encoder(make_checkpoint, vit):
-    return VisionEncoder.from_pretrained(make_checkpoint(vit=vit), device=DEVICE, tile_batch=4)
+    return TileEncoder.from_pretrained(make_checkpoint(vit=vit), device=DEVICE, tile_batch=4)
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +66,11 @@ def rounded(encoder, make_checkpoint, vit):
     tower = VisionTower(encoder.config).bfloat16()
     Checkpoint(make_checkpoint(vit=vit)).load_into(tower)
     tower.freeze()
-    return VisionEncoder(tower, encoder.config, tile_batch=4)
+    return TileEncoder(tower, encoder.config, tile_batch=4)
+
+
+def tiles_of(image, config):
+    return cut_grid(image, Tiling.of(config).grid(image.size))
 
 
 def off(values, expected):
@@ -76,7 +82,7 @@ def test_patch_tokens_embeddings_and_scores_are_as_exact_as_bfloat16_is(rounded,
     exact, plain = references
     errors = {'ours': [], 'plain': []}  # of scores
     for name in PICTURES:
-        tiles = rounded.cut(pictures[name])
+        tiles = tiles_of(pictures[name], rounded.config)
         ours, expected, theirs = rounded.features(tiles), exact.features(tiles), plain.features(tiles)
         patches = torch.stack([tile.float().cpu() for tile in ours.patches])
         assert off(patches, expected) <= ROUNDING * off(theirs, expected), name
@@ -85,7 +91,7 @@ def test_patch_tokens_embeddings_and_scores_are_as_exact_as_bfloat16_is(rounded,
         errors['ours'] += (scores - torch.tensor(exact.scores(expected))).tolist()
         errors['plain'] += (torch.tensor(plain.scores(theirs)) - torch.tensor(exact.scores(expected))).tolist()
         for compressed in (False, True):
-            embeddings = torch.cat(rounded.project(ours.patches, torch.full([len(tiles)], compressed)))
+            embeddings = torch.cat(rounded.projection.by_tile(ours.patches, torch.full([len(tiles)], compressed)))
             right, others = (
                 torch.cat([side.project(tile, compressed) for tile in features])
                 for side, features in ((exact, expected), (plain, theirs))
@@ -100,7 +106,7 @@ def test_patch_tokens_embeddings_and_scores_are_as_exact_as_bfloat16_is(rounded,
 def test_embeddings_and_scores_in_float32(encoder, references, pictures, compression):
     images = [pictures[name] for name in PICTURES]
     for ours, theirs in zip(
-        encoder.encode(images, compression), references[0].encode(images, compression), strict=True
+        VisionEncoder(encoder).encode(images, compression), references[0].encode(images, compression), strict=True
     ):
         assert ours.tile_tokens == theirs.tile_tokens
         assert off(ours.embeddings, theirs.embeddings) <= 1e-5
@@ -108,7 +114,7 @@ def test_embeddings_and_scores_in_float32(encoder, references, pictures, compres
 
 
 def test_bit_identical_among_others(encoder, pictures, rng):
-    tiles = encoder.cut(pictures['text'])
+    tiles = tiles_of(pictures['text'], encoder.config)
     alone = [encoder.features(tile[None]) for tile in tiles]
     for _ in range(20):
         order = rng.permutation(len(tiles))
@@ -117,8 +123,8 @@ def test_bit_identical_among_others(encoder, pictures, rng):
             assert torch.equal(features.patches[place], alone[index].patches[0])
             assert torch.equal(features.scores[place], alone[index].scores[0])
         compressed = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
-        for place, tokens in enumerate(encoder.project(features.patches, compressed)):
-            [expected] = encoder.project(alone[order[place]].patches, compressed[place : place + 1])
+        for place, tokens in enumerate(encoder.projection.by_tile(features.patches, compressed)):
+            [expected] = encoder.projection.by_tile(alone[order[place]].patches, compressed[place : place + 1])
             assert torch.equal(tokens, expected)
 
 
@@ -133,20 +139,20 @@ def test_bit_identical_at_published_widths(like, rng):
         order = rng.permutation(len(tiles))
         features = encoder.features(tiles[order])
         compressed = torch.from_numpy(rng.integers(0, 2, len(tiles)).astype(bool))
-        for place, tokens in enumerate(encoder.project(features.patches, compressed)):
+        for place, tokens in enumerate(encoder.projection.by_tile(features.patches, compressed)):
             one = alone[order[place]]
             assert torch.equal(features.patches[place], one.patches[0])
             assert torch.equal(features.scores[place], one.scores[0])
-            [expected] = encoder.project(one.patches, compressed[place : place + 1])
+            [expected] = encoder.projection.by_tile(one.patches, compressed[place : place + 1])
             assert torch.equal(tokens, expected)
 
 
 def test_a_graph_and_single_launches_agree(encoder, make_checkpoint, vit, pictures):
-    eager = VisionEncoder.load(
+    eager = TileEncoder.load(
         Checkpoint(make_checkpoint(vit=vit)), encoder.config, device=DEVICE, tile_batch=4, graph=False
     )
     for name in PICTURES:
-        tiles = encoder.cut(pictures[name])
+        tiles = tiles_of(pictures[name], encoder.config)
         ours, theirs = encoder.features(tiles), eager.features(tiles)
         assert torch.equal(ours.scores, theirs.scores)
         assert all(torch.equal(a, b) for a, b in zip(ours.patches, theirs.patches, strict=True))
@@ -165,7 +171,7 @@ def test_stage_under_load(encoder, pictures, rng):
 
     The first round takes what stays: workspaces of the libraries for the device's thread.
     """
-    expected = {name: encoder.encode([pictures[name]]) for name in PICTURES}
+    expected = {name: VisionEncoder(encoder).encode([pictures[name]]) for name in PICTURES}
     jobs = {name: ImageJob(pictures[name], Tiling.of(encoder.config).grid(pictures[name].size)) for name in PICTURES}
     stage, names, after = VisionStage([encoder], encoder.dtype, threads=4), rng.choice(PICTURES, 16), []
     for _ in range(3):
@@ -190,7 +196,7 @@ def test_the_same_groups_again_take_no_more_device_memory(encoder):
     for _ in range(3):
         for tiles in (most, most - 1, most // 2, 3, 1):
             for full in range(tiles + 1):
-                projected = encoder.project(patches * tiles, torch.arange(tiles) >= full)
+                projected = encoder.projection.by_tile(patches * tiles, torch.arange(tiles) >= full)
                 assert [len(tokens) for tokens in projected] == [256] * full + [64] * (tiles - full)
         reserved.append(device_memory()[1])
     assert reserved[2] == reserved[1]

@@ -7,14 +7,15 @@ from waiting import HANG
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
 
 
 def test_nothing_is_pinned_after_the_start(make_checkpoint, pictures):
-    encoder = VisionEncoder.from_pretrained(make_checkpoint(), device='cuda', tile_batch=4)
-    expected = {name: encoder.encode([pictures[name]])[0] for name in pictures}
+    encoder = TileEncoder.from_pretrained(make_checkpoint(), device='cuda', tile_batch=4)
+    expected = {name: VisionEncoder(encoder).encode([pictures[name]])[0] for name in pictures}
     jobs = {name: ImageJob(one, Tiling.of(encoder.config).grid(one.size)) for name, one in pictures.items()}
     stage = VisionStage([encoder], encoder.dtype, threads=4, cache_bytes=2**28)
     for arena in (stage._memory._tiles, stage._memory._rows):

@@ -15,8 +15,9 @@ from lmdeploy_vico.choices import parse_compression
 from lmdeploy_vico.config import GRID, TOKENS_COMPRESSED, TOKENS_FULL, InternViTConfig, VicoConfig
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.vision.batches import RunningBatch, TileFeatures
-from lmdeploy_vico.vision.encoder import VisionEncoder, VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
 from lmdeploy_vico.vision.routing import route
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, Tiling, cut_grid
 
 D, H = 4, 8  # widths of patch tokens and of visual tokens
@@ -111,7 +112,7 @@ class StandInEncoder:
         return StandInEncoder.visual_tokens(self, features, [len(image) for image in tiles], groups, self.dtype)
 
 
-def with_cheap_tower(encoder: VisionEncoder) -> VisionEncoder:
+def with_cheap_tower(encoder: TileEncoder) -> TileEncoder:
     """Give a real encoder patch tokens and scores of the stand-in kind; batches and projectors stay real."""
 
     def encode(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

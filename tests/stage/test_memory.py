@@ -24,6 +24,7 @@ from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.stage.tiles import TileCache
 from lmdeploy_vico.vision.arena import block_sizes
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling
 
 WIDTH = 64  # of the tiny ViT
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.busy
 @pytest.fixture(scope='module')
 def encoder(make_checkpoint):
     """Computes what a stage's results have to be, with batches of one tile."""
-    return with_cheap_tower(VisionEncoder.from_pretrained(make_checkpoint()))
+    return VisionEncoder(with_cheap_tower(TileEncoder.from_pretrained(make_checkpoint())))
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +48,7 @@ def expect(encoder, pictures):
 
 @pytest.fixture(scope='module')
 def loaded(make_checkpoint):
-    return with_cheap_tower(VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=2))
+    return with_cheap_tower(TileEncoder.from_pretrained(make_checkpoint(), tile_batch=2))
 
 
 @pytest.fixture
@@ -220,13 +221,13 @@ def test_the_host_waits_for_copies_before_memory_comes_back(start, pictures, mon
     if fails:
         monkeypatch.setattr(encoder.tower, 'project', fail)
     monkeypatch.setattr(
-        type(encoder._projecting), 'synchronize', lambda stream: seen.append([stream, *map(lent, arenas)])
+        type(encoder.projection.stream), 'synchronize', lambda stream: seen.append([stream, *map(lent, arenas)])
     )
     future = stage.submit([job(pictures['coffee'])], 'none')
     assert bool(future.exception(HANG)) == fails
     tiles = 7
     rows = tiles * 256 * encoder.config.llm_hidden_size * 4
-    assert seen == [[encoder._projecting, tiles * TILE, rows]]
+    assert seen == [[encoder.projection.stream, tiles * TILE, rows]]
 
 
 def test_cancelled_prompts_leave_nothing_behind(start, pictures, monkeypatch):
@@ -268,7 +269,7 @@ def test_closing_gives_the_memory_back(start, pictures, monkeypatch):
     assert stage._cache._kept
     tiles, rows = blocks_left_by_closing(stage, monkeypatch)
     assert not any(tiles) and not any(rows)
-    assert stage._encoders[0]._memory is None and stage._encoders[0]._batches.memory is None
+    assert stage._encoders[0].projection.memory is None and stage._encoders[0]._batches.memory is None
     assert REGISTRY.get_sample_value('vico:embedding_cache_current_bytes') == 0
 
 
@@ -295,7 +296,9 @@ def test_what_is_handed_on_outlives_the_stage(start, pictures, monkeypatch):
     expected = tokens.embeddings.clone()
     tiles, rows = blocks_left_by_closing(stage, monkeypatch)
     assert not any(tiles) and any(rows)
-    assert len(stage._encoders[0].encode([pictures['coffee']])) == 1 and torch.equal(tokens.embeddings, expected)
+    assert len(VisionEncoder(stage._encoders[0]).encode([pictures['coffee']])) == 1 and torch.equal(
+        tokens.embeddings, expected
+    )
 
 
 @pytest.mark.parametrize('devices', [1, 8])

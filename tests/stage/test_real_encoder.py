@@ -12,6 +12,7 @@ from waiting import HANG
 from lmdeploy_vico.stage.jobs import ImageJob
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling, cut_grid, tile_digests
 
 pytestmark = pytest.mark.busy(times=2)
@@ -24,7 +25,7 @@ def job(image, max_tiles=12):
 
 @pytest.fixture(scope='module')
 def encoder(make_checkpoint):
-    return VisionEncoder.from_pretrained(make_checkpoint())
+    return TileEncoder.from_pretrained(make_checkpoint())
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def stage(encoder):
 
 def test_hands_on_the_encoders_tokens_in_the_language_models_dtype(stage, encoder, pictures):
     [image] = stage.submit([job(pictures['coffee'])], 'auto').result()
-    [expected] = encoder.encode([pictures['coffee']])
+    [expected] = VisionEncoder(encoder).encode([pictures['coffee']])
     assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
     assert image.tokens.tile_tokens == expected.tile_tokens
     assert image.digests == tile_digests(cut_grid(pictures['coffee'], job(pictures['coffee']).grid))
@@ -46,16 +47,16 @@ def test_prompts_do_not_influence_each_other(stage, encoder, pictures):
     prompts = [['coffee'], ['page', 'astronaut'], ['chelsea'], ['coffee', 'chelsea']]
     futures = [stage.submit([job(pictures[name]) for name in names], 'auto') for names in prompts]
     for names, future in zip(prompts, futures, strict=True):
-        expected = encoder.encode([pictures[name] for name in names])
+        expected = VisionEncoder(encoder).encode([pictures[name] for name in names])
         for image, tokens in zip(future.result(), expected, strict=True):
             assert image.tokens.tile_tokens == tokens.tile_tokens
             assert torch.equal(image.tokens.embeddings, tokens.embeddings.to(torch.bfloat16))
 
 
 def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkeypatch):
-    encoder = VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
+    encoder = TileEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
     large, small = ('coffee', 'rocket'), ('chelsea', 'astronaut', 'text')
-    alone = [encoder.encode([pictures[name]], 'none')[0] for name in large]
+    alone = [VisionEncoder(encoder).encode([pictures[name]], 'none')[0] for name in large]
     entered, release, sizes = threading.Event(), threading.Event(), []
 
     def start(tiles):
@@ -86,17 +87,17 @@ def test_a_repeated_image_has_the_same_bits_whatever_its_compression(encoder, pi
     stage = VisionStage([encoder], torch.float32, threads=2, cache_bytes=2**30)
     for value in ('auto', 'none', 'all', 0.5):
         [image] = stage.submit([job(pictures['coffee'])], value).result()
-        [expected] = encoder.encode([pictures['coffee']], value)
+        [expected] = VisionEncoder(encoder).encode([pictures['coffee']], value)
         assert image.tokens.tile_tokens == expected.tile_tokens and image.tokens.scores == expected.scores
         assert torch.equal(image.tokens.embeddings, expected.embeddings)
     stage.close()
 
 
 def test_several_devices_give_the_same_bits(make_checkpoint, pictures):
-    encoders = [VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
+    encoders = [TileEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
     stage = VisionStage(encoders, torch.float32, threads=2)
     [image] = stage.submit([job(pictures['coffee'])], 'auto').result()
-    [expected] = encoders[0].encode([pictures['coffee']])
+    [expected] = VisionEncoder(encoders[0]).encode([pictures['coffee']])
     assert torch.equal(image.tokens.embeddings, expected.embeddings)
     stage.close()
 
@@ -124,9 +125,9 @@ def test_as_many_threads_as_where_the_encoder_was_made(encoder, pictures, monkey
 def test_pinned_memory_and_batches_of_two_give_the_same_bits(encoder, make_checkpoint, cuda, pictures):
     """On stand-ins for CUDA's parts."""
     stage = VisionStage(
-        [cuda.encoder(VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=2))], torch.float32, threads=2
+        [cuda.encoder(TileEncoder.from_pretrained(make_checkpoint(), tile_batch=2))], torch.float32, threads=2
     )
-    [expected] = encoder.encode([pictures['coffee']])
+    [expected] = VisionEncoder(encoder).encode([pictures['coffee']])
     [image] = stage.submit([job(pictures['coffee'])], 'auto').result(HANG)
     assert image.tokens.tile_tokens == expected.tile_tokens and image.tokens.scores == expected.scores
     assert torch.equal(image.tokens.embeddings, expected.embeddings)

@@ -10,14 +10,14 @@ from waiting import HANG
 
 from lmdeploy_vico.vision.arena import PinnedArena
 from lmdeploy_vico.vision.batches import CpuBatches, CudaBatches, _capturing
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 CPU = torch.device('cpu')
 
 
 @pytest.fixture
 def encoder(make_checkpoint):
-    return VisionEncoder.from_pretrained(make_checkpoint())
+    return TileEncoder.from_pretrained(make_checkpoint())
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_a_capture_that_fails_names_the_way_out(encoder, cuda, monkeypatch):
 
 @pytest.mark.busy
 def test_replicas_capture_one_after_the_other(make_checkpoint, cuda, monkeypatch):
-    replicas = [VisionEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
+    replicas = [TileEncoder.from_pretrained(make_checkpoint()) for _ in range(2)]
     for replica in replicas:
         encoding(monkeypatch, cuda, replica)
     barrier = threading.Barrier(2, timeout=HANG)

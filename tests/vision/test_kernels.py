@@ -8,7 +8,7 @@ from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.choices import Speedups
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.kernels import attention_pool, implementation, linear, pack, pixel_shuffle, residual_norm
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 REFERENCES = (
     (attention_pool, 'attention_pool_torch'),
@@ -30,7 +30,7 @@ def tiles(rng):
 
 @pytest.fixture
 def encoder(make_checkpoint):
-    return VisionEncoder.from_pretrained(make_checkpoint(), tile_batch=2)
+    return TileEncoder.from_pretrained(make_checkpoint(), tile_batch=2)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_triton_is_chosen_and_agrees_with_torch(encoder, tiles, use, monkeypatch
     expected = encoder.encode_tiles([tiles[:2], tiles[2:]], 0.5)
     use('auto')
     forbid(monkeypatch, REFERENCES)
-    monkeypatch.setattr('lmdeploy_vico.vision.encoder.PROJECTED_BATCHES', 1)  # the interpreter takes its time
+    monkeypatch.setattr('lmdeploy_vico.vision.projection.PROJECTED_BATCHES', 1)  # the interpreter takes its time
     encoder.warm_up()
     for ours, theirs in zip(encoder.encode_tiles([tiles[:2], tiles[2:]], 0.5), expected, strict=True):
         assert ours.tile_tokens == theirs.tile_tokens
@@ -70,7 +70,8 @@ def test_torch_when_asked_for(encoder, tiles, use, monkeypatch):
 def test_alone_or_among_others(encoder, tiles, rows_apart):
     def score_and_tokens(order):
         features = encoder.features(tiles[order])
-        return features.scores, encoder.project(features.patches, torch.tensor([index != 1 for index in order]))
+        compressed = torch.tensor([index != 1 for index in order])
+        return features.scores, encoder.projection.by_tile(features.patches, compressed)
 
     alone = [score_and_tokens([index]) for index in range(len(tiles))]
     order = [2, 0, 1]
@@ -83,7 +84,7 @@ def test_alone_or_among_others(encoder, tiles, rows_apart):
 def fast_encoder(path, vit, **more):
     """With the ViT's kernels switched on."""
     speedups = Speedups(residual_norm=True, strided_qk_norm=vit == 'rms_norm', padded_patches=True)
-    return VisionEncoder.load(Checkpoint(path), VicoConfig.from_pretrained(path), speedups=speedups, **more)
+    return TileEncoder.load(Checkpoint(path), VicoConfig.from_pretrained(path), speedups=speedups, **more)
 
 
 @pytest.fixture(params=['layer_norm', 'rms_norm'])

@@ -14,7 +14,7 @@ import torch
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import EncodedImage
-from lmdeploy_vico.vision.encoder import VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
 
 KEY = 'synthetic'
 FIELDS = ('tiles', 'compressed', 'seed')

@@ -19,7 +19,8 @@ import torch
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.vision.arena import ResultMemory
 from lmdeploy_vico.vision.batches import TileFeatures
-from lmdeploy_vico.vision.encoder import RoutingGroup, VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
+from lmdeploy_vico.vision.routing import RoutingGroup
 
 
 class DeviceBatch(Protocol):

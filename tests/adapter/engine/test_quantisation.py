@@ -20,7 +20,7 @@ from lmdeploy_vico.adapter.server.placement.weights import open_weights
 from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL, VISION
 from lmdeploy_vico.config import UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.options import Options
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 PACKED = {'qkv_proj': ('q_proj', 'k_proj', 'v_proj'), 'gate_up_proj': ('gate_proj', 'up_proj')}
 VISION_MODULES = ['vision_model.encoder.layers.0.attn.qkv', 'vision_model.encoder.layers.0.mlp.fc1', 'mlp1.1', 'mlp2.4']
@@ -191,7 +191,7 @@ def start(path, overrides=None):
 
 def test_served(case, tmp_path):
     make_quantised(tmp_path, *case)
-    encoder = VisionEncoder.load(start(tmp_path), VicoConfig.from_pretrained(tmp_path), device='cpu')
+    encoder = TileEncoder.load(start(tmp_path), VicoConfig.from_pretrained(tmp_path), device='cpu')
     assert all(weight.isfinite().all() for weight in encoder.tower.parameters())
 
 

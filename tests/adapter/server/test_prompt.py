@@ -13,7 +13,7 @@ from lmdeploy_vico.adapter.server.prompt import assemble, check_ids, cut_at_imag
 from lmdeploy_vico.adapter.server.prompt import render_chat as render_request
 from lmdeploy_vico.adapter.server.request import parse_request
 from lmdeploy_vico.stage.jobs import EncodedImage
-from lmdeploy_vico.vision.encoder import VisualTokens
+from lmdeploy_vico.vision.projection import VisualTokens
 from lmdeploy_vico.vision.tiling import Tiling
 
 IMAGE = 9  # token id

@@ -11,10 +11,10 @@ from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.choices import NO_SPEEDUPS, SPEEDUPS, Speedups, parse_speedups
 from lmdeploy_vico.config import IMAGE_MEAN, IMAGE_STD, InternViTConfig, VicoConfig
 from lmdeploy_vico.kernels import implementation
-from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model import intern_vit, speedups
 from lmdeploy_vico.vision.model.intern_vit import InternVisionModel
 from lmdeploy_vico.vision.model.speedups import UnsupportedSpeedupError, cudnn_attention, require_speedups
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 CUDA = torch.device('cuda:0')
 BIG = InternViTConfig(3200, 45, 25, 12800, 'rms_norm', True, False, 1e-6)
@@ -22,7 +22,7 @@ SMALL = InternViTConfig(1024, 24, 16, 4096, 'layer_norm', False, True, 1e-6)
 
 
 def load(path, **switches):
-    return VisionEncoder.load(Checkpoint(path), VicoConfig.from_pretrained(path), speedups=Speedups(**switches))
+    return TileEncoder.load(Checkpoint(path), VicoConfig.from_pretrained(path), speedups=Speedups(**switches))
 
 
 def forbid(monkeypatch, owner, *names):

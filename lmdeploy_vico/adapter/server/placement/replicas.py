@@ -13,8 +13,8 @@ from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
-from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 WEIGHT_BYTES = 2  # of a value on a CUDA device: bfloat16 or float16
 # Words in the errors of CUDA's libraries and Triton. PyTorch's own allocations raise OutOfMemoryError.
@@ -81,12 +81,12 @@ class Replicas:
     ) -> None:
         self._config, self._options = config, options
         self._devices = devices
-        self.encoders: list[VisionEncoder] = []
+        self.encoders: list[TileEncoder] = []
         self.before: dict[torch.device, FreeMemory] = {}
         for device in devices:
             with self.fitting(device):
                 self.before[device] = free_memory(device)
-                encoder = VisionEncoder.load(
+                encoder = TileEncoder.load(
                     CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
                     *(config, device, None, options.tile_batch or None, graph, options.vit_speedups),
                 )

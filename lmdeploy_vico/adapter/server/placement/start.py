@@ -24,7 +24,7 @@ from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.stage import VisionStage
-from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
 def _log_start(
     model_path: str,
     config: VicoConfig,
-    encoders: Sequence[VisionEncoder],
+    encoders: Sequence[TileEncoder],
     options: Options,
     limited: bool,
     seconds: float,
@@ -130,7 +130,7 @@ def _log_start(
     )
 
 
-def _where(encoders: Sequence[VisionEncoder]) -> str:
+def _where(encoders: Sequence[TileEncoder]) -> str:
     """The devices, each with what the vision side takes of it, or together those of which it takes the same."""
     devices: dict[str, list[str]] = {}
     for encoder in encoders:

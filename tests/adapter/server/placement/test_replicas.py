@@ -14,6 +14,7 @@ from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.encoder import VisionEncoder
 from lmdeploy_vico.vision.model.tower import VisionTower
+from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
 CUDA = [torch.device('cuda', index) for index in range(4)]
 TWO_PROCESSORS = [torch.device('cpu'), torch.device('cpu', 0)]
@@ -36,7 +37,7 @@ def test_the_checkpoint_is_read_once_and_copied_bit_for_bit(make_checkpoint, pic
     assert first.keys() == second.keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name]) and weight.data_ptr() != second[name].data_ptr(), name
-    [one], [other] = (encoder.encode([pictures['coffee']]) for encoder in replicas.encoders)
+    [one], [other] = (VisionEncoder(encoder).encode([pictures['coffee']]) for encoder in replicas.encoders)
     assert torch.equal(one.embeddings, other.embeddings) and one.scores == other.scores
 
 
@@ -80,7 +81,7 @@ def load(monkeypatch, config):
                 errors[device]()
             return SimpleNamespace(tower=torch.nn.Module(), device=device)
 
-        monkeypatch.setattr(VisionEncoder, 'load', load_encoder)
+        monkeypatch.setattr(TileEncoder, 'load', load_encoder)
         return Replicas(None, config, CUDA, Options(**options), graph=True)
 
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: ((9 - device.index) * GIB, 80 * GIB))

@@ -19,8 +19,6 @@ from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-from lmdeploy_vico.adapter.patches.decoding import guard_media_decoding
-from lmdeploy_vico.adapter.patches.registration import require_all_hooks
 from lmdeploy_vico.adapter.server.admission import admitted, current_admission, estimate_tiles
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
 from lmdeploy_vico.adapter.server.overload import OverloadError
@@ -33,11 +31,12 @@ from lmdeploy_vico.adapter.server.placement.weights import open_weights
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, assemble, check_ids, render_chat, render_raw, split_ids
 from lmdeploy_vico.adapter.server.requests import check_texts, media_jobs, prompt_compression
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder, are_synthetic
-from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
+from lmdeploy_vico.adapter.server.usage import count_image_tokens
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL, UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.log import get_logger
 from lmdeploy_vico.options import Options
+from lmdeploy_vico.patching import Trigger, register
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.stage.stage import EncodedImage, EncodingError, ImageJob, VisionStage
 from lmdeploy_vico.vision.encoder import VisionEncoder
@@ -78,18 +77,17 @@ class VicoVisionModel(VisionModel):
         """Load the vision side; called once, when LMDeploy has chosen the data type and the engine's config.
 
         Raises:
-            UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the message
-                says why.
+            PatchError, UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the
+                message says why.
         """
-        require_all_hooks()
+        register.require_all()
+        register.apply(Trigger.MODEL)
         get_logger()  # which implementation of the kernels runs is logged below, by a room that knows no handlers
         began = time.perf_counter()
         self.backend_config = backend_config
         self.options = options = Options.load(backend_config.hf_overrides)
         use(options.kernels)
-        guard_media_decoding()
         watch_clients()
-        show_image_tokens()
         weights = open_weights(self.model_path, self.hf_config, backend_config, options)
         config = read_config(self.model_path, backend_config.hf_overrides)
         replicas = Replicas(

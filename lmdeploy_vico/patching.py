@@ -189,7 +189,7 @@ def _find_spec(name: str) -> ModuleSpec | None:
     if not package:
         return importlib.util.find_spec(name)
     if package in sys.modules:
-        return PathFinder.find_spec(name, sys.modules[package].__path__)
+        return PathFinder.find_spec(name, getattr(sys.modules[package], '__path__', []))
     spec = _find_spec(package)
     return PathFinder.find_spec(name, spec.submodule_search_locations or []) if spec else None
 

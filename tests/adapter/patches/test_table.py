@@ -5,13 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from lmdeploy_vico.adapter.engine.model_config import VicoModelConfigBuilder
 from lmdeploy_vico.adapter.patches.table import all_patches, is_supported, supported_range
-from lmdeploy_vico.patching import check
+from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
+from lmdeploy_vico.patching import PatchError, check, register
 
 
 @pytest.mark.parametrize('patch', all_patches(), ids=str)
 def test_a_patch_fits_the_installed_lmdeploy(patch):
     check(patch)
+
+
+def test_no_vico_model_starts_without_every_patch(monkeypatch):
+    monkeypatch.setitem(register.failed, all_patches()[0], 'signature changed')
+    with pytest.raises(PatchError, match='answer batch size.*signature changed'):
+        VicoVisionModel.start(None, backend_config=None)
+    with pytest.raises(PatchError, match='answer batch size.*signature changed'):
+        VicoModelConfigBuilder.build(None)
 
 
 def test_no_two_patches_are_alike():

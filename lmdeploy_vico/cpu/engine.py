@@ -34,7 +34,8 @@ def install() -> None:
     """Make this process's LMDeploy engine run on the CPU; repeating it does nothing."""
     view = TorchView()
     for name in _VIEWED:
-        importlib.import_module(name).torch = view
+        module: Any = importlib.import_module(name)
+        module.torch = view
     _select_backend()
     _patch_model_agent(importlib.import_module('lmdeploy.pytorch.engine.model_agent.agent'))
     _patch_cache_allocation()

@@ -25,7 +25,7 @@ def wrap_once(owner: Any, name: str, make: Callable[[Callable], Callable]) -> No
     function = held.__func__ if isinstance(held, staticmethod | classmethod) else held
     if getattr(function, '_vico_wrapped', False):
         return
-    wrapper = wraps(function)(make(function))
+    wrapper: Any = wraps(function)(make(function))
     wrapper._vico_wrapped = True
     setattr(owner, name, type(held)(wrapper) if isinstance(held, staticmethod | classmethod) else wrapper)
 

@@ -47,7 +47,8 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[str
 def _run(node: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those in the body of ``if TYPE_CHECKING:``."""
     yield node
-    skipped = node.body if isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING') else []
+    for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) in ('TYPE_CHECKING', 'typing.TYPE_CHECKING')
+    skipped = node.body if for_checkers else []
     for child in ast.iter_child_nodes(node):
         if child not in skipped:
             yield from _run(child)

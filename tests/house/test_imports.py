@@ -79,6 +79,7 @@ KNOWN = ('a', 'a.b', 'a.b.c', 'a.d')
         ('def later():\n    from a import b', {'a.b'}),
         ('if TYPE_CHECKING:\n    import a.b\nelse:\n    import a.b.c', {'a.b.c'}),
         ('import typing\nif typing.TYPE_CHECKING:\n    import a.b', set()),
+        ('if not TYPE_CHECKING:\n    import a.b', {'a.b'}),
         ('try:\n    import a.b\nexcept ImportError:\n    pass', {'a.b'}),
     ],
 )

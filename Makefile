@@ -12,7 +12,7 @@ ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/test_chat_model.py
 PYTEST := $(BIN)/python -m pytest --durations=10
 QUICK := not gpu and not server and not slow
-# Two parts at a time, on a core each. Each prints what it has to say when it is done, and the others go on if it fails.
+# Two parts at a time, the longest first. Each prints what it has to say when it is done; if it fails, the others go on.
 PARTS := $(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
@@ -37,11 +37,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a user would
 	@$(BIN)/lmdeploy-vico demo
 
-check: $(STAMP) ## Check the code, and run every test that starts no LMDeploy process (under 5 minutes on 2 cores)
+check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (under 5 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) lint check-interpreted check-plain
+	@$(PARTS) check-plain check-interpreted lint
 
-test: $(STAMP) ## Run every test that needs no GPU, with the servers that they start (15 minutes on 2 cores)
+test: $(STAMP) ## Run every test that needs no GPU, those that start servers too (15 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) test-servers test-interpreted test-plain
 

@@ -111,4 +111,4 @@ def device_limits(device: torch.device) -> Limits:
     if device.type != 'cuda':
         return Limits(processors=8, shared_memory=232_448)
     properties = torch.cuda.get_device_properties(device)
-    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

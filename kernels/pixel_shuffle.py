@@ -99,7 +99,7 @@ def pixel_shuffle_torch(
         rows = F.layer_norm(merged, merged.shape[-1:], *affine, eps)
         outputs.append(F.pad(rows, (0, 0, 0, 0, 0, tiles - len(rows))).flatten(0, 1))
     number = compressed.sum()
-    return Shuffled(*outputs, torch.stack([len(x) - number, number]).to(torch.int32))
+    return Shuffled(outputs[0], outputs[1], torch.stack([len(x) - number, number]).to(torch.int32))
 
 
 def merge(x: torch.Tensor, ratio: int) -> torch.Tensor:

@@ -26,14 +26,16 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 
-    value = getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
-    globals()[name] = value  # so that this function is asked once
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        from importlib import import_module
+
+        value = getattr(import_module(f'{__name__}.{_HOMES[name]}'), name)
+        globals()[name] = value  # so that this function is asked once
+        return value
 
 
 def __dir__() -> list[str]:

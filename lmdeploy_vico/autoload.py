@@ -33,7 +33,7 @@ def register() -> None:
         import wrapt
 
         # Fires at once when torch is being imported by LMDeploy itself, whose package is then half imported: what is
-        # set up then are hooks on modules that LMDeploy imports later, never an import of LMDeploy.
+        # set up then waits for modules that LMDeploy imports later, and never imports LMDeploy.
         wrapt.register_post_import_hook(lambda module: _on_lmdeploy_import(module, mode), 'lmdeploy')
     except Exception:
         logger.exception('lmdeploy-vico could not be set up; LMDeploy runs without it')
@@ -48,8 +48,8 @@ def switch() -> str:
 def _on_lmdeploy_import(module: ModuleType, mode: str) -> None:
     del module
     try:
-        from lmdeploy_vico.adapter.patches import registration
+        from lmdeploy_vico.adapter.patches import table
 
-        registration.register(cpu_only=mode == 'cpu')
+        table.set_up(cpu_only=mode == 'cpu')
     except Exception:
         logger.exception('lmdeploy-vico could not be set up; LMDeploy runs without it')

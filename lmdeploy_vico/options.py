@@ -183,8 +183,8 @@ class Options:
         NO_SPEEDUPS,
         'Faster ways to compute parts of the ViT: `cudnn_attention` (Hopper GPUs), `residual_norm`, `padded_patches` '
         "and `strided_qk_norm` (InternViT-6B). Each may change the last bits of a tile's tokens; none makes them "
-        'depend on other tiles. One that cannot run stops the start. The benchmark `vit_speed` says which pay on a '
-        'GPU; no GPU has been asked yet, so all are off.',
+        'depend on other tiles. One that cannot run stops the start. `python -m benchmarks vit-speed` says which '
+        'pay on a GPU. None has been measured yet, so all are off.',
         'empty',
     )
     dummy_weights: bool = _option(

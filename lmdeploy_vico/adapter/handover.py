@@ -65,7 +65,7 @@ class PackedRows:
 
         The pickler copies the rows, or hands them to whoever writes the message; they must not change before that.
         """
-        return cls(PickleBuffer(_bytes_of(embeddings)), embeddings.dtype, embeddings.shape[1])
+        return cls(PickleBuffer(_bytes_of(embeddings)), embeddings.dtype, embeddings.shape[1])  # type: ignore[arg-type]
 
     def tensor(self) -> torch.Tensor:
         """``[n, H]`` on the CPU, in memory that no other rows have: LMDeploy may write to it and send it on.
@@ -80,7 +80,7 @@ class PackedRows:
         else:
             array = np.empty(0, np.uint8)
             # That it can be written to, as bytes cannot, is what NumPy does with the bytes of an array it unpickles.
-            array.__setstate__((1, (len(data),), array.dtype, False, data))
+            array.__setstate__((1, (len(data),), array.dtype, False, data))  # type: ignore[arg-type]
         return torch.from_numpy(array).view(self.dtype).view(-1, self.width)
 
 

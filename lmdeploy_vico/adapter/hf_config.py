@@ -25,7 +25,7 @@ class VicoChatConfig(PretrainedConfig):
         # Before super().__init__, which validates what get_text_config() returns.
         self.vision_config = PretrainedConfig(**(vision_config or {}))
         quantisation = _quantisation(kwargs, llm_config or {})
-        self.llm_config = _language_model_config(llm_config or {})
+        self.llm_config: Any = _language_model_config(llm_config or {})
         if quantisation:
             kwargs['quantization_config'] = quantisation
         # LMDeploy would look its model class up in the checkpoint's auto_map before it reads the architectures.

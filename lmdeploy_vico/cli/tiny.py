@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmdeploy_vico.checkpoints.random.limits import server_arguments
 from lmdeploy_vico.cli.errors import CommandError
 
 if TYPE_CHECKING:
@@ -89,8 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print(f'  LMDEPLOY_VICO_DUMMY_WEIGHTS=1 lmdeploy serve api_server {path}')
         return 0
-    from lmdeploy_vico.checkpoints.random.limits import server_arguments
-
     flags = [*server_arguments(path), *(['--trust-remote-code'] if given.get('plain') else [])]
     command = ' '.join(['lmdeploy serve api_server', str(path), *flags])
     print(f'Serve it: {command}', file=sys.stderr)  # so that a script reads the path only

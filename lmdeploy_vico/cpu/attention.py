@@ -184,10 +184,10 @@ class CpuPagedAttention(AttentionImpl[CpuAttentionMetadata]):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         attn_metadata: CpuAttentionMetadata,
-        k_scales_zeros: torch.Tensor = None,
-        v_scales_zeros: torch.Tensor = None,
-        learnable_sink: torch.Tensor = None,
-        nsa_indices: torch.Tensor = None,
+        k_scales_zeros: torch.Tensor | None = None,
+        v_scales_zeros: torch.Tensor | None = None,
+        learnable_sink: torch.Tensor | None = None,
+        nsa_indices: torch.Tensor | None = None,
         inplace: bool = False,
     ) -> torch.Tensor:
         """Attend the step's packed tokens.

@@ -95,7 +95,7 @@ def run_eagerly() -> None:
             original = getattr(value, '_torchdynamo_orig_callable', None)
             if original is not None:
                 setattr(module, attribute, original)
-    rotary = sys.modules.get('lmdeploy.pytorch.backends.default.rotary_embedding')
+    rotary: Any = sys.modules.get('lmdeploy.pytorch.backends.default.rotary_embedding')
     if rotary is not None:
         # LMDeploy's own decorator, which compiles at the first call.
         rotary._rotary_embedding_fwd = inspect.unwrap(rotary._rotary_embedding_fwd)

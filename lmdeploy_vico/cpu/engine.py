@@ -1,20 +1,19 @@
-"""Patches of LMDeploy's engine, applied when an engine starts in this process and never before.
+"""Changes to LMDeploy's engine, made when an engine starts on the CPU in this process and never before.
 
-:func:`install` is called from the entry points that :mod:`lmdeploy_vico.cpu.hooks` wraps. Everything here replaces
-names inside LMDeploy's modules; ``torch`` itself is not touched. All of it can go when LMDeploy takes the device from
-its backend instead of writing ``'cuda'``.
+:func:`install` is called from the entry points that :mod:`lmdeploy_vico.cpu.patches` wraps. Everything here replaces
+names inside LMDeploy's modules; ``torch`` itself is not touched. LMDeploy is not imported here, so that its fit can be
+checked.
 """
 
 import dataclasses
-import importlib
-import inspect
-from functools import cache, wraps
+from functools import partial
 from typing import Any
 
 import torch
 
-from . import memory
-from .stand_ins import TorchView
+from lmdeploy_vico.cpu import memory
+from lmdeploy_vico.cpu.stand_ins import TorchView
+from lmdeploy_vico.patching import Call, Patch, Target, Trigger, register
 
 # Modules that create streams and events, ask CUDA about the device or allocate the caches.
 _VIEWED = (
@@ -27,69 +26,74 @@ _VIEWED = (
     'lmdeploy.pytorch.engine.executor.mp_executor',
     'lmdeploy.pytorch.models.patch',
 )
+_VIEW = TorchView()
+_AGENT = 'lmdeploy.pytorch.engine.model_agent.agent'
+_SELECTOR = 'lmdeploy.pytorch.backends.selector'
+_UNTIL = "LMDeploy takes the device from its backend instead of writing 'cuda'."
 
 
-@cache
 def install() -> None:
-    """Make this process's LMDeploy engine run on the CPU; repeating it does nothing."""
-    view = TorchView()
-    for name in _VIEWED:
-        importlib.import_module(name).torch = view
-    _select_backend()
-    _patch_model_agent(importlib.import_module('lmdeploy.pytorch.engine.model_agent.agent'))
-    _patch_cache_allocation()
-    _patch_default_devices()
+    """Make this process's LMDeploy engine run on the CPU; repeating it does nothing.
 
-
-def installed() -> bool:
-    """Whether :func:`install` has run in this process."""
-    return install.cache_info().currsize > 0
-
-
-def _select_backend() -> None:
-    """Answer LMDeploy's question for the backend of ``cuda`` with the CPU backend."""
-    from lmdeploy.pytorch.backends import selector
-
-    from .backend import CpuOpsBackend
-
-    original = selector._get_backend
-
-    def _get_backend():
-        device_type = selector.get_device_manager().current_context().device_type
-        return CpuOpsBackend if device_type == 'cuda' else original()
-
-    selector._get_backend = _get_backend
-
-
-def _patch_model_agent(agent: Any) -> None:
-    """Give the model agent the CPU as its device, inputs of its own, and no warm-up.
-
-    There is nothing to warm up: no kernel is compiled or tuned and no graph is captured.
+    Raises:
+        PatchError: LMDeploy cannot be changed as needed.
     """
-    init = agent.BaseModelAgent.__init__
-
-    @wraps(init)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        init(self, *args, **kwargs)
-        self.device = 'cpu'
-
-    start = agent.BaseModelAgent.start
-
-    @wraps(start)
-    def start_on_host(self, *args: Any, **kwargs: Any) -> None:
-        memory.choose_threads(self.patched_model.get_model())
-        start(self, *args, **kwargs)
-
-    agent.BaseModelAgent.__init__ = __init__
-    agent.BaseModelAgent.start = start_on_host
-    agent.BaseModelAgent.warmup = lambda self: None
-    agent._try_to_cuda = _own_copy
-    agent.get_gpu_memory = lambda device_id=None: TorchView.cuda.mem_get_info(device_id)
+    register.install(PATCHES)
+    register.apply(Trigger.CPU_ENGINE)
 
 
-def _own_copy(value: Any, non_blocking: bool = False) -> Any:
-    """Copy a forward input: moved to a GPU it would be a copy, and the agent changes some of its tensors in place."""
-    del non_blocking
+def view_torch(target: Target) -> None:
+    """Show an engine module a ``torch`` without CUDA."""
+    target.replace(_VIEW)
+
+
+def choose_cpu_backend(call: Call) -> Any:
+    """Answer LMDeploy's question for the backend of ``cuda`` with the CPU backend."""
+    from lmdeploy.pytorch.backends.selector import get_device_manager
+
+    from lmdeploy_vico.cpu.backend import CpuOpsBackend
+
+    return CpuOpsBackend if get_device_manager().current_context().device_type == 'cuda' else call.proceed()
+
+
+def put_agent_on_cpu(call: Call) -> None:
+    """Give the model agent the CPU as its device."""
+    call.proceed()
+    call.instance.device = 'cpu'
+
+
+def choose_agent_threads(call: Call) -> None:
+    """Choose how many threads compute the model before its agent starts."""
+    memory.choose_threads(call.instance.patched_model.get_model())
+    call.proceed()
+
+
+def skip_warm_up(call: Call) -> None:
+    """Leave the warm-up out: no kernel is compiled or tuned and no graph is captured."""
+
+
+def copy_inputs(call: Call) -> Any:
+    """Copy a forward input instead of moving it to a GPU."""
+    return _own_copy(call['val'])
+
+
+def report_host_memory(call: Call) -> Any:
+    """Report the host's memory as the GPU's."""
+    return TorchView.cuda.mem_get_info(call['device_id'])
+
+
+def allocate_on_host(call: Call) -> Any:
+    """Allocate block and state caches in host memory."""
+    return call.proceed(device=TorchView.device(call['device']))
+
+
+def build_layer_on_cpu(call: Call) -> Any:
+    """Build a layer on the CPU where no device is named."""
+    return call.proceed(device='cpu') if call['device'] is None else call.proceed()
+
+
+def _own_copy(value: Any) -> Any:
+    """Copy a forward input: a move to a GPU would copy it, and the agent changes some of its tensors in place."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
@@ -102,38 +106,80 @@ def _own_copy(value: Any, non_blocking: bool = False) -> Any:
     return value
 
 
-def _patch_cache_allocation() -> None:
-    """Allocate block and state caches that LMDeploy asks for on ``cuda`` in host memory."""
-    from lmdeploy.pytorch.engine.cache_engine import state
-    from lmdeploy.pytorch.engine.cache_engine.plan import BlockCachePlan
-
-    def on_host(function):
-        @wraps(function)
-        def wrapper(*args: Any, device: torch.device | str, **kwargs: Any) -> Any:
-            return function(*args, device=TorchView.device(device), **kwargs)
-
-        return wrapper
-
-    BlockCachePlan.allocate = on_host(BlockCachePlan.allocate)
-    state._allocate_state_caches = on_host(state._allocate_state_caches)
+# All of these are made in the same process, by the same event, and can go together.
+_patch = partial(Patch, until=_UNTIL, process='engine', trigger=Trigger.CPU_ENGINE)
 
 
-def _patch_default_devices() -> None:
-    """Let layers that are built without a device be built on the CPU instead of ``cuda``."""
-    from lmdeploy.pytorch.nn import embedding, norm
-
-    for owner in (norm.RMSNorm, norm.LayerNorm, embedding.ParallelEmbedding):
-        owner.create_weight = staticmethod(_with_device(owner.create_weight))
-
-
-def _with_device(create_weight):
-    signature = inspect.signature(create_weight)
-
-    @wraps(create_weight)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        if bound.arguments.get('device') is None:
-            bound.arguments['device'] = 'cpu'
-        return create_weight(*bound.args, **bound.kwargs)
-
-    return wrapper
+PATCHES = (
+    *(
+        _patch(
+            view_torch,
+            f'{module}:torch',
+            why="The module creates streams and events, asks CUDA about the device, or allocates the caches on 'cuda'.",
+        )
+        for module in _VIEWED
+    ),
+    _patch(
+        choose_cpu_backend,
+        f'{_SELECTOR}:_get_backend',
+        '()',
+        why='LMDeploy has no backend for the CPU.',
+        uses={f'{_SELECTOR}:get_device_manager': '()'},
+    ),
+    _patch(
+        put_agent_on_cpu,
+        f'{_AGENT}:BaseModelAgent.__init__',
+        '(self, model_path, model_config, cache_config, backend_config, misc_config, dist_ctx, device_ctx, '
+        'adapters=None, specdecode_config=None, trust_remote_code=False)',
+        why="The model agent's device is 'cuda'.",
+    ),
+    _patch(
+        choose_agent_threads,
+        f'{_AGENT}:BaseModelAgent.start',
+        '(self, forward_event=None)',
+        why='The best number of threads depends on the size of the model.',
+    ),
+    _patch(
+        skip_warm_up,
+        f'{_AGENT}:BaseModelAgent.warmup',
+        '(self)',
+        why='A warm-up takes time, and there is nothing to warm up.',
+    ),
+    _patch(
+        copy_inputs,
+        f'{_AGENT}:_try_to_cuda',
+        '(val, non_blocking=False)',
+        why='The function moves the inputs to the GPU.',
+    ),
+    _patch(
+        report_host_memory,
+        f'{_AGENT}:get_gpu_memory',
+        '(device_id=None)',
+        why='The size of the caches is derived from the free memory of the GPU.',
+    ),
+    *(
+        _patch(
+            allocate_on_host,
+            f'lmdeploy.pytorch.engine.cache_engine.{function}',
+            signature,
+            why="The caches are allocated on 'cuda'.",
+        )
+        for function, signature in (
+            ('plan:BlockCachePlan.allocate', '(self, num_logical_blocks, device)'),
+            ('state:_allocate_state_caches', '(tensor_specs, num_caches, device)'),
+        )
+    ),
+    *(
+        _patch(
+            build_layer_on_cpu,
+            f'lmdeploy.pytorch.nn.{layer}.create_weight',
+            signature,
+            why="A layer that is built without a device is built on 'cuda'.",
+        )
+        for layer, signature in (
+            ('norm:RMSNorm', '(hidden_size, dtype=None, device=None)'),
+            ('norm:LayerNorm', '(hidden_size, bias=True, dtype=None, device=None)'),
+            ('embedding:ParallelEmbedding', '(vocab_size, hidden_size, dtype=None, device=None)'),
+        )
+    ),
+)

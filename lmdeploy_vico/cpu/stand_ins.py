@@ -8,7 +8,7 @@ PyTorch (but for the number of threads, see ``memory.choose_threads``), and the 
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -49,6 +49,7 @@ class Event(Stream):
 
 
 _DEFAULT_STREAM = Stream()
+_Stream: TypeAlias = Stream  # within CudaView, the name is that of an attribute
 
 
 class CudaView:
@@ -59,13 +60,13 @@ class CudaView:
 
     @staticmethod
     @contextlib.contextmanager
-    def stream(stream: Stream | None) -> Iterator[None]:
+    def stream(stream: _Stream | None) -> Iterator[None]:
         """Run the block; every stream is the same."""
         del stream
         yield
 
     @staticmethod
-    def current_stream(device: Any = None) -> Stream:
+    def current_stream(device: Any = None) -> _Stream:
         """Return the only stream that work runs on."""
         del device
         return _DEFAULT_STREAM

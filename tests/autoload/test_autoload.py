@@ -34,7 +34,7 @@ def test_import_torch_loads_only_autoload():
 
 def test_importing_lmdeploy_loads_no_heavy_module_of_ours():
     out, _ = run(f'import sys, lmdeploy; print({OUR_MODULES})')
-    assert "'lmdeploy_vico.adapter.patches.registration'" in out
+    assert "'lmdeploy_vico.adapter.patches.table'" in out
     for module in ('vision', 'stage', 'adapter.server', 'adapter.engine', 'cpu.engine'):
         assert f'lmdeploy_vico.{module}' not in out
 
@@ -117,16 +117,6 @@ def test_a_failing_plugin_does_not_break_torch():
     assert 'could not be set up' in err
 
 
-@pytest.mark.parametrize(
-    'version, supported',
-    [('0.18.0', True), ('0.18.3rc1', True), ('0.17.9', False), ('0.19.0', False), ('1.18.0', False), ('0.18', True)],
-)
-def test_supported_versions(version, supported):
-    from lmdeploy_vico.adapter.patches.registration import lmdeploy_version_supported
-
-    assert lmdeploy_version_supported(version) == supported
-
-
 def test_other_models_are_loaded_by_lmdeploy():
     code = """
     import sys
@@ -150,38 +140,35 @@ def test_converted_turbomind_models_need_no_config(tmp_path):
     assert run(code)[0] == 'True'
 
 
-def test_hooks_are_idempotent(make_checkpoint):
+def test_setting_up_twice_changes_nothing(make_checkpoint):
     out, _ = run(
         """
-        import sys, lmdeploy
-        import lmdeploy.hf_configs, lmdeploy.pytorch.transformers, lmdeploy.turbomind.supported_models
-        import lmdeploy.vl.model.builder, lmdeploy.vl.engine, lmdeploy.pytorch.models.module_map
-        import lmdeploy.pytorch.configurations, lmdeploy.serve.core.vl_async_engine
-        import lmdeploy.pytorch.weight_loader.model_weight_loader
-        import lmdeploy.serve.openai.errors, lmdeploy.serve.anthropic.errors, lmdeploy.serve.openai.api_server
-        import lmdeploy.serve.processors.multimodal
-        from lmdeploy_vico.adapter.patches.hooks import HOOKS
+        import importlib, sys
+        from lmdeploy_vico.adapter.patches.table import all_patches, set_up
+        from lmdeploy_vico.cpu import engine
+        from lmdeploy_vico.patching import Trigger, register
+
         def state():
-            m = sys.modules
-            return (m['lmdeploy.hf_configs'].config_from_pretrained,
-                    m['lmdeploy.turbomind.supported_models'].is_supported,
-                    list(m['lmdeploy.vl.model.builder'].VISION_MODELS.module_dict),
-                    m['lmdeploy.vl.engine'].ImageEncoder.__dict__['__init__'],
-                    m['lmdeploy.serve.openai.errors'].create_request_error_response,
-                    m['lmdeploy.serve.anthropic.errors'].create_request_error_response,
-                    m['lmdeploy.serve.core.vl_async_engine'].VLAsyncEngine.__dict__['close'],
-                    m['lmdeploy.serve.processors.multimodal'].MultimodalProcessor.__dict__['__init__'],
-                    m['lmdeploy.serve.processors.multimodal'].MultimodalProcessor.__dict__[
-                        '_get_multimodal_prompt_input'],
-                    m['lmdeploy.serve.openai.api_server'].mount_metrics,
-                    m['lmdeploy.pytorch.weight_loader.model_weight_loader'].load_model_weights,
-                    dict(m['lmdeploy.pytorch.models.module_map'].CUSTOM_MODULE_MAP),
-                    list(m['lmdeploy.pytorch.configurations'].AutoModelConfigBuilder._sub_classes))
+            found = {}
+            for name, module in sorted(sys.modules.items()):
+                if name.startswith(('lmdeploy.', 'PIL.')):
+                    for key, value in vars(module).items():
+                        found[name, key] = (id(value), list(value) if isinstance(value, dict | list) else None)
+                        if isinstance(value, type):
+                            found |= {(name, key, n): id(v) for n, v in vars(value).items() if callable(v)}
+            return found
+
+        def begin():
+            set_up()
+            register.apply(Trigger.MODEL)
+            engine.install()
+
+        for patch in all_patches():
+            importlib.import_module(patch.module)
+        begin()
         before = state()
-        for name, hook in HOOKS.items():
-            hook(sys.modules[name])
-        after = state()
-        print([a is b or a == b for a, b in zip(before, after)])
+        begin()
+        print(before == state(), len(register.applied) == len(all_patches()), register.pending, register.failed)
         """
     )
-    assert out == str([True] * 13)
+    assert out == 'True True {} {}'

@@ -17,7 +17,7 @@ LINK = re.compile(r'\[[^]]*\]\(([^)\s]+)\)')
 BLOCK = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 # What a command line that is not checked here is checked by.
 ELSEWHERE = {
-    'pip install': 'tests/test_wheel.py installs the wheel',
+    'pip install': 'tests/house/test_wheel.py installs the wheel',
     'pre-commit install': 'its hooks are the commands of make lint',
     'lmdeploy serve api_server': 'tests/serving starts servers, by the same command',
 }

@@ -21,6 +21,8 @@ WITH_DOTS = {'pool_kernel', 'logits_kernel', 'weighted_sum_kernel', 'linear_kern
 UPDATE = 'make kernel-resources'
 IDENTITY = ('chip', 'kernel', 'types', 'constants', 'aligned', 'warps')
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def measured(tmp_path_factory):

@@ -47,6 +47,7 @@ def forbid(monkeypatch, names):
         monkeypatch.setattr(module, name, forbidden)
 
 
+@pytest.mark.slow
 def test_triton_is_chosen_and_agrees_with_torch(encoder, tiles, use, monkeypatch):
     use('torch')
     expected = encoder.encode_tiles([tiles[:2], tiles[2:]], 0.5)
@@ -67,6 +68,7 @@ def test_torch_when_asked_for(encoder, tiles, use, monkeypatch):
     encoder.encode_tiles([tiles[:1]], 'all')
 
 
+@pytest.mark.slow
 def test_alone_or_among_others(encoder, tiles, rows_apart):
     def score_and_tokens(order):
         features = encoder.features(tiles[order])

@@ -37,7 +37,7 @@ def __getattr__(name: str) -> type:
 
 
 @cache
-def vico_class(architecture: str) -> type:
+def vico_class(architecture: str) -> type[Any]:
     """The subclass of LMDeploy's ``architecture`` that accepts visual tokens."""
     qualname = patch._get_module_map().get(architecture)
     if qualname is None:
@@ -46,7 +46,11 @@ def vico_class(architecture: str) -> type:
     return type(vico_architecture(architecture), (VisualTokensMixin, language_model), {'__module__': __name__})
 
 
-class VisualTokensMixin:
+# What the mixin stands before: one of LMDeploy's language models, which share no typed base.
+_LanguageModel: Any = object
+
+
+class VisualTokensMixin(_LanguageModel):
     """Adds visual tokens to a language model of LMDeploy."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

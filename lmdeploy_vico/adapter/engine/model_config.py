@@ -6,8 +6,8 @@ from lmdeploy.pytorch.configurations.builder import AutoModelConfigBuilder
 
 from lmdeploy_vico.adapter.engine.architectures import vico_architecture
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-from lmdeploy_vico.adapter.patches.registration import require_all_hooks
 from lmdeploy_vico.options import OVERRIDES_KEY, environment_options
+from lmdeploy_vico.patching import register
 
 
 class VicoModelConfigBuilder(AutoModelConfigBuilder):
@@ -23,8 +23,8 @@ class VicoModelConfigBuilder(AutoModelConfigBuilder):
 
     @classmethod
     def build(cls, hf_config: VicoChatConfig, model_path: str | None = None, **kwargs: Any) -> Any:
-        """Build LMDeploy's ModelConfig."""
-        require_all_hooks()
+        """Build LMDeploy's ModelConfig; raises PatchError if LMDeploy could not be changed as needed."""
+        register.require_all()
         config = AutoModelConfigBuilder.build(hf_config.llm_config, model_path, **kwargs)
         hf_config.architectures = [vico_architecture(hf_config.llm_config.architectures[0])]
         # Worker processes of an existing Ray cluster have an environment of their own. What --hf-overrides says is put

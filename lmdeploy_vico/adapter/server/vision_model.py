@@ -14,16 +14,15 @@ from lmdeploy.tokenizer import Tokenizer
 from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-from lmdeploy_vico.adapter.patches.decoding import guard_media_decoding
-from lmdeploy_vico.adapter.patches.registration import require_all_hooks
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
 from lmdeploy_vico.adapter.server.request import VicoRequest, parse_request
 from lmdeploy_vico.adapter.server.served import admitted, served_request
-from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
+from lmdeploy_vico.adapter.server.usage import count_image_tokens
 from lmdeploy_vico.config import UnsupportedCheckpointError
+from lmdeploy_vico.patching import Trigger, register
 from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.stage.queue import StageBusyError
@@ -57,13 +56,12 @@ class VicoVisionModel(VisionModel):
         """Load the vision side; called once, when LMDeploy has chosen the data type and the engine's config.
 
         Raises:
-            UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the text says
-                why.
+            PatchError, UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the
+                text says why.
         """
-        require_all_hooks()
-        guard_media_decoding()
+        register.require_all()
+        register.apply(Trigger.MODEL)
         watch_clients()
-        show_image_tokens()
         self.backend_config = backend_config
         side = start_vision_side(self.model_path, self.hf_config, backend_config)
         self.stage, self.rules, self._pixels, self._synthetic = side.stage, side.rules, side.pixels, side.synthetic

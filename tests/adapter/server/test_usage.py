@@ -11,7 +11,8 @@ import asyncio
 from lmdeploy.serve.openai import protocol
 from lmdeploy_vico.adapter.handover import Span
 from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware
-from lmdeploy_vico.adapter.server.usage import count_image_tokens, show_image_tokens
+from lmdeploy_vico.adapter.server.usage import count_image_tokens
+from lmdeploy_vico.patching import Trigger, register
 
 def answers():
     usage = protocol.UsageInfo.build(prompt_tokens=9, completion_tokens=2, cached_tokens=4)
@@ -32,7 +33,7 @@ def serve():
 answers()
 serve()
 for _ in range(2):
-    show_image_tokens()
+    register.apply(Trigger.MODEL)
     answers()
     serve()
 """

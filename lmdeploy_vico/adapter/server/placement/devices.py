@@ -108,7 +108,7 @@ def _running_ray_cluster(engine: PytorchEngineConfig) -> str | None:
     same_process = not engine.enable_mp_engine or engine.mp_engine_backend == 'ray'
     if same_process and ray is not None and ray.is_initialized():
         return str(ray.get_runtime_context().gcs_address)
-    address: str | None = services.get_ray_address_from_environment(None, None)
+    address: str | None = services.get_ray_address_from_environment(None, None)  # type: ignore[arg-type]
     return None if address == 'local' else address
 
 

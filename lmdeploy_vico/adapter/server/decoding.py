@@ -1,10 +1,12 @@
-"""Guards LMDeploy's decoding of images and videos in a process that serves a ViCO model."""
+"""What is checked when LMDeploy decodes images and videos in a process that serves a ViCO model.
+
+The functions are put around LMDeploy's own by ``adapter/patches/media.py``.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import wrapt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lmdeploy_vico.adapter.server.overload import OverloadError
@@ -21,7 +23,6 @@ class VideoError(ValueError):
     """A video that cannot be decoded; LMDeploy answers 400 with the message."""
 
 
-_LOADERS = ('load_bytes', 'load_base64', 'load_file')
 # Containers may announce a few frames more than they hold; when more than this share of a video's frames cannot be
 # read, and more than one, it is damaged.
 _UNREADABLE = 0.1
@@ -37,39 +38,10 @@ _FULL_FRAME = 16
 _LARGE = 2**28
 
 
-def guard_media_decoding() -> None:
-    """Refuse damaged pictures and videos, and those that are too large, and say in a sentence what is wrong.
-
-    Why: LMDeploy tells Pillow to accept truncated files, so half a picture would be answered as if it were whole; it
-    skips the frames of a video that it cannot read, and goes on, for as many frames as the header announces, where a
-    video has ended, which can take minutes; it decodes whatever comes, whether there is memory for it or not, and keeps
-    the frames of videos in full size; and it reports every decoding error but ValueError as "Request preprocessing
-    failed." Called when a ViCO model starts, so that other processes keep LMDeploy's behaviour. Can go when LMDeploy
-    rejects truncated images and videos, names the error and bounds the memory of what it decodes. Idempotent.
-    """
-    from lmdeploy.vl.media.image import ImageMediaIO
-    from lmdeploy.vl.media.video import VideoMediaIO
-    from lmdeploy.vl.media.video_loader import OpenCVVideoLoader
-
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    for name in _LOADERS:
-        _wrap(ImageMediaIO, name, _explain)
-        _wrap(VideoMediaIO, name, _explain_video)
-    _wrap(VideoMediaIO, '__init__', _explain_video_backend)
-    _wrap(OpenCVVideoLoader, '_read_frames', _read_frames)
-    # What every format of Pillow's calls before it decodes, those too that contain files of another size.
-    _wrap(ImageFile.ImageFile, 'load_prepare', _charge_picture)
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    if not isinstance(owner.__dict__[name], wrapt.FunctionWrapper):
-        wrapt.wrap_function_wrapper(owner, name, wrapper)
-
-
-def _explain(wrapped: Callable[..., Image.Image], instance: Any, args: Any, kwargs: Any) -> Image.Image:
-    del instance
+def load_image(load: Callable[[], Image.Image]) -> Image.Image:
+    """Return what ``load`` does, or raise ImageError with a sentence that says what is wrong with the data."""
     try:
-        return wrapped(*args, **kwargs)
+        return load()
     except UnidentifiedImageError:
         raise ImageError('The data is not an image in a format that can be read.') from None
     except Image.DecompressionBombError as error:
@@ -85,25 +57,31 @@ def _explain(wrapped: Callable[..., Image.Image], instance: Any, args: Any, kwar
         raise ImageError(f'The image is damaged or truncated: {error}') from None
 
 
-def _charge_picture(wrapped: Callable[..., None], instance: Any, args: Any, kwargs: Any) -> None:
-    width, height = instance.size
+def charge_picture(picture: ImageFile.ImageFile) -> None:
+    """Count the memory that a picture will take when it is decoded; raises if there is not as much."""
+    width, height = picture.size
     charge(width * height * _PICTURE)
-    wrapped(*args, **kwargs)
 
 
-def _explain_video_backend(wrapped: Callable[..., None], instance: Any, args: Any, kwargs: Any) -> None:
-    del instance
+def make_video_loader(make: Callable[[], None]) -> None:
+    """Call ``make``, or raise VideoError if the package that reads videos is missing."""
     try:
-        wrapped(*args, **kwargs)
+        make()
     except ImportError as error:
         raise VideoError(
             f'This server cannot read videos until opencv-python-headless is installed on it: {error}'
         ) from error
 
 
-def _explain_video(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
+def load_video(loader: Any, load: Callable[[], Any]) -> Any:
+    """Return the frames and metadata that ``load`` does, or raise VideoError with a sentence that says what is wrong.
+
+    Args:
+        loader: LMDeploy's VideoMediaIO.
+        load: its method, with its arguments.
+    """
     try:
-        frames, metadata = wrapped(*args, **kwargs)
+        frames, metadata = load()
     except FileNotFoundError:
         raise VideoError('The video file does not exist.') from None
     except MemoryError:
@@ -116,7 +94,7 @@ def _explain_video(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs
         # The backends raise whatever their arithmetic makes of a damaged header.
         detail = f': {error}' if isinstance(error, OSError | ValueError) and str(error) else '.'
         raise VideoError(f'The data is not a video that can be read, or it is damaged{detail}') from None
-    _refuse_missing_frames(instance, len(frames), metadata)
+    _refuse_missing_frames(loader, len(frames), metadata)
     if metadata['video_backend'] not in ('opencv', 'jpeg_sequence'):
         charge(frames.nbytes // 3 * _FRAME)  # of the other loaders, which do not say earlier how large frames are
     return frames, metadata
@@ -134,15 +112,7 @@ def _refuse_missing_frames(loader: Any, frames: int, metadata: Mapping[str, Any]
         raise VideoError(f'The video is damaged or truncated: {expected - frames} of {expected} frames cannot be read.')
 
 
-def _read_frames(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
-    del instance
-    capture, indices, frames, *others = args
-    guarded = _Capture(capture, frames)
-    charge(guarded.memory)
-    return wrapped(guarded, indices, frames, *others, **kwargs)
-
-
-class _Capture:
+class Capture:
     """An OpenCV capture that gives up where a video has ended, and resizes the frames of large ones as they are read.
 
     Every frame becomes one tile later on, made by the same function and so of the same pixels; until then, a second of

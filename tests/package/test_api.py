@@ -9,7 +9,7 @@ import pytest
 
 import lmdeploy_vico
 
-PAGE = Path(__file__).parents[1] / 'docs' / 'api.md'
+PAGE = Path(__file__).parents[2] / 'docs' / 'api.md'
 
 
 def test_the_examples_run(make_checkpoint, pictures, tmp_path, monkeypatch):

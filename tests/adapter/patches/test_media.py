@@ -22,13 +22,14 @@ from parity.conversations import data_url
 from parity.videos import moving_crops, write_video
 from PIL import Image, ImageFile
 
-from lmdeploy_vico.adapter.patches import decoding
-from lmdeploy_vico.adapter.patches.decoding import guard_media_decoding
+from lmdeploy_vico.adapter.patches import media
+from lmdeploy_vico.adapter.server import decoding
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.media import AT_ONCE, MediaParser
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.request import parse_request
 from lmdeploy_vico.adapter.server.served import PixelBudget, TooLargeError
+from lmdeploy_vico.patching import Register, Trigger
 from lmdeploy_vico.vision.tiling import Tiling, cut_tiles
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
@@ -36,7 +37,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
-    """The guard, for this module's tests only."""
+    """The patches, for this module's tests only."""
     monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)
     for name in ('load_bytes', 'load_base64', 'load_file'):
         monkeypatch.setattr(ImageMediaIO, name, ImageMediaIO.__dict__[name])
@@ -44,7 +45,10 @@ def guarded(monkeypatch):
         monkeypatch.setattr(VideoMediaIO, name, VideoMediaIO.__dict__[name])
     for owner, name in ((OpenCVVideoLoader, '_read_frames'), (ImageFile.ImageFile, 'load_prepare')):
         monkeypatch.setattr(owner, name, owner.__dict__[name])
-    guard_media_decoding()
+    register = Register()
+    register.install(media.PATCHES)
+    register.apply(Trigger.MODEL)
+    return register
 
 
 def encoded(kind, progressive=False):
@@ -120,13 +124,14 @@ def test_missing_file(tmp_path):
         ImageMediaIO().load_file(tmp_path / 'nothing.png')
 
 
-def test_guarding_twice_changes_nothing():
+def test_guarding_twice_changes_nothing(guarded):
     def guards():
         owners = {ImageMediaIO: 'load_bytes', VideoMediaIO: '__init__', OpenCVVideoLoader: '_read_frames'}
         return [id(owner.__dict__[name]) for owner, name in owners.items()]
 
     before = guards()
-    guard_media_decoding()
+    guarded.install(media.PATCHES)
+    guarded.apply(Trigger.MODEL)
     assert guards() == before
 
 
@@ -218,13 +223,13 @@ def test_frames_are_counted_before_they_are_read(large_video, monkeypatch, large
         read(large_video, num_frames=5)
         assert budget.taken == size
     budget.limit -= 1
-    monkeypatch.setattr(decoding._Capture, 'grab', None)
+    monkeypatch.setattr(decoding.Capture, 'grab', None)
     with pytest.raises(TooLargeError, match=f'at least {size} bytes'), counting(budget):
         read(large_video, num_frames=5)
 
 
 def test_frames_of_another_size_than_announced():
-    capture = decoding._Capture(cv2.VideoCapture(), 1)
+    capture = decoding.Capture(cv2.VideoCapture(), 1)
     capture._capture = SimpleNamespace(retrieve=lambda: (True, np.zeros((9, 9, 3), np.uint8)))
     with pytest.raises(ValueError, match='The video is damaged: not all of its frames have 0x0 pixels'):
         capture.retrieve()

@@ -15,7 +15,7 @@ from ports import given_by_chance
 from torch.distributed import TCPStore
 from waiting import HANG
 
-from lmdeploy_vico.adapter.patches import engine_start
+from lmdeploy_vico.adapter.patches import start
 from lmdeploy_vico.cpu import selection
 
 PORT = 4711
@@ -98,9 +98,9 @@ def test_the_manager_goes_before_it_has_answered(monkeypatch):
 
 @pytest.mark.busy
 def test_lmdeploy_still_dies_of_it(monkeypatch):
-    """When this fails, the hook can go."""
-    unhooked = zmq_engine.ZMQMPEngine._mp_proc.__wrapped__
-    assert isinstance(start_engine(monkeypatch, unhooked), EOFError | OSError)
+    """When this fails, the patch can go."""
+    unpatched = zmq_engine.ZMQMPEngine._mp_proc.__wrapped__
+    assert isinstance(start_engine(monkeypatch, unpatched), EOFError | OSError)
 
 
 def test_other_errors_are_raised():
@@ -114,7 +114,7 @@ def test_other_errors_are_raised():
         def notify(self):
             return 6
 
-    condition = engine_start.LastRelease(Condition())
+    condition = start.LastRelease(Condition())
     assert condition.notify() == 6
     with pytest.raises(RuntimeError, match='un-acquired'), condition as entered:
         assert entered == 5
@@ -125,8 +125,8 @@ def test_other_errors_are_raised():
 
 def let_go(port):
     """Close the socket that holds ``port``."""
-    [holder] = [one for one in engine_start._held if one.getsockname()[1] == port]
-    engine_start._held.remove(holder)
+    [holder] = [one for one in start._held if one.getsockname()[1] == port]
+    start._held.remove(holder)
     holder.close()
 
 
@@ -166,7 +166,7 @@ def test_the_port_of_a_group_is_kept_for_it(lmdeploys_port, executor):
 
 
 def test_a_port_that_lmdeploy_has_found_may_be_given_away():
-    """When this fails, the hook can go."""
+    """When this fails, the patch can go."""
     from lmdeploy.pytorch.engine.executor.dist_utils import find_available_port
 
     # Some program of this machine may have been faster.
@@ -190,13 +190,3 @@ def test_attached_wherever_the_plugin_is(mode, attached):
         timeout=HANG,
     )
     assert done.stdout.split() == [str(attached)] * 2, done.stderr
-
-
-def test_hooks_are_idempotent():
-    modules = {name: importlib.import_module(name) for name in engine_start.HOOKS}
-    before = [dict(vars(modules[name])) for name in engine_start.HOOKS]
-    proc = vars(zmq_engine.ZMQMPEngine)['_mp_proc']
-    for name, hook in engine_start.HOOKS.items():
-        hook(modules[name])
-    assert [dict(vars(modules[name])) for name in engine_start.HOOKS] == before
-    assert vars(zmq_engine.ZMQMPEngine)['_mp_proc'] is proc

@@ -112,7 +112,7 @@ def test_values_that_were_read_may_be_given_again(name):
 
 def test_the_documents_are_the_declaration(capsys):
     assert cli.main(['options', '--markdown']) == 0
-    page = (Path(__file__).parents[1] / 'docs' / 'options.md').read_text()
+    page = (Path(__file__).parents[2] / 'docs' / 'options.md').read_text()
     assert page == capsys.readouterr().out, 'run: lmdeploy-vico options --markdown > docs/options.md'
     rows = [line.split('|')[1:-1] for line in page.splitlines() if line.startswith('| `')]
     assert [row[0].strip(' `') for row in rows] == [field.name for field in dataclasses.fields(Options)]

@@ -1,0 +1,41 @@
+"""Every patch against the installed LMDeploy."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lmdeploy_vico.adapter.engine.model_config import VicoModelConfigBuilder
+from lmdeploy_vico.adapter.patches.table import all_patches, is_supported, supported_range
+from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
+from lmdeploy_vico.patching import PatchError, check, register
+
+
+@pytest.mark.parametrize('patch', all_patches(), ids=str)
+def test_a_patch_fits_the_installed_lmdeploy(patch):
+    check(patch)
+
+
+def test_no_vico_model_starts_without_every_patch(monkeypatch):
+    monkeypatch.setitem(register.failed, all_patches()[0], 'signature changed')
+    with pytest.raises(PatchError, match='answer batch size.*signature changed'):
+        VicoVisionModel.start(None, backend_config=None)
+    with pytest.raises(PatchError, match='answer batch size.*signature changed'):
+        VicoModelConfigBuilder.build(None)
+
+
+def test_no_two_patches_are_alike():
+    assert len({str(patch) for patch in all_patches()}) == len(all_patches())
+
+
+@pytest.mark.parametrize(
+    'version, supported',
+    [('0.18.0', True), ('0.18.3rc1', True), ('0.17.9', False), ('0.19.0', False), ('1.18.0', False), ('0.18', True)],
+)
+def test_supported_versions(version, supported):
+    assert is_supported(version) == supported
+
+
+def test_the_package_depends_on_the_supported_versions():
+    project = (Path(__file__).parents[3] / 'pyproject.toml').read_text()
+    assert re.findall(r'"lmdeploy([<>=!~].*)"', project) == [supported_range().replace(' ', '')]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import wrapt
 
-logger = logging.getLogger('lmdeploy_vico')
+logger = logging.getLogger(__name__)
 
 Process = Literal['server', 'engine', 'server and engine']
 

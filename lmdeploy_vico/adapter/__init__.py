@@ -1,1 +1,1 @@
-"""The room that imports LMDeploy: registration, request to prompt, the engine-side module."""
+"""Where LMDeploy is met: the changes to it, what serves a request in its API process, and the model in its engine."""

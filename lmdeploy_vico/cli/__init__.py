@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     own, server_arguments = bench.split(argv)
     said = argparse.Namespace(argv=['lmdeploy-vico', *argv], server_arguments=server_arguments)
-    arguments = _parser().parse_args(own, said)
+    arguments = parser().parse_args(own, said)
     try:
         status: int = arguments.run(arguments)
     except CommandError as error:
@@ -35,21 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    whole = argparse.ArgumentParser(
         prog='lmdeploy-vico', description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--version', action='version', version=f'lmdeploy-vico {__version__}')
-    parser.set_defaults(run=lambda arguments: _help(parser))
-    commands = parser.add_subparsers(title='commands', metavar='COMMAND')
+    whole.add_argument('--version', action='version', version=f'lmdeploy-vico {__version__}')
+    whole.set_defaults(run=lambda arguments: _help(whole))
+    commands = whole.add_subparsers(title='commands', metavar='COMMAND')
     tiny.add_parser(commands)
     options.add_parser(commands)
     env.add_parser(commands)
     demo.add_parser(commands)
     bench.add_parser(commands)
-    return parser
+    return whole
 
 
-def _help(parser: argparse.ArgumentParser) -> int:
-    parser.print_help()
+def _help(whole: argparse.ArgumentParser) -> int:
+    whole.print_help()
     return 0

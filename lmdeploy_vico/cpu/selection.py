@@ -14,14 +14,14 @@ _ENGINE_PROCESSES = ('mp_engine_proc', 'ExecutorProc-')
 
 @cache
 def has_cuda() -> bool:
-    """Whether PyTorch sees a CUDA device in this process."""
+    """Return whether PyTorch sees a CUDA device in this process."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def runs_on_cpu(device_type: str | None = 'cuda') -> bool:
-    """Whether an engine asked for on ``device_type`` has to run on the CPU.
+    """Return whether an engine that is asked for on ``device_type`` has to run on the CPU.
 
     ``cuda`` is LMDeploy's default; its other device types (``ascend``, ``maca``, ``camb``) are left alone.
     """

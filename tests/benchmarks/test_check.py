@@ -243,7 +243,7 @@ def test_the_workflow_names_what_there_is():
             if target == 'bench-check':
                 check.parse(shlex.split(variables[0].removeprefix('ARGS=')))
         elif program.endswith('lmdeploy-vico'):
-            cli._parser().parse_args(words)
+            cli.parser().parse_args(words)
             seen.add(words[0])
     assert seen == {'setup', 'counters', 'bench-check', 'tiny', 'bench'}
     assert 'pull_request' in workflow['jobs']['times']['if']

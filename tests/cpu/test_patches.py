@@ -1,4 +1,4 @@
-"""What the CPU backend changes, when, and how often."""
+"""What the CPU backend changes in LMDeploy, and when."""
 
 import json
 import os

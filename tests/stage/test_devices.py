@@ -153,7 +153,9 @@ def test_a_device_that_cannot_start_is_named_and_the_others_end():
         def enter_thread(self):
             raise torch.OutOfMemoryError('CUDA out of memory.')
 
+    before = set(threading.enumerate())
     with pytest.raises(DeviceStartError, match='cannot start on cuda:3: CUDA out of memory') as error:
         VisionStage([Device(), Broken(), Device()], torch.bfloat16, threads=2)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith('vico-device-')] == []
+    begun = set(threading.enumerate()) - before
+    assert [thread.name for thread in begun if thread.name.startswith('vico-device-')] == []

@@ -16,31 +16,18 @@ from lmdeploy_vico.stage.work import FAILURES, Work
 pytestmark = pytest.mark.busy
 
 
-def test_a_broken_device_is_given_up_and_harms_nobody(pictures, monkeypatch, caplog):
-    good, broken = StandInEncoder(), StandInEncoder()
-
-    def fail(tiles):
-        raise RuntimeError('device trouble')
-
-    monkeypatch.setattr(broken, 'start', fail)
-    stage = VisionStage([good, broken], torch.float32, threads=2)
-    names = ('coffee', 'page', 'rocket', 'chelsea', 'text')
-    for future in [stage.submit([job(pictures[name])], 'auto') for name in names]:
-        assert len(future.result()) == 1
-    assert 'is not used any more' in caplog.text
-    stage.close()
+def trouble(tiles):
+    raise RuntimeError('device trouble')
 
 
-def test_a_device_that_does_not_answer_is_given_up_at_once(pictures, monkeypatch, caplog):
-    good, broken = StandInEncoder(), StandInEncoder()
-    retired = threading.Event()
+@pytest.fixture
+def good_and_broken(monkeypatch):
+    """A stage with a device that works once the other one is retired, and that other one, which fails on all tiles."""
+    good, broken, retired = StandInEncoder(), StandInEncoder(), threading.Event()
 
     def start(tiles):
-        retired.wait()  # so that the broken one takes a tile
+        assert retired.wait(HANG)  # so that the broken one takes tiles
         return encode(tiles)
-
-    def fail(tiles):
-        raise RuntimeError('an illegal memory access')
 
     def retire(device):
         was_retired = retire_device(device)
@@ -49,14 +36,30 @@ def test_a_device_that_does_not_answer_is_given_up_at_once(pictures, monkeypatch
 
     encode = good.start
     monkeypatch.setattr(good, 'start', start)
-    monkeypatch.setattr(broken, 'start', fail)
-    monkeypatch.setattr(broken, 'usable', lambda: False)
+    monkeypatch.setattr(broken, 'start', trouble)
     stage = VisionStage([good, broken], torch.float32, threads=2)
     retire_device = stage._queue.retire
     monkeypatch.setattr(stage._queue, 'retire', retire)
-    assert len(stage.submit([job(pictures['coffee'])], 'auto').result(60)) == 1
-    assert 'has failed on 1 batches in a row and is not used any more' in caplog.text
+    yield stage, broken
+    retired.set()
     stage.close()
+
+
+def test_a_broken_device_is_given_up_and_harms_nobody(good_and_broken, pictures, caplog):
+    stage, _ = good_and_broken
+    names = ('coffee', 'page', 'rocket', 'chelsea', 'text')
+    for future in [stage.submit([job(pictures[name])], 'auto') for name in names]:
+        assert len(future.result(HANG)) == 1
+    stage.close()  # with it the broken one's thread has ended, and has logged what it had to
+    assert 'has failed on 3 batches in a row and is not used any more' in caplog.text
+
+
+def test_a_device_that_does_not_answer_is_given_up_at_once(good_and_broken, pictures, caplog):
+    stage, broken = good_and_broken
+    broken.usable = lambda: False
+    assert len(stage.submit([job(pictures['coffee'])], 'auto').result(HANG)) == 1
+    stage.close()
+    assert 'has failed on 1 batches in a row and is not used any more' in caplog.text
 
 
 def failing(encoder, monkeypatch, error, times):

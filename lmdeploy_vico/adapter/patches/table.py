@@ -11,7 +11,7 @@ from lmdeploy_vico.adapter.patches import engine, media, server, start
 from lmdeploy_vico.cpu import patches as cpu
 from lmdeploy_vico.patching import Patch, register
 
-logger = logging.getLogger('lmdeploy_vico')
+logger = logging.getLogger(__name__)
 
 SUPPORTED = ((0, 18), (0, 19))  # from the first to before the second; a test compares it with pyproject.toml
 

@@ -36,7 +36,6 @@ class RandomCheckpoint(DummyWeights):
     """
 
     def __init__(self, keep: bool = True) -> None:
-        super().__init__()
         self._keep = keep
         self.tensors: dict[str, torch.Tensor] = {}
 

@@ -73,40 +73,47 @@ def spread(name: str, shape: Shape) -> Spread:
             return Spread(0.0)
 
 
-def generator_for(name: str, seed: int, device: torch.device | str = 'cpu') -> torch.Generator:
-    """Return a generator whose values depend on a tensor's name and the seed, not on what was drawn before."""
-    return torch.Generator(device).manual_seed((zlib.crc32(name.encode()) << 24) + seed)
+def dummy_spread(name: str, shape: Shape) -> Spread:
+    """Return the spread of dummy weights: that of :func:`spread`, but layer scales are 1 and embeddings like matrices.
+
+    With token embeddings of a variance of 1 a shallow model would only repeat the token it has just read.
+    """
+    match kind_of(name, shape):
+        case Kind.EMBEDDING:
+            return Spread(fan_in(shape) ** -0.5)
+        case Kind.LAYER_SCALE:
+            return Spread(0.0, 1.0)
+        case _:
+            return spread(name, shape)
+
+
+def seed_of(name: str) -> int:
+    """Return the seed of a tensor's values, a number of 32 bits that depends on its name alone."""
+    return zlib.crc32(name.encode())
 
 
 @torch.inference_mode()
-def fill(parameters: Iterable[tuple[str, torch.Tensor]], seed: int = 0) -> None:
-    """Fill parameters, on the device where they are, with random values of :func:`spread`.
+def fill(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Fill parameters, on the device where they are, with random values of :func:`dummy_spread`.
 
-    The same name, shape, device type and seed give the same values in every process. So what tensor-parallel ranks hold
-    in common stays equal.
+    The same name, shape and device type give the same values in every process. So what tensor-parallel ranks hold in
+    common stays equal.
     """
     for name, parameter in parameters:
-        wanted = spread(name, tuple(parameter.shape))
+        wanted = dummy_spread(name, tuple(parameter.shape))
         if wanted.std:
-            generator = generator_for(name, seed, parameter.device)
+            generator = torch.Generator(parameter.device).manual_seed(seed_of(name))
             parameter.normal_(wanted.mean, wanted.std, generator=generator)
         else:
             parameter.fill_(wanted.mean)
 
 
 class DummyWeights:
-    """Random weights that take no file and no time: for measuring, not for answers.
-
-    Args:
-        seed: of the values.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self._seed = seed
+    """Random weights that take no file and no time: for measuring, not for answers."""
 
     def require(self, expected: Mapping[str, Shape], part: str = 'vision side') -> None:
         """Accept anything: whatever is expected will be there."""
 
     def load_into(self, module: nn.Module) -> None:
         """Fill every parameter of ``module``."""
-        fill(module.named_parameters(), self._seed)
+        fill(module.named_parameters())

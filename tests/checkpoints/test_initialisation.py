@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmdeploy_vico.checkpoints.initialisation import DummyWeights, Kind, Spread, kind_of, spread
+from lmdeploy_vico.checkpoints.initialisation import DummyWeights, Kind, Spread, dummy_spread, kind_of, spread
 from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
 from lmdeploy_vico.checkpoints.random.configuration import SIZES, Size
 from lmdeploy_vico.checkpoints.random.published import Model
@@ -70,11 +70,13 @@ def test_a_name_and_a_shape_say_what_a_tensor_gets(name):
     assert (kind_of(name, shape), spread(name, shape)) == (kind, expected)
 
 
-def test_seeds_and_names_differ():
-    def filled(seed):
-        module = torch.nn.ModuleList([torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)])
-        DummyWeights(seed).load_into(module)
-        return [layer.weight for layer in module]
+def test_tensors_of_other_names_differ():
+    module = torch.nn.ModuleList([torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)])
+    DummyWeights().load_into(module)
+    assert not torch.equal(module[0].weight, module[1].weight)
 
-    values = [*filled(0), *filled(1)]
-    assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+def test_dummies_have_embeddings_like_matrices_and_full_layer_scales():
+    assert dummy_spread('model.embed_tokens.weight', (1024, 64)) == Spread(1 / 8)
+    assert dummy_spread(f'{LAYER}.ls1', (64,)) == Spread(0.0, 1.0)
+    assert dummy_spread(f'{LAYER}.mlp.fc1.weight', (256, 64)) == spread(f'{LAYER}.mlp.fc1.weight', (256, 64))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmdeploy_vico.checkpoints.initialisation import Kind, Spread, fan_in, generator_for, kind_of
+from lmdeploy_vico.checkpoints.initialisation import Kind, Spread, fan_in, kind_of, seed_of
 from lmdeploy_vico.checkpoints.names import GATING, LANGUAGE_MODEL, VIT, Shape
 from lmdeploy_vico.config import PATCH_SIZE
 
@@ -56,7 +56,8 @@ class Noise:
 
     def __call__(self, name: str, shape: Shape, spread: Spread = Spread(1.0)) -> Tensor:  # noqa: B008 (frozen)
         """Return a float64 tensor of this shape."""
-        values = torch.randn(shape, generator=generator_for(name, self.seed), dtype=torch.float64)
+        generator = torch.Generator().manual_seed((seed_of(name) << 24) + self.seed)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values * spread.std + spread.mean
 
 

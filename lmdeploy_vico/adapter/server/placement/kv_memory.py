@@ -18,7 +18,7 @@ from lmdeploy.utils import get_max_batch_size
 
 from lmdeploy_vico.adapter.server.placement.devices import UnknownDevicesError, engine_devices, parallelism
 from lmdeploy_vico.adapter.server.placement.replicas import FreeMemory, free_memory
-from lmdeploy_vico.checkpoints.files import Checkpoint
+from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes
 from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
 from lmdeploy_vico.host_memory import GIB
@@ -220,7 +220,13 @@ def stored_sizes(model_path: str) -> dict[str, int]:
     """Return the bytes of each tensor of the language model, as the checkpoint stores them.
 
     Raises:
-        UnsupportedCheckpointError: the checkpoint holds no weights, or damaged ones.
+        ValueError: the checkpoint holds none, or a file is damaged.
     """
-    sizes = Checkpoint(model_path).sizes
-    return {name: size for name, size in sizes.items() if name.startswith(LANGUAGE_MODEL)}
+    try:
+        sizes = Checkpoint(model_path).sizes
+    except NoWeightsError:
+        sizes = {}
+    language_model = {name: size for name, size in sizes.items() if name.startswith(LANGUAGE_MODEL)}
+    if not language_model:
+        raise ValueError('the size of the weights is not known')
+    return language_model

@@ -60,7 +60,7 @@ def parses(argv):
     cli.parser().parse_args(argv)
 
 
-@pytest.mark.parametrize('line', commands())
+@pytest.mark.parametrize('line', list(commands()))
 def test_commands_exist(line):
     words = shlex.split(line, comments=True)
     while words and '=' in words[0]:  # variables of the environment

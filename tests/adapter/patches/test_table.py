@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import lmdeploy.pytorch.configurations
+import lmdeploy.vl.model.builder  # noqa: F401 (as LMDeploy does, which finds our classes through the patches)
 import pytest
 
 from lmdeploy_vico.adapter.engine.model_config import VicoModelConfigBuilder

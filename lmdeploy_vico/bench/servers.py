@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS, TURBOMIND
+from lmdeploy_vico.bench.workload.requests import INTERNVL, LLM, OURS, TURBOMIND
 from lmdeploy_vico.launch import ApiServer
 
 FLASH_KEYS = ('flash_mode', 'flash_relative_threshold', 'flash_absolute_threshold')

@@ -46,7 +46,7 @@ from benchmarks.lib.compare import (
 from benchmarks.lib.facts import PACKAGES, facts
 from benchmarks.lib.timing import QUIET
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.results import OutputFile
+from lmdeploy_vico.bench.report.results import OutputFile
 
 CASES = Path(cases.__file__)
 THRESHOLD = 0.05

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import RESULTS
 from benchmarks.lib.compare import Key, Measured, Target
-from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS, TILES
+from lmdeploy_vico.bench.report.paper import SHARES, SPEEDUPS, TILES
 from lmdeploy_vico.checkpoints.random.configuration import Size
 from lmdeploy_vico.checkpoints.random.published import MODELS
 from lmdeploy_vico.config import TOKENS_FULL

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lmdeploy_vico.bench.workload import AUTO, BASELINES, IMAGE, LLM, OURS, parse_compression
+from lmdeploy_vico.bench.workload.requests import AUTO, BASELINES, IMAGE, LLM, OURS, parse_compression
 
 DESCRIPTION = """\
 Measure first-token throughput as in Table 4 of the ViCO paper: requests with the same images and the same amount of

@@ -1,12 +1,12 @@
-"""Whether a server does what the measurement needs."""
+"""Checks that a server does what the measurement needs."""
 
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.client import Outcome
-from lmdeploy_vico.bench.workload import LLM, OURS, Cell, visual_tokens
+from lmdeploy_vico.bench.workload.requests import LLM, OURS, Cell, visual_tokens
 
 
 def check_answer(cell: Cell, outcome: Outcome, tiles: int, compressed: int | None) -> None:
-    """Raises :class:`BenchError` if a request of the warm-up was not answered as the measurement needs it."""
+    """Raise :class:`BenchError` if a request of the warm-up was not answered as the measurement needs it."""
     if outcome.status == 400 and cell.mode == LLM:
         raise BenchError(
             'The server refuses synthetic images: start it with LMDEPLOY_VICO_SYNTHETIC_IMAGES=1 in its environment. '

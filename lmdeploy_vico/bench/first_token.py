@@ -14,16 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lmdeploy_vico.bench import BenchError, report, servers
-from lmdeploy_vico.bench.breakdown import difference, parse_metrics
+from lmdeploy_vico.bench import BenchError, servers
 from lmdeploy_vico.bench.checks import check_answer
 from lmdeploy_vico.bench.client import Client, Outcome, Round
-from lmdeploy_vico.bench.paper import paper_model, paper_speedup
-from lmdeploy_vico.bench.pictures import make_pictures
 from lmdeploy_vico.bench.prefills import DEBUG, count_prefills
-from lmdeploy_vico.bench.results import CellResult, OutputFile
-from lmdeploy_vico.bench.texts import make_texts
-from lmdeploy_vico.bench.workload import (
+from lmdeploy_vico.bench.report import table
+from lmdeploy_vico.bench.report.breakdown import difference, parse_metrics
+from lmdeploy_vico.bench.report.paper import paper_model, paper_speedup
+from lmdeploy_vico.bench.report.results import CellResult, OutputFile
+from lmdeploy_vico.bench.workload.pictures import make_pictures
+from lmdeploy_vico.bench.workload.requests import (
     AUTO,
     BASELINES,
     IMAGE,
@@ -37,6 +37,7 @@ from lmdeploy_vico.bench.workload import (
     cells,
     visual_tokens,
 )
+from lmdeploy_vico.bench.workload.texts import make_texts
 from lmdeploy_vico.launch import ApiServer, ServerError
 
 # A round of a cell has so many requests for each that is on its way at a time: its end, when fewer and fewer are left,
@@ -74,7 +75,7 @@ class Measurement:
         options = self.options
         self.output.check()
         if options.plot:
-            report.check_plot(options.plot)
+            table.check_plot(options.plot)
         if options.model:
             servers.check_model(options.model)
         elif set(options.baseline) & set(BASELINES):
@@ -141,15 +142,15 @@ class Measurement:
                 await self._run_servers()
         except (BenchError, ServerError, asyncio.CancelledError):
             if any(result.completed for result in self.results.values()):
-                report.show(self.console, self.results, paper_model(self._model), self.options.tiles)
+                table.show(self.console, self.results, paper_model(self._model), self.options.tiles)
                 self._save(complete=False)  # nothing is written, over earlier results perhaps, where there is nothing
             raise
-        report.show(self.console, self.results, paper_model(self._model), self.options.tiles)
+        table.show(self.console, self.results, paper_model(self._model), self.options.tiles)
         self._save(complete=True)
         self._say(f'Results: {self.output.path}')
         if self.options.plot:
             title = f'{Path(self._model).name}: {self.options.tiles} tiles, {self.options.max_concurrency} at a time'
-            report.draw(self.options.plot, self.results, paper_model(self._model), self.options.tiles, title)
+            table.draw(self.options.plot, self.results, paper_model(self._model), self.options.tiles, title)
             self._say(f'Plot: {self.options.plot}')
         ours = [result for cell, result in self.results.items() if cell.server == OURS]
         return all(result.completed and not result.failed and not result.error for result in ours)
@@ -333,7 +334,7 @@ class Measurement:
             'paper_model': model,
             **self._about,
             'cells': [
-                result.as_json(report.speedup(self.results, cell), paper_speedup(model, tiles, cell))
+                result.as_json(table.speedup(self.results, cell), paper_speedup(model, tiles, cell))
                 for cell, result in self.results.items()
             ],
         }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.client import Client
-from lmdeploy_vico.bench.workload import Cell, Requests
+from lmdeploy_vico.bench.workload.requests import Cell, Requests
 from lmdeploy_vico.launch import ApiServer
 
 DEBUG = ('--log-level', 'DEBUG')  # what a server has to be started with

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.workload import INTERNVL, LLM, OURS, TURBOMIND
+from lmdeploy_vico.bench.workload.requests import INTERNVL, LLM, OURS, TURBOMIND
 from lmdeploy_vico.checkpoints.names import FLASH
 from lmdeploy_vico.checkpoints.safetensors_format import (
     INDEX_FILE,

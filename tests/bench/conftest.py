@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from waiting import HANG
 
-from lmdeploy_vico.bench.workload import visual_tokens
+from lmdeploy_vico.bench.workload.requests import visual_tokens
 
 OVERHEAD = 16  # tokens of the chat template
 

@@ -13,9 +13,9 @@ from bench.conftest import OVERHEAD
 from waiting import HANG
 
 from lmdeploy_vico import cli
-from lmdeploy_vico.bench import results as results_module
 from lmdeploy_vico.bench.client import Client
-from lmdeploy_vico.bench.workload import FLASH, IMAGE, INTERNVL, LLM, OURS, Cell, Requests
+from lmdeploy_vico.bench.report import results as results_module
+from lmdeploy_vico.bench.workload.requests import FLASH, IMAGE, INTERNVL, LLM, OURS, Cell, Requests
 from lmdeploy_vico.launch import free_port
 
 FEW = ['--num-prompts', '12', '--max-concurrency', '3', '--tiles', '5', '--text-tokens', '8']

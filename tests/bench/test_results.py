@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lmdeploy_vico.bench import BenchError, report
-from lmdeploy_vico.bench.breakdown import Breakdown, difference, parse_metrics
+from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.client import Outcome, Round
-from lmdeploy_vico.bench.paper import paper_model, paper_speedup
-from lmdeploy_vico.bench.results import CellResult, OutputFile
-from lmdeploy_vico.bench.workload import AUTO, FLASH, IMAGE, LLM, OURS, Cell
+from lmdeploy_vico.bench.report import table
+from lmdeploy_vico.bench.report.breakdown import Breakdown, difference, parse_metrics
+from lmdeploy_vico.bench.report.paper import paper_model, paper_speedup
+from lmdeploy_vico.bench.report.results import CellResult, OutputFile
+from lmdeploy_vico.bench.workload.requests import AUTO, FLASH, IMAGE, LLM, OURS, Cell
 
 NONE, HALF = Cell(LLM, OURS, 64, 0.0), Cell(LLM, OURS, 64, 0.5)
 BASELINE = Cell(IMAGE, FLASH, 64, None)
@@ -74,8 +75,8 @@ def test_speedup_is_against_no_compression_of_the_same_mode_and_text():
         HALF: measured(HALF, 1.0, [0.1] * 4, 1280),
         other: measured(other, 1.0, [0.1] * 4, 1280),
     }
-    assert report.speedup(results, HALF) == 2
-    assert math.isnan(report.speedup(results, other))
+    assert table.speedup(results, HALF) == 2
+    assert math.isnan(table.speedup(results, other))
     assert results[HALF].achieved_compression == 0.5
 
 
@@ -151,22 +152,22 @@ def test_a_speedup_that_is_none_is_explained():
         NONE: measured(NONE, 1.0, [2.0] * 10, 2560, **values),
         HALF: measured(HALF, 1.0, [2.0] * 10, 1280, **values),
     }
-    [sentence] = report.sentences(results, 10)
+    [sentence] = table.sentences(results, 10)
     assert 'compression 50%: compression gives no speed-up (1.00x): the ViT is busy 99%' in sentence
     results[HALF] = measured(HALF, 0.5, [2.0] * 10, 1280, **values)
-    assert report.sentences(results, 10) == []
+    assert table.sentences(results, 10) == []
 
 
 def test_caches_and_failures_are_said():
     result = measured(NONE, 1.0, [0.1] * 10, 2560, **{'vico:embedding_cache_hits_total': 5.0})
     result.add(Round(1.0, [Outcome(0.1, 100, 90, 64), Outcome(error='HTTP 500: no')], False), {})
-    said = '\n'.join(report.sentences({NONE: result}, 10))
+    said = '\n'.join(table.sentences({NONE: result}, 10))
     assert '5 tiles came from the cache' in said
     assert '64 prompt tokens came from the prefix cache' in said
-    assert '1.00x*' in report.speedup_table({NONE: result}, None, 10).columns[3]._cells
+    assert '1.00x*' in table.speedup_table({NONE: result}, None, 10).columns[3]._cells
     assert '1 requests failed, 1 of them with: HTTP 500: no' in said
     result.error = 'the engine ended'
-    assert 'failed: the engine ended' in report.sentences({NONE: result}, 10)[0]
+    assert 'failed: the engine ended' in table.sentences({NONE: result}, 10)[0]
 
 
 def test_the_table_has_the_papers_numbers_beside_ours():
@@ -183,7 +184,7 @@ def test_the_table_has_the_papers_numbers_beside_ours():
         )
     }
     console = Console(width=160, record=True, file=io.StringIO())
-    report.show(console, results, '8B', 10)
+    table.show(console, results, '8B', 10)
     text = console.export_text()
     rows = [line.split() for line in text.splitlines() if '10 tiles + 64 text tokens' in line]
     assert rows[0][-3:] == ['1.00x', '2.00x', '(1.97)']
@@ -252,9 +253,9 @@ def test_a_full_disk_keeps_the_last_results(tmp_path, monkeypatch):
 
 def test_a_plot(tmp_path):
     results = {NONE: measured(NONE, 2.0, [0.1] * 4, 2560), HALF: measured(HALF, 1.0, [0.1] * 4, 1280)}
-    report.draw(tmp_path / 'plot.png', results, '8B', 10, 'title')
+    table.draw(tmp_path / 'plot.png', results, '8B', 10, 'title')
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(BenchError, match=r'must end in \.png'):
-        report.check_plot(Path('plot.pdf'))
+        table.check_plot(Path('plot.pdf'))
     with pytest.raises(BenchError, match='cannot be written'):
-        report.check_plot(tmp_path / 'missing' / 'plot.png')
+        table.check_plot(tmp_path / 'missing' / 'plot.png')

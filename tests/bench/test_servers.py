@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench import BenchError, servers
-from lmdeploy_vico.bench.workload import FLASH, IMAGE, INTERNVL, LLM, OURS, TURBOMIND
+from lmdeploy_vico.bench.workload.requests import FLASH, IMAGE, INTERNVL, LLM, OURS, TURBOMIND
 from lmdeploy_vico.launch import ServerError
 
 

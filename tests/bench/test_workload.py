@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.pictures import make_pictures
-from lmdeploy_vico.bench.texts import WORDS, make_texts
-from lmdeploy_vico.bench.workload import (
+from lmdeploy_vico.bench.workload.pictures import make_pictures
+from lmdeploy_vico.bench.workload.requests import (
     AUTO,
     FLASH,
     IMAGE,
@@ -27,6 +26,7 @@ from lmdeploy_vico.bench.workload import (
     parse_compression,
     visual_tokens,
 )
+from lmdeploy_vico.bench.workload.texts import WORDS, make_texts
 from lmdeploy_vico.vision.routing import _round_half_up
 from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_count, tile_digests
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from benchmarks.gates import targets
-from lmdeploy_vico.bench.paper import SHARES, SPEEDUPS
-from lmdeploy_vico.bench.results import CellResult
-from lmdeploy_vico.bench.workload import Cell
+from lmdeploy_vico.bench.report.paper import SHARES, SPEEDUPS
+from lmdeploy_vico.bench.report.results import CellResult
+from lmdeploy_vico.bench.workload.requests import Cell
 from lmdeploy_vico.checkpoints.random.published import MODELS
 
 H200 = 'NVIDIA H200'

@@ -1,4 +1,4 @@
-"""What is asked: the cells of the table, how many tiles of each request are compressed, and the requests' bodies."""
+"""The cells of the table, how many tiles of each request are compressed, and the bodies of the requests."""
 
 import json
 from collections.abc import Sequence
@@ -59,12 +59,12 @@ class Cell:
 
     @property
     def is_reference(self) -> bool:
-        """Whether the speed-ups of its mode and text are against this one."""
+        """Return whether the speed-ups of its mode and text are relative to this cell."""
         return self.server == OURS and self.compression == 0
 
     @property
     def asked(self) -> str:
-        """The compression in words; a baseline does what it does."""
+        """Return the compression in words; ``itself`` for a baseline, which cannot be told."""
         return f'{self.compression:.0%}' if isinstance(self.compression, float) else self.compression or 'itself'
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Cell:
 def cells(
     modes: Sequence[str], text_tokens: Sequence[int], compressions: Sequence[float | str], baselines: Sequence[str]
 ) -> list[Cell]:
-    """All that is measured: no compression always among it, ``auto`` and the baselines in image mode only."""
+    """Return all cells to measure: always one without compression; ``auto`` and the baselines in image mode only."""
     shares = sorted({0.0, *(c for c in compressions if isinstance(c, float))})
     made = []
     for mode in dict.fromkeys(modes):
@@ -87,11 +87,11 @@ def cells(
 
 
 def compressed_tiles(share: float, tiles: int, index: int) -> int:
-    """How many tiles of request ``index`` are compressed.
+    """Return how many tiles of request ``index`` are compressed.
 
-    A compressed tile has 64 visual tokens instead of 256, so ``share`` of the visual tokens are 4/3 ``share`` of the
-    tiles. Over the requests from 0 on the sum is never more than half a tile from that, and two requests differ by at
-    most one tile.
+    A compressed tile has 64 visual tokens instead of 256, so removing a share of the visual tokens takes 4/3 of that
+    share of the tiles. The sum over requests 0 to ``index`` is within half a tile of that, and two requests differ by
+    at most one tile.
     """
     each = Fraction(repr(share)) * tiles / LARGEST
     return _round_half_up((index + 1) * each) - _round_half_up(index * each)
@@ -102,13 +102,13 @@ def _round_half_up(number: Fraction) -> int:
 
 
 def visual_tokens(tiles: int, compressed: int = 0) -> int:
-    """Visual tokens of a request."""
+    """Return the number of visual tokens of a request."""
     return tiles * TOKENS_FULL - compressed * (TOKENS_FULL - TOKENS_COMPRESSED)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What pictures of one request add up to the wanted tiles: so many, of so many tiles in columns and rows."""
+    """The pictures of a request that has the wanted number of tiles: ``count`` of them, each cut into the same grid."""
 
     count: int
     columns: int
@@ -135,7 +135,7 @@ class Requests:
     Args:
         model: the name that the server gave its model.
         tiles: tiles of a request.
-        pictures: data URLs; request i takes its own from the i-th on, starting over at the end.
+        pictures: data URLs. Requests take them in order, and again from the first one after the last.
         texts: of every amount of text, one for each request.
         seed: of the synthetic embeddings in llm mode.
     """
@@ -147,11 +147,11 @@ class Requests:
         self._picture = Picture.of_tiles(tiles)
 
     def compressed(self, cell: Cell, index: int) -> int | None:
-        """How many tiles are compressed; None where the server decides."""
+        """Return how many tiles are compressed; None where the server decides."""
         return compressed_tiles(cell.compression, self._tiles, index) if isinstance(cell.compression, float) else None
 
     def body(self, cell: Cell, index: int, start: int = 0, text: str | None = None) -> bytes:
-        """The JSON of request ``index``, its pictures counted from ``start`` on; ``text`` overrides its own."""
+        """Return the JSON of request ``index``. Its pictures are counted from ``start`` on; ``text`` replaces its own."""
         compressed = self.compressed(cell, index)
         text = self._texts[cell.text_tokens][index] if text is None else text
         content = self._images(cell, start + index, compressed) + ([{'type': 'text', 'text': text}] if text else [])

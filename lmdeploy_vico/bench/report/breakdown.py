@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 SAMPLE = re.compile(r'^([a-zA-Z_:][\w:]*)(\{.*\})?\s+(\S+)')
 VICO, LMDEPLOY = 'vico:', 'lmdeploy:'
-# Shares of the wall time from which on a part counts as busy all the time; batches leave gaps between them.
+# From this share of the wall time on, a part counts as busy all the time: there are gaps between its batches.
 BUSY = 0.7
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Values by name, added up over labels; buckets and comments left out."""
+    """Return the values by name, summed over labels, without buckets."""
     values: dict[str, float] = {}
     for line in text.splitlines():
         match = SAMPLE.match(line)
@@ -21,7 +21,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """What was added in between."""
+    """Return by how much each value has grown."""
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
@@ -56,7 +56,7 @@ class Breakdown:
 
     @classmethod
     def of(cls, added: Mapping[str, float], ttft: float, requests: int, duration: float) -> 'Breakdown | None':
-        """From what a cell's rounds added to the metrics; None where the server keeps none.
+        """Make it of what a cell's rounds added to the metrics; None where the server keeps none.
 
         Args:
             ttft: mean seconds to the first token, as the client saw it.

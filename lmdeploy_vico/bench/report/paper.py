@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmdeploy_vico.bench.workload import LLM, OURS, Cell
+from lmdeploy_vico.bench.workload.requests import LLM, OURS, Cell
 
 TILES = 10
 # ViCO, Table 4: throughput of the language model at 25, 50 and 75 % compression over none, by model and text tokens.

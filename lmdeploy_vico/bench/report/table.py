@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.paper import paper_speedup
-from lmdeploy_vico.bench.results import CellResult
-from lmdeploy_vico.bench.workload import AUTO, FLASH, LABELS, OURS, Cell
+from lmdeploy_vico.bench.report.paper import paper_speedup
+from lmdeploy_vico.bench.report.results import CellResult
+from lmdeploy_vico.bench.workload.requests import AUTO, FLASH, LABELS, OURS, Cell
 
 Results = Mapping[Cell, CellResult]
 WORTH = 1.1  # a speed-up below this, at half of the tokens or fewer, needs an explanation

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.breakdown import Breakdown
 from lmdeploy_vico.bench.client import Round
-from lmdeploy_vico.bench.workload import LABELS, OURS, Cell, visual_tokens
+from lmdeploy_vico.bench.report.breakdown import Breakdown
+from lmdeploy_vico.bench.workload.requests import LABELS, OURS, Cell, visual_tokens
 
 KV_BLOCK = 64  # tokens of a KV block, LMDeploy's default
 

@@ -131,6 +131,6 @@ def test_hand_over(against):
     def send():
         ids, spans = prompt.assemble([[1] * 20, [2] * 64], [image], 0, KV_BLOCK)
         for span in pickle.loads(pickle.dumps((ids, spans)))[1]:
-            span['embeddings'].tensor()
+            span.embeddings.tensor()
 
     against(send, lambda: [bytearray(data) for _ in range(4)])

@@ -29,7 +29,7 @@ from benchmarks.lib.timing import Meter
 from benchmarks.serving.prompt_tokens import TOKENS as CASES
 from benchmarks.serving.prompt_tokens import Copier, copy_milliseconds, cuts, embeddings
 from lmdeploy_vico.adapter.engine.chat_model import MODALITY, SpanProcessor
-from lmdeploy_vico.adapter.handover import PackedRows, keep_freed_memory
+from lmdeploy_vico.adapter.handover import PackedRows, Span, keep_freed_memory
 
 TOKENS = CASES['ten tiles']
 PHASES = ('send', 'receive')
@@ -42,10 +42,7 @@ def tensors(image: torch.Tensor) -> list[MultiModalData]:
 
 def spans(image: torch.Tensor) -> list[MultiModalData]:
     """As the engine's loop gets them."""
-    sent = [
-        {'embeddings': PackedRows.of(image[low:high]), 'start': low, 'end': high, 'content_hash': None}
-        for low, high in cuts(len(image))
-    ]
+    sent = [Span(PackedRows.of(image[low:high]), low, high, content_hash='') for low, high in cuts(len(image))]
     multimodals = SpanProcessor().preprocess_input([], sent).input_multimodals
     assert multimodals is not None
     made: list[MultiModalData] = multimodals[MODALITY]

@@ -215,6 +215,7 @@ def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, numb
 SMOKE = ['--num-prompts', '24', '--max-concurrency', '8', '--tiles', '2', '--token-compression', '0', '0.75']
 
 
+@pytest.mark.server
 def test_both_modes_and_both_baselines_for_real(make_checkpoint, bench):
     arguments = [*SMOKE, '--mode', LLM, IMAGE, '--baseline', FLASH, INTERNVL, '--count-prefills']
     status, printed, results = bench('--model', str(make_checkpoint()), *arguments)

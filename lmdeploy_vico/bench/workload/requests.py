@@ -151,7 +151,7 @@ class Requests:
         return compressed_tiles(cell.compression, self._tiles, index) if isinstance(cell.compression, float) else None
 
     def body(self, cell: Cell, index: int, start: int = 0, text: str | None = None) -> bytes:
-        """Return the JSON of request ``index``. Its pictures are counted from ``start`` on; ``text`` replaces its own."""
+        """Return the JSON of request ``index``, with pictures counted from ``start`` on; ``text`` replaces its own."""
         compressed = self.compressed(cell, index)
         text = self._texts[cell.text_tokens][index] if text is None else text
         content = self._images(cell, start + index, compressed) + ([{'type': 'text', 'text': text}] if text else [])

@@ -208,8 +208,8 @@ def stage_counters() -> Counters:
     """What the vision stage's own metrics say so far."""
     names = {
         'visual_tokens': ('vico:visual_tokens_total', {}),
-        'tiles_compressed': ('vico:tiles_total', {'resolution': 'low'}),
-        'tiles_full': ('vico:tiles_total', {'resolution': 'high'}),
+        'tiles_compressed': ('vico:tiles_total', {'resolution': 'compressed'}),
+        'tiles_full': ('vico:tiles_total', {'resolution': 'full'}),
         'tiles_encoded': ('vico:encoder_tiles_per_batch_sum', {}),
         'device_batches': ('vico:encoder_tiles_per_batch_count', {}),
     }

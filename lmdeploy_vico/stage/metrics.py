@@ -20,7 +20,7 @@ class StageMetrics:
     def __init__(self) -> None:
         self.tiles = Counter(
             'vico:tiles',
-            'Tiles passed to the language model: low if compressed to 64 tokens, high if full.',
+            f'Tiles passed to the language model: full ({TOKENS_FULL} tokens) or compressed ({TOKENS_COMPRESSED}).',
             ['resolution'],
         )
         self.visual_tokens = Counter('vico:visual_tokens', 'Visual tokens passed to the language model.')
@@ -62,11 +62,11 @@ class StageMetrics:
         Args:
             tile_tokens: 64 or 256 for each tile.
         """
-        low = sum(tokens == TOKENS_COMPRESSED for tokens in tile_tokens)
-        self.tiles.labels('low').inc(low)
-        self.tiles.labels('high').inc(len(tile_tokens) - low)
+        compressed = sum(tokens == TOKENS_COMPRESSED for tokens in tile_tokens)
+        self.tiles.labels('compressed').inc(compressed)
+        self.tiles.labels('full').inc(len(tile_tokens) - compressed)
         self.visual_tokens.inc(sum(tile_tokens))
-        self.visual_tokens_saved.inc(low * (TOKENS_FULL - TOKENS_COMPRESSED))
+        self.visual_tokens_saved.inc(compressed * (TOKENS_FULL - TOKENS_COMPRESSED))
 
 
 @cache

@@ -84,8 +84,8 @@ METRICS = """
 # HELP vico:encoder_preprocess_seconds Resizing.
 vico:encoder_preprocess_seconds_sum 1.5
 vico:encoder_preprocess_seconds_bucket{le="1.0"} 3.0
-vico:tiles_total{resolution="low"} 3.0
-vico:tiles_total{resolution="high"} 4.0
+vico:tiles_total{resolution="compressed"} 3.0
+vico:tiles_total{resolution="full"} 4.0
 process_cpu_seconds_total 9.0
 lmdeploy:request_prefill_time_seconds_sum{engine="0",model_name="/a b/{c}"} 2e-1
 """

@@ -143,7 +143,7 @@ def test_metrics(stage, pictures):
     from prometheus_client import REGISTRY
 
     names = {
-        'vico:tiles_total': {'resolution': 'low'},
+        'vico:tiles_total': {'resolution': 'compressed'},
         'vico:visual_tokens_total': {},
         'vico:visual_tokens_saved_total': {},
         'vico:encoder_preprocess_seconds_count': {},

@@ -124,5 +124,9 @@ def refusals(server, model, urls):
 def test_metrics_tell_of_it(client):
     with urllib.request.urlopen(f'{client.server.url}/metrics') as response:
         text = response.read().decode()
-    for name in ('vico:tiles_total{resolution="low"}', 'vico:visual_tokens_total', 'vico:encoder_tiles_per_batch_'):
+    for name in (
+        'vico:tiles_total{resolution="compressed"}',
+        'vico:visual_tokens_total',
+        'vico:encoder_tiles_per_batch_',
+    ):
         assert name in text

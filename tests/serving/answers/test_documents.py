@@ -1,0 +1,44 @@
+"""The Python examples of the documents, run against a server."""
+
+import re
+from pathlib import Path
+
+import pytest
+from parity.conversations import data_url
+from parity.videos import moving_crops, write_video
+from serving.configurations import DEFAULT
+
+ROOT = Path(__file__).parents[3]
+BLOCK = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
+
+pytestmark = DEFAULT
+
+
+@pytest.fixture
+def example(client, pictures, tmp_path):
+    """``example(document)``: the document's examples as one program, for this server and with pictures of ours."""
+    video = write_video(tmp_path / 'match.mp4', moving_crops(pictures['coffee'], 24))
+    replacements = {
+        'http://localhost:23333': client.server.url,
+        'https://example.com/photograph.jpg': data_url(pictures['coffee']),
+        'https://example.com/scan.png': data_url(pictures['page']),
+        'https://example.com/match.mp4': video.as_uri(),
+        'messages=[': 'max_tokens=4, messages=[',  # random weights never end an answer
+    }
+
+    def program(document):
+        text = '\n'.join(BLOCK.findall((ROOT / document).read_text()))
+        for old, new in replacements.items():
+            text = text.replace(old, new)
+        assert 'example.com' not in text
+        return text
+
+    return program
+
+
+@pytest.mark.parametrize('document', ['README.md', 'docs/requests.md'])
+def test_examples_are_answered(client, example, document):
+    before, tiles = client.metric('vico:visual_tokens_total'), client.encoded_tiles()
+    exec(compile(example(document), document, 'exec'), {})
+    assert client.metric('vico:visual_tokens_total') > before
+    assert client.encoded_tiles() >= tiles

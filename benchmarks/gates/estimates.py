@@ -158,9 +158,9 @@ def checks_kernels() -> list[Item]:
     """Every test compiles for its own sizes, two or three times. The counts are checked by pytest's collection."""
     return [
         Item('start', SESSION),
-        Item('a test of a Triton kernel, compiling included', 2.0, 190),
+        Item('a test of a Triton kernel, compiling included', 2.0, 187),
         Item('random sizes for a Triton kernel, 30 of them', 15, 6),
-        Item('a test that compiles nothing', 0.1, 420),
+        Item('a test that compiles nothing', 0.1, 406),
     ]
 
 

@@ -9,7 +9,7 @@ What is copied where, and who owns the memory:
 4. To the workers: spans.py.
 
 A tensor would take a small file of its own in the pickle, built and parsed each time. Nothing is shared between the
-processes that could stay behind when one of them dies. ``benchmarks/handover.py`` compares this with the alternatives.
+processes that could stay behind when one of them dies. ``python -m benchmarks handover`` compares the alternatives.
 """
 
 import ctypes

@@ -1,7 +1,8 @@
 """Faster ways to compute parts of the ViT, each behind a switch that is off until a GPU has shown what it gains.
 
 None changes what is computed, but each may change its last bits: a switch belongs to a server's configuration, like the
-data type, and a tile's tokens are still the same alone and in any batch. ``benchmarks/vit_speed.py`` compares them.
+data type, and a tile's tokens are still the same alone and in any batch. ``python -m benchmarks vit-speed``
+compares them.
 """
 
 import logging

@@ -54,6 +54,7 @@ print(type(config).__name__, match, builder.__name__, 'VicoQwen3ForCausalLM' in 
 OURS = 'VicoChatConfig VicoVisionModel VicoModelConfigBuilder True'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('first', ['torch', 'lmdeploy', 'lmdeploy.vl.engine', 'lmdeploy.pytorch.models.module_map'])
 def test_every_import_order(make_checkpoint, first):
     out, err = run(f'import {first}\n' + SHOW_CLASSES.format(path=str(make_checkpoint())))
@@ -61,17 +62,20 @@ def test_every_import_order(make_checkpoint, first):
     assert 'Traceback' not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('switch', ['0', 'cpu'])
 def test_switched_off(make_checkpoint, switch):
     out, _ = run(SHOW_CLASSES.format(path=str(make_checkpoint())), LMDEPLOY_VICO=switch)
     assert out.split()[1:] == ['InternVLVisionModel', 'InternVLModelConfigBuilder', 'False']
 
 
+@pytest.mark.slow
 def test_plain_internvl_keeps_lmdeploys_classes(make_checkpoint):
     out, _ = run(SHOW_CLASSES.format(path=str(make_checkpoint(flash=False))))
     assert out.split()[1:3] == ['InternVLVisionModel', 'InternVLModelConfigBuilder']
 
 
+@pytest.mark.slow
 def test_switched_off_leaves_the_cpu_backend_out_too():
     code = f'import sys, lmdeploy, lmdeploy.pytorch.engine.engine; print({OUR_MODULES})'
     for off in ('0', 'off', 'False'):
@@ -93,6 +97,7 @@ def test_unknown_mode_is_named_once():
     assert err.count("LMDEPLOY_VICO='on' is not one of 1, cpu, 0") == 1
 
 
+@pytest.mark.slow
 def test_unsupported_lmdeploy_is_left_alone_with_one_warning(make_checkpoint):
     pretend = """
     import importlib.metadata as metadata
@@ -117,6 +122,7 @@ def test_a_failing_plugin_does_not_break_torch():
     assert 'could not be set up' in err
 
 
+@pytest.mark.slow
 def test_other_models_are_loaded_by_lmdeploy():
     code = """
     import sys
@@ -129,6 +135,7 @@ def test_other_models_are_loaded_by_lmdeploy():
     assert run(code)[0] == 'LMDeploy says that there is no config'
 
 
+@pytest.mark.slow
 def test_converted_turbomind_models_need_no_config(tmp_path):
     (tmp_path / 'triton_models').mkdir()
     code = f"""
@@ -140,6 +147,7 @@ def test_converted_turbomind_models_need_no_config(tmp_path):
     assert run(code)[0] == 'True'
 
 
+@pytest.mark.slow
 def test_setting_up_twice_changes_nothing(make_checkpoint):
     out, _ = run(
         """

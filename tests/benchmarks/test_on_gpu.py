@@ -79,6 +79,7 @@ def test_without_the_plugin_nothing_is_measured(tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_a_part_runs_and_the_targets_follow(tmp_path):
     tried = run('-o', str(tmp_path / 'new'), 'memcheck', VICO_TEST_DEVICE='cpu')
     assert tried.returncode == 0, tried.stderr
@@ -89,6 +90,7 @@ def test_a_part_runs_and_the_targets_follow(tmp_path):
     assert 'memory checker: skipped' in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_in_the_exit_status(tmp_path, interpreter):
     python = interpreter('*"benchmarks soak"*) echo what went wrong >&2; exit 3')
     tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=python)
@@ -118,6 +120,7 @@ def endless(tmp_path, interpreter):
     return interpreter(f'*"benchmarks soak"*) exec {sys.executable} {tmp_path}/endless.py "${{@: -1}}"')
 
 
+@pytest.mark.slow
 def test_a_part_that_is_cut_off_keeps_what_it_has(tmp_path, endless):
     tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=endless, LIMIT='1')
     assert tried.returncode == 1
@@ -127,6 +130,7 @@ def test_a_part_that_is_cut_off_keeps_what_it_has(tmp_path, endless):
     assert result.read_text() == 'half' and 'begun' in log.read_text()
 
 
+@pytest.mark.slow
 def test_told_to_end_it_keeps_what_it_has(tmp_path, endless):
     command = ['bash', str(SCRIPT), '-o', str(tmp_path), 'soak', 'memcheck']
     environment = settings({'VICO_TEST_DEVICE': 'cpu', 'PYTHON': endless, 'TMPDIR': str(tmp_path)})
@@ -165,6 +169,7 @@ def recorded(tmp_path, interpreter):
     return on_a_gpu
 
 
+@pytest.mark.slow
 def test_what_a_gpu_would_run(recorded):
     printed, ran = recorded(139, PROMPTS='96', SERVER='--tp 2')
     made = [line.partition(' tiny ')[2].partition('/')[2].split('/')[-1] for line in ran if ' tiny ' in line]
@@ -233,6 +238,7 @@ def count(items: list[estimates.Item], what: str) -> float:
     return item.count
 
 
+@pytest.mark.slow
 def test_kernel_tests_are_as_many_as_the_arithmetic_says():
     tests = collected(parts.KERNEL_TESTS)
     assert not [test for test in tests if 'test_compiled' in test], 'compiled ahead of time, which needs no GPU'

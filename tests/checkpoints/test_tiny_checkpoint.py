@@ -108,6 +108,7 @@ def test_same_arguments_same_bytes(make_checkpoint, tmp_path):
     assert [f for f in files if (first / f).read_bytes() != (second / f).read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_float32_has_the_same_values_and_seeds_differ(make_checkpoint, tmp_path):
     stored = tensors(make_checkpoint())
     wide = tensors(make_tiny_checkpoint(tmp_path / 'wide', dtype='float32'))

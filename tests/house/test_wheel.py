@@ -42,6 +42,7 @@ def test_contents(wheel):
     assert top == {'lmdeploy_vico', next(name for name in top if name.endswith('.dist-info'))}
 
 
+@pytest.mark.slow
 def test_works_outside_the_checkout(wheel, tmp_path, make_checkpoint):
     environment = tmp_path / 'venv'
     venv.create(environment, with_pip=False)

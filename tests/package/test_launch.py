@@ -43,6 +43,7 @@ def stranger():
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.busy
 def test_a_port_that_somebody_else_has_taken(stranger, tmp_path, monkeypatch):
     holder = SimpleNamespace(getsockname=lambda: ('127.0.0.1', stranger), close=lambda: None, fileno=lambda: -1)
@@ -65,6 +66,7 @@ http.server.HTTPServer(address, Answer).serve_forever()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.busy
 def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
     gate = tmp_path / 'gate'
@@ -79,6 +81,7 @@ def test_nobody_is_given_the_port_while_the_server_loads(tmp_path):
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.busy
 def test_a_server_that_is_stopped_lets_its_port_go(tmp_path):
     def lets_go():
@@ -129,6 +132,7 @@ def test_other_checkpoints_are_served_as_lmdeploy_would(tmp_path):
         assert server.command[3] == str(model) and server.command[-3:] == [str(server.port), '--tp', '2']
 
 
+@pytest.mark.slow
 def test_the_limits_of_a_tiny_checkpoint_are_lmdeploys_own_options(make_checkpoint):
     """They reach the engine's config, and leave the decode graphs' tables small and the prompts of the tests room."""
     from lmdeploy.cli.cli import CLI

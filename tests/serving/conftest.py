@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = grouped(items)
 
 
+@pytest.hookimpl(trylast=True)  # fixtures that ask the server once more are torn down before
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if SHARED in item.config.stash:
         item.config.stash[SHARED].stop_unless_needed(Configuration.of(nextitem))

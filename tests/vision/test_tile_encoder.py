@@ -71,6 +71,7 @@ def test_bit_identical_alone_or_among_others(make_checkpoint, rng, tile_batch):
             assert torch.equal(tokens, expected)
 
 
+@pytest.mark.slow
 def test_bit_identical_in_two_hundred_random_batches(make_checkpoint, rng):
     encoder = TileEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
     tiles = random_tiles(rng, 12)

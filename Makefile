@@ -10,6 +10,8 @@ ON_CPU := $(TEST_ENV) CUDA_VISIBLE_DEVICES= VICO_TEST_DEVICE=cpu
 ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 # The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
 INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/test_chat_model.py
+# The rooms whose tests are a part of their own, so that two cores have about the same to do.
+REST := tests/bench tests/benchmarks tests/checkpoints tests/docs tests/house
 PYTEST := $(BIN)/python -m pytest --durations=10
 QUICK := not gpu and not server and not slow
 # Two parts at a time, the longest first. Each prints what it has to say when it is done; if it fails, the others go on.
@@ -39,21 +41,25 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 
 check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (under 5 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) check-plain check-interpreted lint
+	@$(PARTS) check-plain check-interpreted check-rest lint
 
 test: $(STAMP) ## Run every test that needs no GPU, those that start servers too (15 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) test-servers test-interpreted test-plain
+	@$(PARTS) test-servers test-interpreted test-plain test-rest
 
 # The parts of check and test.
-.PHONY: check-interpreted check-plain test-interpreted test-plain test-servers
+.PHONY: check-interpreted check-plain check-rest test-interpreted test-plain test-rest test-servers
 check-interpreted: $(STAMP)
 	@echo "==> Tests in Triton's interpreter, without the slow ones"
 	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(QUICK)' $(INTERPRETED)
 
 check-plain: $(STAMP)
 	@echo '==> Tests that start no LMDeploy process, without the slow ones'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(QUICK)' $(addprefix --ignore=,$(INTERPRETED))
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(QUICK)' $(addprefix --ignore=,$(INTERPRETED) $(REST))
+
+check-rest: $(STAMP)
+	@echo '==> Tests of checkpoints, benchmarks, documents and layout, without the slow ones'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(QUICK)' $(REST)
 
 test-interpreted: $(STAMP)
 	@echo "==> Tests in Triton's interpreter"
@@ -61,7 +67,11 @@ test-interpreted: $(STAMP)
 
 test-plain: $(STAMP)
 	@echo '==> Tests that start no LMDeploy process'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(addprefix --ignore=,$(INTERPRETED))
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(addprefix --ignore=,$(INTERPRETED) $(REST))
+
+test-rest: $(STAMP)
+	@echo '==> Tests of checkpoints, benchmarks, documents and layout'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(REST)
 
 test-servers: $(STAMP)
 	@echo '==> Tests that start LMDeploy'

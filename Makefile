@@ -39,11 +39,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a user would
 	@$(BIN)/lmdeploy-vico demo
 
-check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (under 5 minutes on 2 cores)
+check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (about 5 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) check-plain check-interpreted check-rest lint
 
-test: $(STAMP) ## Run every test that needs no GPU, those that start servers too (15 minutes on 2 cores)
+test: $(STAMP) ## Run every test that needs no GPU, those that start servers too (about 25 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) test-servers test-interpreted test-plain test-rest
 

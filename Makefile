@@ -41,14 +41,14 @@ demo: $(STAMP) ## Serve a tiny ViCO checkpoint and send it photographs, as a use
 
 check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (about 5 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) check-plain check-interpreted check-rest lint
+	@$(PARTS) --jobs=2 check-plain check-interpreted check-rest lint
 
 test: $(STAMP) ## Run every test that needs no GPU, those that start servers too (about 25 minutes on 2 cores)
-	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) test-servers test-interpreted test-plain test-rest
+	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
+	@$(PARTS) --jobs=3 test-servers test-engines test-interpreted test-plain test-rest
 
 # The parts of check and test.
-.PHONY: check-interpreted check-plain check-rest test-interpreted test-plain test-rest test-servers
+.PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
 check-interpreted: $(STAMP)
 	@echo "==> Tests in Triton's interpreter, without the slow ones"
 	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(QUICK)' $(INTERPRETED)
@@ -74,8 +74,12 @@ test-rest: $(STAMP)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(REST)
 
 test-servers: $(STAMP)
-	@echo '==> Tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server'
+	@echo '==> Tests of servers and pipelines'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server' tests/serving
+
+test-engines: $(STAMP)
+	@echo '==> Other tests that start LMDeploy'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server' --ignore=tests/serving
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)

@@ -14,7 +14,7 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/t
 REST := tests/bench tests/benchmarks tests/checkpoints tests/docs tests/house
 PYTEST := $(BIN)/python -m pytest --durations=10
 QUICK := not gpu and not server and not slow
-# Two parts at a time, the longest first. Each prints what it has to say when it is done; if it fails, the others go on.
+# Parts side by side, the longest first. Each prints what it has to say when it is done; if it fails, the others go on.
 PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 

@@ -184,7 +184,7 @@ class Bench:
         self.measure('stage', f'{len(pictures)} prompts of 10 tiles', turns, tiles, 'tiles/s')
 
     def job(self, picture: Image.Image) -> ImageJob:
-        return ImageJob(picture, Tiling.of(self.config).grid(picture.size))
+        return ImageJob(picture, Tiling.of(self.encoder.config).grid(picture.size))
 
     def check_embeddings(self, picture: Image.Image, pixels: torch.Tensor) -> None:
         ours = VisionEncoder(self.encoder).encode([picture], 'none')[0].embeddings.float()

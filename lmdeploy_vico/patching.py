@@ -206,12 +206,12 @@ class _Wrapper(wrapt.FunctionWrapper):
 
     __bound_function_wrapper__ = _BoundWrapper
 
-    def __init__(self, wrapped: Any, wrapper: Any, target: str) -> None:
+    def __init__(self, wrapped: Any, wrapper: Any, patch: Patch) -> None:
         super().__init__(wrapped, wrapper)
-        self._self_target = target
+        self._self_patch = patch
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _load, (self._self_target,)
+        return _load, (self._self_patch.target,)
 
 
 def _load(target: str) -> Any:
@@ -220,17 +220,19 @@ def _load(target: str) -> Any:
 
 
 def _make(patch: Patch) -> None:
-    """Check a patch and make its change."""
+    """Check a patch and make its change, unless the target was imported by name from where it is made already."""
     target = check(patch)
     if patch.signature is None:
         patch.change(target)
+        return
+    if isinstance(target.value, _Wrapper) and target.value._self_patch.change is patch.change:
         return
     signature = parameters(target)
 
     def call(original: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
         return patch.change(Call(signature, original, instance, (args, kwargs)))
 
-    wrapt.wrap_object(target.owner, target.name, _Wrapper, (call, patch.target))
+    wrapt.wrap_object(target.owner, target.name, _Wrapper, (call, patch))
 
 
 class Register:

@@ -240,3 +240,24 @@ def test_env_lists_patches_and_names_those_that_do_not_fit(doctored, monkeypatch
     out = ' '.join(capsys.readouterr().out.split())
     assert '2 of 3 fit it. Does not fit: "politely" (doctored:Greeter.greet)' in out
     assert "is (self, greeting='hello', *, count=1), expected (self, greeting='hello', *, times=1)" in out
+
+
+def test_a_function_that_another_module_imports_by_name_is_changed_once_in_both(doctored, tmp_path, monkeypatch):
+    doctored('KINDS =', 'def announce(text):\n    return text\n\nKINDS =')
+    (tmp_path / 'announcer.py').write_text('from doctored import announce')
+    calls = []
+
+    def counted(call: Call) -> str:
+        calls.append(call['text'])
+        return call.proceed()
+
+    others = {'signature': '(text)', 'why': 'a test', 'until': 'it ends', 'process': 'server'}
+    patches = [Patch(counted, f'{module}:announce', **others) for module in ('doctored', 'announcer')]
+    register = Register()
+    register.install(patches)
+    announcer = importlib.import_module('announcer')
+    monkeypatch.delitem(sys.modules, 'announcer')
+    for function in (announcer.announce, load().announce):
+        assert function('now') == 'now'
+        assert calls.pop() == 'now' and not calls
+    assert register.applied == patches

@@ -89,9 +89,9 @@ class Tiling:
         """The most tiles of an image, the thumbnail included."""
         return self.max_tiles + self.use_thumbnail
 
-    def grid(self, size: tuple[int, int], max_tiles: int | None = None) -> Grid:
-        """The grid of an image of this (width, height); ``max_tiles`` takes the place of the tiling's own."""
-        columns, rows = choose_grid(*size, self.min_tiles, self.max_tiles if max_tiles is None else max_tiles)
+    def grid(self, size: tuple[int, int]) -> Grid:
+        """The grid of an image of this (width, height)."""
+        columns, rows = choose_grid(*size, self.min_tiles, self.max_tiles)
         return Grid(columns, rows, self.use_thumbnail and columns * rows > 1)
 
 
@@ -114,11 +114,6 @@ def cut_grid(image: Image.Image, grid: Grid) -> np.ndarray:
         size = across * IMAGE_SIZE, len(part) // across * IMAGE_SIZE
         cut(np.asarray(image.resize(size).convert('RGB')), part, across)
     return tiles
-
-
-def tile_count(width: int, height: int, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> int:
-    """How many tiles :func:`cut_tiles` makes of an image of this size, the thumbnail included."""
-    return Tiling(min_tiles, max_tiles, use_thumbnail).grid((width, height)).tiles
 
 
 def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> np.ndarray:

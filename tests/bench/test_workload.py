@@ -28,7 +28,7 @@ from lmdeploy_vico.bench.workload.requests import (
 )
 from lmdeploy_vico.bench.workload.texts import WORDS, make_texts
 from lmdeploy_vico.vision.routing import _round_half_up
-from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_count, tile_digests
+from lmdeploy_vico.vision.tiling import Tiling, choose_grid, cut_tiles, tile_digests
 
 
 @pytest.mark.parametrize('share', [0.0, 0.1, 0.25, 0.3, 0.5, 0.75])
@@ -72,7 +72,7 @@ def test_cells():
 def test_pictures_have_the_tiles_that_are_asked_for(tiles):
     picture = Picture.of_tiles(tiles)
     grid = picture.columns * picture.rows
-    assert picture.count * tile_count(*picture.size, 1, grid) == tiles
+    assert picture.count * Tiling(1, grid).grid(picture.size).tiles == tiles
     assert choose_grid(*picture.size, 1, grid) == (picture.columns, picture.rows)
 
 

@@ -32,9 +32,9 @@ CONFIG = VicoConfig(
 RAMP = torch.linspace(0.5, 1.5, GRID * GRID)[:, None]  # tells the places of a tile apart
 
 
-def job(image: Image.Image, max_tiles: int | None = None, **options: object) -> ImageJob:
+def job(image: Image.Image, max_tiles: int = TILING.max_tiles, **options: object) -> ImageJob:
     """What a request for this image becomes."""
-    return ImageJob(image, TILING.grid(image.size, max_tiles), **options)
+    return ImageJob(image, Tiling(1, max_tiles).grid(image.size), **options)
 
 
 def cut(image: Image.Image) -> np.ndarray:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lmdeploy.vl.model.internvl import dynamic_preprocess
 from PIL import Image
 
-from lmdeploy_vico.vision.tiling import choose_grid, cut_tiles, tile_count, tile_digests
+from lmdeploy_vico.vision.tiling import Tiling, choose_grid, cut_tiles, tile_digests
 
 
 def lmdeploy_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail: bool) -> np.ndarray:
@@ -68,12 +68,12 @@ def test_ties_are_broken_by_the_number_of_pixels():
 
 def test_extreme_aspect_ratio():
     assert choose_grid(20000, 20, 1, 12) == (12, 1)
-    assert tile_count(20000, 20, 1, 12) == 13
+    assert Tiling(1, 12).grid((20000, 20)).tiles == 13
 
 
 @pytest.mark.parametrize('size, tiles', [((448, 448), 1), ((1344, 1344), 10), ((1792, 1344), 13)])
 def test_tile_count_agrees_with_the_tiles(size, tiles):
-    assert tile_count(*size, 1, 12) == tiles == len(cut_tiles(noise(*size, 'RGB'), 1, 12))
+    assert Tiling(1, 12).grid(size).tiles == tiles == len(cut_tiles(noise(*size, 'RGB'), 1, 12))
 
 
 def test_digests_name_the_content():

@@ -162,7 +162,7 @@ def test_a_frame_is_an_image_of_one_tile():
     jobs = parsed(video()).jobs(frames, 5)
     assert [job.image for job in jobs] == frames
     assert all((job.grid, job.compression, job.routed_with) == (FRAME, None, None) for job in jobs)
-    assert TILING.grid((80, 6), max_tiles=1) == FRAME
+    assert Tiling(1, 1).grid((80, 6)) == FRAME
     jobs = parsed(video(compression=0.5)).jobs(frames, 5)
     assert all((job.compression, job.routed_with) == (0.5, 5) for job in jobs)
 

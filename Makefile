@@ -13,7 +13,6 @@ INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/t
 # The rooms whose tests are a part of their own, so that two cores have about the same to do.
 REST := tests/bench tests/benchmarks tests/checkpoints tests/docs tests/house
 PYTEST := $(BIN)/python -m pytest --durations=10
-QUICK := not gpu and not server and not slow
 # Parts side by side, the longest first. Each prints what it has to say when it is done; if it fails, the others go on.
 PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
@@ -47,38 +46,29 @@ test: $(STAMP) ## Run every test that needs no GPU, those that start servers too
 	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
 	@$(PARTS) --jobs=3 test-servers test-engines test-interpreted test-plain test-rest
 
-# The parts of check and test.
+# The parts of check and test. Both run the same tests, check without the slow ones.
 .PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
-check-interpreted: $(STAMP)
-	@echo "==> Tests in Triton's interpreter, without the slow ones"
-	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(QUICK)' $(INTERPRETED)
+test-interpreted test-plain test-rest: MARKED := not gpu and not server
+check-interpreted check-plain check-rest: MARKED := not gpu and not server and not slow
 
-check-plain: $(STAMP)
-	@echo '==> Tests that start no LMDeploy process, without the slow ones'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(QUICK)' $(addprefix --ignore=,$(INTERPRETED) $(REST))
+check-interpreted test-interpreted: $(STAMP)
+	@echo "==> $@: tests in Triton's interpreter"
+	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(MARKED)' $(INTERPRETED)
 
-check-rest: $(STAMP)
-	@echo '==> Tests of checkpoints, benchmarks, documents and layout, without the slow ones'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(QUICK)' $(REST)
+check-plain test-plain: $(STAMP)
+	@echo '==> $@: tests that start no LMDeploy process'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(MARKED)' $(addprefix --ignore=,$(INTERPRETED) $(REST))
 
-test-interpreted: $(STAMP)
-	@echo "==> Tests in Triton's interpreter"
-	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m 'not gpu and not server' $(INTERPRETED)
-
-test-plain: $(STAMP)
-	@echo '==> Tests that start no LMDeploy process'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(addprefix --ignore=,$(INTERPRETED) $(REST))
-
-test-rest: $(STAMP)
-	@echo '==> Tests of checkpoints, benchmarks, documents and layout'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and not server' $(REST)
+check-rest test-rest: $(STAMP)
+	@echo '==> $@: tests of checkpoints, benchmarks, documents and layout'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(MARKED)' $(REST)
 
 test-servers: $(STAMP)
-	@echo '==> Tests of servers and pipelines'
+	@echo '==> $@: tests of servers and pipelines'
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server' tests/serving
 
 test-engines: $(STAMP)
-	@echo '==> Other tests that start LMDeploy'
+	@echo '==> $@: other tests that start LMDeploy'
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server' --ignore=tests/serving
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)

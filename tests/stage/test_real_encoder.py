@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from stage.sharing import require_shared_batches
 from waiting import HANG
 
 from lmdeploy_vico.stage.jobs import ImageJob
@@ -55,32 +56,7 @@ def test_prompts_do_not_influence_each_other(stage, encoder, pictures):
 
 def test_batches_hold_tiles_of_several_prompts(make_checkpoint, pictures, monkeypatch):
     encoder = TileEncoder.from_pretrained(make_checkpoint(), tile_batch=4)
-    large, small = ('coffee', 'rocket'), ('chelsea', 'astronaut', 'text')
-    alone = [VisionEncoder(encoder).encode([pictures[name]], 'none')[0] for name in large]
-    entered, release, sizes = threading.Event(), threading.Event(), []
-
-    def start(tiles):
-        entered.set()
-        release.wait()
-        sizes.append(len(tiles))
-        return encode(tiles)
-
-    encode = encoder.start
-    monkeypatch.setattr(encoder, 'start', start)
-    stage = VisionStage([encoder], torch.float32, threads=1, capacity=200)
-    first = stage.submit([job(pictures['page'], 1)], 'none')
-    entered.wait()  # in a batch of its own, since a lone request does not wait for company
-    others = [stage.submit([job(pictures[name])], 'none') for name in large]
-    others += [stage.submit([job(pictures[name], 1)], 'none') for name in small]
-    last = stage._prepare.submit(lambda: None)
-    last.result()  # the only thread has cut everything by now
-    release.set()
-    for future, expected in zip(others, alone, strict=False):
-        assert torch.equal(future.result()[0].tokens.embeddings, expected.embeddings)
-    assert [len(future.result()) for future in (first, *others)] == [1] * 6
-    rest = sum(len(image.tile_tokens) for image in alone) + len(small)
-    assert sizes == [1] + [4] * (rest // 4) + [rest % 4] * (rest % 4 > 0)
-    stage.close()
+    require_shared_batches(encoder, VisionEncoder(encoder).encode, job, pictures, monkeypatch)
 
 
 def test_a_repeated_image_has_the_same_bits_whatever_its_compression(encoder, pictures):

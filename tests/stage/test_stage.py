@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from stage.sharing import require_shared_batches
 from stage.stand_in import StandInEncoder, cut, job
 from waiting import HANG
 
@@ -111,32 +112,7 @@ def test_a_prompt_larger_than_the_queue_is_accepted_when_nothing_waits(encoder, 
 
 def test_batches_hold_tiles_of_several_prompts(pictures, monkeypatch):
     encoder = StandInEncoder(tile_batch=4)
-    large, small = ('coffee', 'rocket'), ('chelsea', 'astronaut', 'text')
-    alone = [encoder.encode([pictures[name]], 'none')[0] for name in large]
-    entered, release, sizes = threading.Event(), threading.Event(), []
-
-    def start(tiles):
-        entered.set()
-        release.wait()
-        sizes.append(len(tiles))
-        return encode(tiles)
-
-    encode = encoder.start
-    monkeypatch.setattr(encoder, 'start', start)
-    stage = VisionStage([encoder], torch.float32, threads=1, capacity=200)
-    first = stage.submit([job(pictures['page'], 1)], 'none')
-    entered.wait()  # in a batch of its own, since a lone request does not wait for company
-    others = [stage.submit([job(pictures[name])], 'none') for name in large]
-    others += [stage.submit([job(pictures[name], 1)], 'none') for name in small]
-    last = stage._prepare.submit(lambda: None)
-    last.result()  # the only thread has cut everything by now
-    release.set()
-    for future, expected in zip(others, alone, strict=False):
-        assert torch.equal(future.result()[0].tokens.embeddings, expected.embeddings)
-    assert [len(future.result()) for future in (first, *others)] == [1] * 6
-    rest = sum(len(image.tile_tokens) for image in alone) + len(small)
-    assert sizes == [1] + [4] * (rest // 4) + [rest % 4] * (rest % 4 > 0)
-    stage.close()
+    require_shared_batches(encoder, encoder.encode, job, pictures, monkeypatch)
 
 
 def test_metrics(stage, pictures):

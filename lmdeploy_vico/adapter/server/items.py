@@ -64,12 +64,14 @@ class ImageItem:
     Attributes:
         sent: the item as the client sent it.
         message: the number of its message, which LMDeploy's error messages name.
+        source: its URL, or a picture that a pipeline's caller decoded.
         tiling: how it is cut.
         compression: None to be routed by the prompt's compression, together with the prompt's other such images.
     """
 
     sent: Mapping[str, Any]
     message: int
+    source: str | Image.Image
     tiling: Tiling
     compression: Compression | None = None
 
@@ -100,6 +102,7 @@ class SyntheticItem:
 
     sent: Mapping[str, Any]
     message: int
+    source: str | Image.Image
     image: SyntheticImage
 
     @property
@@ -120,6 +123,7 @@ class VideoItem:
     Attributes:
         sent: the item as the client sent it.
         message: the number of its message, which LMDeploy's error messages name.
+        source: its URL.
         options: the arguments of LMDeploy's loader. It never decodes many more frames than fit the session.
         num_frames: what the client asked for: a number of frames, -1 for all, or None if it did not ask.
         jpegs: the number of frames of a sequence of JPEGs, all of which LMDeploy decodes; 0 for any other video.
@@ -128,6 +132,7 @@ class VideoItem:
 
     sent: Mapping[str, Any]
     message: int
+    source: str
     options: Mapping[str, Any]
     num_frames: int | None = None
     jpegs: int = 0
@@ -187,8 +192,8 @@ def parse_item(sent: Any, message: int, role: Any, media_io_kwargs: Mapping[str,
     if kind in VIDEO_TYPES:
         return _video(sent, message, source, params, media_io_kwargs, rules)
     if rules.synthetic and SYNTHETIC_KEY in params:
-        return SyntheticItem(sent, message, synthetic_image(params, rules.max_tiles))
-    return _image(sent, message, params, rules)
+        return SyntheticItem(sent, message, source, synthetic_image(params, rules.max_tiles))
+    return _image(sent, message, source, params, rules)
 
 
 def _check_kind(kind: Any) -> None:
@@ -215,7 +220,7 @@ def _not_one_source(kind: str) -> ValueError:
     return ValueError(f'{name} item must have either "url" or "data", not both, and no "type" of its own.')
 
 
-def _image(sent: Mapping[str, Any], message: int, params: Mapping[str, Any], rules: Rules) -> ImageItem:
+def _image(sent: Mapping[str, Any], message: int, source: Any, params: Mapping[str, Any], rules: Rules) -> ImageItem:
     unknown = sorted(params.keys() - IMAGE_KEYS)
     if unknown:
         raise ValueError(
@@ -223,7 +228,7 @@ def _image(sent: Mapping[str, Any], message: int, params: Mapping[str, Any], rul
         )
     limit = _tile_limit(params, rules.max_tiles)
     tiling = rules.tiling if limit is None else replace(rules.tiling, max_tiles=limit)
-    return ImageItem(sent, message, tiling, _compression(params, 'image_url'))
+    return ImageItem(sent, message, source, tiling, _compression(params, 'image_url'))
 
 
 def _tile_limit(params: Mapping[str, Any], max_tiles: int) -> int | None:
@@ -272,7 +277,7 @@ def _video(
         if asked is not None:
             # One frame more than can fit shows that the video is too long. No more are decoded: it bounds the memory.
             options['num_frames'] = min(asked, too_many) if asked > 0 else too_many
-    return VideoItem(sent, message, options, asked, jpegs, _compression(params, 'video_url'))
+    return VideoItem(sent, message, source, options, asked, jpegs, _compression(params, 'video_url'))
 
 
 def _video_options(params: Mapping[str, Any], media_io_kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:

@@ -73,7 +73,7 @@ def test_an_item_that_says_it_is_text(item):
 
 def test_defaults():
     item = image()
-    assert parsed(item) == ImageItem(item, 3, TILING)
+    assert parsed(item) == ImageItem(item, 3, item['image_url']['url'], TILING)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from waiting import HANG
 CLIENTS = 16
 PATIENCE = 10  # the official client waits as it is told, and tries again
 CONNECTIONS, REQUESTS = 4, 5  # at a time; one after the other on each
-ATTEMPTS = 3  # to refuse them all while the stage is busy; nobody says how long a neighbour takes all cores
+ATTEMPTS = 3  # to ask while the stage is busy; nobody says how long a neighbour takes all cores
 IMAGES, TILES = 40, 13  # of the request that keeps the stage busy, and of each of these
 PREPARED, DECODED = 'vico:encoder_preprocess_seconds_count', 'vico:encoder_decode_seconds_count'
 
@@ -34,11 +34,16 @@ pytestmark = pytest.mark.served(LMDEPLOY_VICO_MAX_QUEUED_TILES='8')
 def test_refused_and_recovered(client, prompts, judge):
     messages = on_the_wire(prompts['one photograph'])
 
-    together = asyncio.run(ask_together(client.server, messages, CLIENTS))
+    for _ in range(ATTEMPTS):
+        with contextlib.closing(connect(client.server)) as busy:
+            keep_busy(client, busy)
+            together = asyncio.run(ask_together(client.server, messages, CLIENTS))
+        refused = [answer for answer in together if isinstance(answer, openai.APIStatusError)]
+        if refused:
+            break
     later = asyncio.run(ask_together(client.server, messages, 3, max_retries=PATIENCE))
-    refused = [answer for answer in together if isinstance(answer, openai.APIStatusError)]
     answers = [answer for answer in together if isinstance(answer, Answer)]
-    assert refused and answers and len(refused) + len(answers) == CLIENTS
+    assert refused and len(refused) + len(answers) == CLIENTS
     for error in refused:
         assert error.status_code == 503 and error.response.headers['Retry-After'] == '1'
         assert 'tiles are waiting' in error.message and 'Try again later' in error.message

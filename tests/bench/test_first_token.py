@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 from bench.conftest import OVERHEAD
+from ports import free_port
 from waiting import HANG
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench.client import Client
 from lmdeploy_vico.bench.report import results as results_module
 from lmdeploy_vico.bench.workload.requests import FLASH, IMAGE, INTERNVL, LLM, OURS, Cell, Requests
-from lmdeploy_vico.launch import free_port
 
 FEW = ['--num-prompts', '12', '--max-concurrency', '3', '--tiles', '5', '--text-tokens', '8']
 SHARES = ['--token-compression', '0', '0.5', 'auto']

@@ -195,7 +195,7 @@ def test_importing_the_client_loads_neither_lmdeploy_nor_torch():
     assert out.stdout.strip() == '[]'
 
 
-@pytest.mark.slow
+@pytest.mark.server
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, number, status):
     command = [str(Path(sys.executable).with_name('lmdeploy-vico')), 'bench', '--model', str(make_checkpoint()), *FEW]

@@ -101,7 +101,6 @@ class VisionStage:
 
         Raises:
             StageBusyError: too many tiles are waiting and the prompt has no admission, or the stage is closed.
-            ValueError: a compression is not one of the accepted values.
         """
         prompt = PendingPrompt(
             images=[None] * len(jobs),

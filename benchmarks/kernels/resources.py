@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks import RESULTS
+from lmdeploy_vico.config import GRID
+from lmdeploy_vico.config import ROUTER_HEADS as HEADS
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.kernels.implementation import INTERPRETED, Limits
 
@@ -47,7 +49,7 @@ LLM_WIDTHS = (1024, 2048, 2560, 4096, 5120)
 VIT_NORMS = {1024: True, 3200: False}  # by width: whether it is a LayerNorm, or an RMSNorm
 # sm_89 is there for its small shared memory, in which the two types do not differ.
 DTYPES = {80: (torch.bfloat16, torch.float16), 89: (torch.bfloat16,), 90: (torch.bfloat16, torch.float16)}
-HEADS, PATCHES = 16, 1024
+PATCHES = GRID * GRID
 
 _SCALARS = {bool: 'i1', int: 'i32', float: 'fp32'}
 _ELEMENTS = {
@@ -69,12 +71,12 @@ def launches(dtype: torch.dtype) -> None:
             attention_pool.attention_pool_triton(x, u, 0.125)
         for a, w, gelu in layers(width, tiles, dtype):
             linear.linear_triton(a, w, w[0, :, 0] if a.shape[0] == 1 else None, gelu)
-        norms = [
+        full, compressing = (
             pixel_shuffle.Norm(*(torch.empty(ratio**2 * width, dtype=dtype, device='meta') for _ in range(2)))
             for ratio in (2, 4)
-        ]
+        )
         compressed = torch.empty(tiles, dtype=torch.bool, device='meta')
-        pixel_shuffle.pixel_shuffle_triton(x, compressed, *norms, 1e-5, (tiles, tiles))
+        pixel_shuffle.pixel_shuffle_triton(x, compressed, full, compressing, 1e-5, (tiles, tiles))
     for width in LLM_WIDTHS:
         out = torch.empty(4096, width, dtype=dtype, device='meta')
         pack.pack_triton(out, [out[:256], out[:64]], [0, 256])
@@ -169,8 +171,8 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
         'constants': ' '.join(f'{name}={_short(value)}' for name, value in spec['constants'].items()),
         'aligned': ' '.join(name for name in spec['aligned'] if not spec['types'][name].startswith('*')),
         'warps': spec['options']['num_warps'],
-        'registers': int(re.search(r'REG:(\d+)', code)[1]),
-        'stack': int(re.search(r'STACK:(\d+)', code)[1]),
+        'registers': _resource('REG', code),
+        'stack': _resource('STACK', code),
         'spills': len(re.findall(r'\bSTL(?:\.\S+)? ', code)),
         'shared_memory': compiled.metadata.shared,
         'matrix_instructions': len(re.findall(r'\b(?:HMMA|HGMMA)\.', code)),
@@ -178,6 +180,11 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
         'wide_accesses': len(re.findall(r'\b(?:LDG|STG|LDGSTS)\.\S*128\b', code)),
         'narrow_accesses': len(re.findall(r'\b(?:LDG|STG|LDGSTS)\.(?!\S*128)', code)),
     }
+
+
+def _resource(name: str, code: str) -> int:
+    [number] = re.findall(rf'\b{name}:(\d+)', code)
+    return int(number)
 
 
 def _short(value: Any) -> Any:

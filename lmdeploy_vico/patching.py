@@ -101,7 +101,8 @@ class Patch:
         until: the condition under which it can be removed.
         process: where it takes effect.
         trigger: the event that applies it.
-        uses: other names of LMDeploy that the change relies on, with their signatures (None: any object).
+        uses: other names of LMDeploy that the change relies on, with their signatures (None: any object). Those of
+            other modules are not looked at where the patch is made, as they may be half imported then.
     """
 
     change: Callable[..., Any]
@@ -166,13 +167,18 @@ def parameters(target: Target) -> inspect.Signature:
     return inspect.Signature(bare)
 
 
-def check(patch: Patch) -> Target:
+def check(patch: Patch, own_module: bool = False) -> Target:
     """Return the target of a patch, whose module is imported; the signature and what the patch uses are as expected.
+
+    Args:
+        own_module: leave out what it uses of modules other than the target's.
 
     Raises:
         MisfitError: they are not, with expected and installed signature.
     """
     for target, expected in {patch.target: patch.signature, **patch.uses}.items():
+        if own_module and target.partition(':')[0] != patch.module:
+            continue
         found = find(target)
         if expected is None:
             continue
@@ -224,7 +230,7 @@ def _load(target: str) -> Any:
 
 def _make(patch: Patch) -> None:
     """Check a patch and make its change, unless the target was imported by name from where it is made already."""
-    target = check(patch)
+    target = check(patch, own_module=True)
     if patch.signature is None:
         patch.change(target)
         return

@@ -160,6 +160,18 @@ def test_names_that_a_patch_uses_are_checked(doctored):
         check(patch)
 
 
+def test_names_of_other_modules_that_a_patch_uses_are_checked_but_not_where_it_is_made(doctored, tmp_path):
+    (tmp_path / 'another.py').write_text('def shout(words):\n    return words')
+    patch = entry(put_first, 'KINDS', uses={'another:shout': '(text)'})
+    with pytest.raises(MisfitError, match=r'another:shout is \(words\), expected \(text\)'):
+        check(patch)
+    del sys.modules['another']
+    register = Register()
+    register.install([patch])
+    load()
+    assert register.applied == [patch] and 'another' not in sys.modules
+
+
 def test_modules_that_are_not_imported_must_exist(doctored):
     """A module of another process is left alone; one that has vanished is an error before it is missed."""
     register = Register()

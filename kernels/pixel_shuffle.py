@@ -145,17 +145,17 @@ _MOST_TILES = 2**20
 @triton.jit
 def _position(compressed, i_b, tiles, BB: tl.constexpr):
     """Whether tile i_b is compressed, and how many tiles of its kind stand before it."""
-    hard = tl.load(compressed + i_b).to(tl.int32)
+    is_compressed = tl.load(compressed + i_b).to(tl.int32)
     b_same = tl.zeros([BB], tl.int32)
     for start in range(0, tiles, BB):
         o_b = start + tl.arange(0, BB)
         b_kind = tl.load(compressed + o_b, mask=o_b < tiles, other=0).to(tl.int32)
-        b_same += ((b_kind == hard) & (o_b < i_b)).to(tl.int32)
-    return hard, tl.sum(b_same, 0)
+        b_same += ((b_kind == is_compressed) & (o_b < i_b)).to(tl.int32)
+    return is_compressed, tl.sum(b_same, 0)
 
 
 @triton.jit
-def _statistics(p_x, o_p, eps, hard, D: tl.constexpr, BD: tl.constexpr):
+def _statistics(p_x, o_p, eps, is_compressed, D: tl.constexpr, BD: tl.constexpr):
     """Mean and reciprocal deviation of the row that each of the 16 patches belongs to, and the last block read.
 
     Each patch's mean and sum of squared distances are merged over BD channels at a time (Chan's update), then over the
@@ -176,8 +176,8 @@ def _statistics(p_x, o_p, eps, hard, D: tl.constexpr, BD: tl.constexpr):
         b_square += tl.sum(b_distance * b_distance, 1) + b_step * b_step * (start * number / (start + number))
     # Patches of one row: in a full tile those of the same 2 x 2 quarter of the square.
     b_quarter = o_p // 8 * 2 + o_p % 4 // 2
-    m_same = (b_quarter[:, None] == b_quarter[None, :]) | (hard != 0)  # [16, 16]
-    number = tl.where(hard != 0, 16.0, 4.0)
+    m_same = (b_quarter[:, None] == b_quarter[None, :]) | (is_compressed != 0)  # [16, 16]
+    number = tl.where(is_compressed != 0, 16.0, 4.0)
     b_row_mean = tl.sum(tl.where(m_same, b_mean[None, :], 0.0), 1) / number
     b_step = b_mean[None, :] - b_row_mean[:, None]
     b_row_square = tl.sum(tl.where(m_same, b_square[None, :] + D * b_step * b_step, 0.0), 1)
@@ -204,7 +204,7 @@ def _normalise(
 
 @triton.jit(do_not_specialize=['tiles', 'full_room', 'compressed_room'])
 def pixel_shuffle_kernel(
-    x, compressed, full_weight, full_bias, compressed_weight, compressed_bias, full, small, counts,
+    x, compressed, full_weight, full_bias, compressed_weight, compressed_bias, full_out, compressed_out, counts,
     tiles, full_room, compressed_room, stride_xb, stride_xt, eps,
     SIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
@@ -212,27 +212,27 @@ def pixel_shuffle_kernel(
     i_b, i_q = tl.program_id(0).to(tl.int64), tl.program_id(1)
     SQUARES: tl.constexpr = SIDE // 4
     i_y, i_x = i_q // SQUARES, i_q % SQUARES
-    hard, i_place = _position(compressed, i_b, tiles, BB)
+    is_compressed, i_place = _position(compressed, i_b, tiles, BB)
     if (i_b == tiles - 1) & (i_q == 0):
         number = i_place + 1
-        tl.store(counts + hard, number)
-        tl.store(counts + 1 - hard, tiles - number)
+        tl.store(counts + is_compressed, number)
+        tl.store(counts + 1 - is_compressed, tiles - number)
 
     o_p = tl.arange(0, 16)
     o_y, o_x = o_p // 4, o_p % 4
     p_x = x + i_b * stride_xb + ((i_y * 4 + o_y) * SIDE + i_x * 4 + o_x).to(tl.int64) * stride_xt
-    b_mean, b_rstd, b_x = _statistics(p_x, o_p, eps, hard, D, BD)
+    b_mean, b_rstd, b_x = _statistics(p_x, o_p, eps, is_compressed, D, BD)
 
     # Where each patch goes: row and first channel, of one output or the other.
-    if hard != 0:
+    if is_compressed != 0:
         o_row = i_place.to(tl.int64) * (SQUARES * SQUARES) + i_q + o_p * 0
-        p_out, m_out = small + o_row * (16 * D) + o_p * D, i_place < compressed_room
+        p_out, m_out = compressed_out + o_row * (16 * D) + o_p * D, i_place < compressed_room
         _normalise(p_x, b_x, b_mean, b_rstd, compressed_weight, compressed_bias, p_out, o_p * D, m_out, D, BD)
     else:
         o_row = i_place.to(tl.int64) * (SQUARES * SQUARES * 4)
         o_row += (i_y * 2 + o_y // 2) * (SQUARES * 2) + i_x * 2 + o_x // 2
         o_channel = (o_y % 2 * 2 + o_x % 2) * D
-        p_out, m_out = full + o_row * (4 * D) + o_channel, i_place < full_room
+        p_out, m_out = full_out + o_row * (4 * D) + o_channel, i_place < full_room
         _normalise(p_x, b_x, b_mean, b_rstd, full_weight, full_bias, p_out, o_channel, m_out, D, BD)
 
 
@@ -252,7 +252,7 @@ def pixel_shuffle_triton(
         torch.zeros(2, dtype=torch.int32, device=x.device) if tiles == 0 else x.new_empty(2, dtype=torch.int32),
     )
     pixel_shuffle_kernel[(tiles, patches // PATCHES)](
-        x=x, compressed=compressed, full=outputs.full, small=outputs.compressed, counts=outputs.counts,
+        x=x, compressed=compressed, full_out=outputs.full, compressed_out=outputs.compressed, counts=outputs.counts,
         full_weight=full_norm.weight, full_bias=full_norm.bias,
         compressed_weight=compressed_norm.weight, compressed_bias=compressed_norm.bias,
         tiles=tiles, full_room=room[0], compressed_room=room[1],

@@ -190,9 +190,3 @@ class ApiServer:
     def log_tail(self, lines: int = 40) -> str:
         """Return the last lines of the log."""
         return '\n'.join(self.log_text().splitlines()[-lines:])
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback interface on which nothing listens."""
-    with hold_port(LOOPBACK) as holder:
-        return int(holder.getsockname()[1])

@@ -19,7 +19,7 @@ from lmdeploy_vico.choices import (
     parse_compression,
     parse_speedups,
 )
-from lmdeploy_vico.host_memory import total_memory
+from lmdeploy_vico.host_memory import GIB, total_memory
 from lmdeploy_vico.kernels.choice import AUTO, CHOICES
 
 PREFIX = 'LMDEPLOY_VICO_'
@@ -109,11 +109,11 @@ def _default_threads() -> int:
 
 
 def _default_cache_bytes() -> int:
-    return min(4 * 2**30, total_memory() // 16)
+    return min(4 * GIB, total_memory() // 16)
 
 
 def _default_decoded_bytes() -> int:
-    return min(16 * 2**30, total_memory() // 8)
+    return min(16 * GIB, total_memory() // 8)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import inspect
 import logging
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
@@ -100,7 +101,8 @@ class Patch:
         until: the condition under which it can be removed.
         process: where it takes effect.
         trigger: the event that applies it.
-        uses: other names of LMDeploy that the change relies on, with their signatures (None: any object).
+        uses: other names of LMDeploy that the change relies on, with their signatures (None: any object). Those of
+            other modules are not looked at where the patch is made, as they may be half imported then.
     """
 
     change: Callable[..., Any]
@@ -136,13 +138,15 @@ def find(target: str) -> Target:
     """The object that ``module:qualified.name`` names, whose module is imported.
 
     Raises:
-        MisfitError: there is no such module or name.
+        MisfitError: there is no such module or name, or the module cannot be imported.
     """
     module, _, path = target.partition(':')
     try:
         owner: Any = importlib.import_module(module)
     except ImportError as error:
         raise MisfitError(f'target missing: {module} cannot be imported ({error})') from error
+    except Exception as error:  # whatever a module may raise
+        raise MisfitError(f'module broken: importing {module} raises {type(error).__name__}: {error}') from error
     *outer, name = path.split('.')
     try:
         for part in outer:
@@ -163,13 +167,18 @@ def parameters(target: Target) -> inspect.Signature:
     return inspect.Signature(bare)
 
 
-def check(patch: Patch) -> Target:
+def check(patch: Patch, own_module: bool = False) -> Target:
     """Return the target of a patch, whose module is imported; the signature and what the patch uses are as expected.
+
+    Args:
+        own_module: leave out what it uses of modules other than the target's.
 
     Raises:
         MisfitError: they are not, with expected and installed signature.
     """
     for target, expected in {patch.target: patch.signature, **patch.uses}.items():
+        if own_module and target.partition(':')[0] != patch.module:
+            continue
         found = find(target)
         if expected is None:
             continue
@@ -221,7 +230,7 @@ def _load(target: str) -> Any:
 
 def _make(patch: Patch) -> None:
     """Check a patch and make its change, unless the target was imported by name from where it is made already."""
-    target = check(patch)
+    target = check(patch, own_module=True)
     if patch.signature is None:
         patch.change(target)
         return
@@ -238,6 +247,10 @@ def _make(patch: Patch) -> None:
 class Register:
     """The patches of a process. A patch is applied once, however often it is installed or triggered.
 
+    Threads may use it side by side. A thread that makes the patch of an import holds the import lock of its module, and
+    a change may import other modules. So nothing is locked while a patch is made on an import; there is one lock for
+    what is noted here, under which nothing is imported, and one for :meth:`apply`, for which no import ever waits.
+
     Attributes:
         pending: installed and not yet triggered.
         applied: made.
@@ -251,27 +264,33 @@ class Register:
         self._installed: set[Patch] = set()
         self._reached: set[Trigger] = set()
         self._required = False
+        self._noting = threading.Lock()
+        self._applying = threading.RLock()  # a change may start what applies patches itself
 
     def install(self, patches: Iterable[Patch]) -> None:
         """Have the patches applied by their triggers: at once those whose module has been imported already."""
         for patch in patches:
-            if patch in self._installed:
-                continue
-            self._installed.add(patch)
-            self.pending[patch] = True
+            with self._noting:
+                if patch in self._installed:
+                    continue
+                self._installed.add(patch)
+                self.pending[patch] = True
             if patch.trigger is Trigger.IMPORT:
                 wrapt.register_post_import_hook(partial(self._on_import, patch), patch.module)
 
     def apply(self, trigger: Trigger) -> None:
         """Apply the patches of an event that is not an import; repeating it does nothing.
 
+        Where another thread applies them already, this returns when it has done so.
+
         Raises:
             PatchError: one of them does not fit.
         """
-        self._reached.add(trigger)
-        for patch in [patch for patch in list(self.pending) if patch.trigger is trigger]:
-            self._apply(patch)
-        self._raise({patch: reason for patch, reason in self.failed.items() if patch.trigger is trigger})
+        with self._applying:
+            self._reached.add(trigger)
+            for patch in [patch for patch in list(self.pending) if patch.trigger is trigger]:
+                self._apply(patch)
+            self._raise({patch: reason for patch, reason in list(self.failed.items()) if patch.trigger is trigger})
 
     def reached(self, trigger: Trigger) -> bool:
         """Return whether an event has come in this process."""
@@ -288,8 +307,7 @@ class Register:
         """
         self._required = True
         for patch in list(self.pending):
-            if patch.trigger is Trigger.IMPORT and not module_exists(patch.module):
-                del self.pending[patch]
+            if patch.trigger is Trigger.IMPORT and not module_exists(patch.module) and self._claim(patch):
                 self.failed[patch] = f'target missing: there is no module {patch.module}'
         self._raise(self.failed)
 
@@ -299,8 +317,13 @@ class Register:
         if self._required:
             self._raise(self.failed)
 
+    def _claim(self, patch: Patch) -> bool:
+        """Take a patch off the list of what is pending; return False if that has been done."""
+        with self._noting:
+            return self.pending.pop(patch, False)
+
     def _apply(self, patch: Patch) -> None:
-        if not self.pending.pop(patch, False):
+        if not self._claim(patch):
             return
         try:
             _make(patch)
@@ -314,7 +337,7 @@ class Register:
 
     def _raise(self, failed: Mapping[Patch, str]) -> None:
         if failed:
-            reasons = '; '.join(f'{patch}: {reason}' for patch, reason in failed.items())
+            reasons = '; '.join(f'{patch}: {reason}' for patch, reason in list(failed.items()))
             raise PatchError(
                 f'lmdeploy-vico cannot change the installed LMDeploy as it has to: {reasons}. Install an LMDeploy that '
                 'it supports; `lmdeploy-vico env --patches` checks every change.'

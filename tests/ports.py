@@ -1,9 +1,11 @@
-"""What the kernel gives to a program that asks for any port."""
+"""Ports that nothing listens on, and what the kernel gives to a program that asks for any."""
 
 import socket
 import struct
 
 import pytest
+
+from lmdeploy_vico.ports import hold_port
 
 IP_LOCAL_PORT_RANGE = 51  # linux/in.h, since Linux 6.3
 
@@ -20,3 +22,9 @@ def given_by_chance(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface on which nothing listens."""
+    with hold_port('127.0.0.1') as holder:
+        return int(holder.getsockname()[1])

@@ -13,6 +13,14 @@ import wrapt
 
 # Fixtures that start a server or an engine: whoever takes one is marked.
 STARTING = {'shared_server', 'serve'}
+# The programs, as commands and as modules, and those of their commands that start a server or an engine.
+_VICO = {'bench', 'demo'}
+STARTING_COMMANDS = {
+    'lmdeploy': {'serve', 'chat'},
+    'lmdeploy-vico': _VICO,
+    'lmdeploy_vico.cli': _VICO,
+    'benchmarks': {'counters', 'first-token', 'on-gpu', 'one-process', 'placement', 'soak'},
+}
 
 
 class UnmarkedStartError(AssertionError):
@@ -50,10 +58,16 @@ class Guard:
 
 def starts_lmdeploy(command: Sequence[str]) -> bool:
     """Return whether a command serves with LMDeploy, or runs Python code that makes a pipeline."""
-    program = {Path(one).name for one in command[:3]}
-    serves = 'lmdeploy' in program and 'serve' in command
-    demonstrates = 'lmdeploy-vico' in program and 'demo' in command
-    return serves or demonstrates or ('-c' in command and any('pipeline(' in one for one in command))
+    if '-c' in command:
+        return any('pipeline(' in one for one in command)
+    # The program, or Python and a script, or Python, -m and a module.
+    for index, one in enumerate(command[:3]):
+        starting = STARTING_COMMANDS.get(Path(one).name)
+        if starting is not None:
+            name, *arguments = *command[index + 1 :], ''
+            asks_another = any(argument.partition('=')[0] == '--base-url' for argument in arguments)
+            return name in starting and not asks_another and not {'-h', '--help'} & set(arguments)
+    return False
 
 
 def mark(item: pytest.Item) -> None:

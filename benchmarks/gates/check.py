@@ -219,20 +219,51 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--baseline', type=Path, metavar='FILE', help='(default: by device, in benchmarks/results)')
+    parser.add_argument(
+        '--baseline',
+        type=Path,
+        metavar='FILE',
+        help='compare with this file, or write it with --update (default: check-DEVICE.json in benchmarks/results)',
+    )
     parser.add_argument('--update', action='store_true', help='write the baseline instead of comparing with it')
-    parser.add_argument('--threshold', type=float, default=THRESHOLD, metavar='SHARE', help=f'(default: {THRESHOLD})')
     parser.add_argument(
-        '--neighbours', type=float, default=QUIET, metavar='CORES', help=f'that others may use (default: {QUIET})'
+        '--threshold',
+        type=float,
+        default=THRESHOLD,
+        metavar='SHARE',
+        help='how much slower a case must be to count as slower, as a share of its time (default: %(default)s)',
     )
-    parser.add_argument('--output', type=Path, metavar='FILE', help='also write what is measured to this file')
-    parser.add_argument('--cases', nargs='+', metavar='CASE', help='only those with these words in their names')
-    parser.add_argument('--turns', type=int, default=5, help='in each of the five rounds of a case (default: 5)')
     parser.add_argument(
-        '--like', choices=list(models.SIZES), default='300M' if cuda else 'tiny', help='size of the ViT'
+        '--neighbours',
+        type=float,
+        default=QUIET,
+        metavar='CORES',
+        help='leave out rounds in which other processes used more than this many cores (default: %(default)s)',
     )
-    parser.add_argument('--first-token', type=Path, metavar='NEW', help='compare results of lmdeploy-vico bench')
-    parser.add_argument('--against', type=Path, metavar='OLD', help='with those')
+    parser.add_argument(
+        '--output', type=Path, metavar='FILE', help='also write the measurements, as JSON, to this file'
+    )
+    parser.add_argument(
+        '--cases', nargs='+', metavar='WORD', help='measure only the cases with one of these words in their names'
+    )
+    parser.add_argument(
+        '--turns', type=int, default=5, help='turns of each of the five rounds of a case (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--like',
+        choices=list(models.SIZES),
+        default='300M' if cuda else 'tiny',
+        help='size of the ViT with random weights that is measured (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--first-token',
+        type=Path,
+        metavar='NEW',
+        help='measure nothing: compare this result of lmdeploy-vico bench with the one of --against',
+    )
+    parser.add_argument(
+        '--against', type=Path, metavar='OLD', help='the earlier result that --first-token is compared to'
+    )
     arguments = parser.parse_args(argv)
     if bool(arguments.first_token) != bool(arguments.against):
         parser.error('--first-token and --against go together.')

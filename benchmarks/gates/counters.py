@@ -86,13 +86,13 @@ def requests() -> dict[str, list[Any]]:
 
 def message(content: Sequence[Any]) -> list[dict[str, Any]]:
     """A conversation of one message, as a pipeline takes it."""
-    items = []
+    items: list[dict[str, Any]] = []
     for part in content:
         if isinstance(part, str):
             items.append({'type': 'text', 'text': part})
         else:
             image, compression = part if isinstance(part, tuple) else (part, None)
-            url = {'url': image} | ({} if compression is None else {'compression': compression})
+            url: dict[str, Any] = {'url': image} | ({} if compression is None else {'compression': compression})
             items.append({'type': 'image_url', 'image_url': url})
     return [{'role': 'user', 'content': items}]
 

@@ -40,7 +40,7 @@ environment:
 Every step prints its time. One that fails does not stop the others; the exit status says whether one did: 0 all
 succeeded, 1 one failed, 2 nothing could be run, 143 it was told to end.
 """
-FEW = 6  # requests of a cell without a GPU
+REQUESTS_ON_CPU = 6  # of a cell without a GPU
 # In a process of its own, which gives the device back.
 PROBE = """import re, torch
 cuda = torch.cuda.is_available()
@@ -117,7 +117,7 @@ def run_parts(parts: Sequence[Part], runner: Runner, setup: Setup, machine: Mach
 def run(parts: Sequence[Part], results: Path, machine: Machine) -> int:
     """Run the parts and compare with the targets; returns the exit status."""
     limit = float(os.environ.get('LIMIT') or LIMIT) if machine.cuda or os.environ.get('LIMIT') else None
-    most = int(os.environ.get('PROMPTS') or (MANY if machine.cuda else FEW))
+    most = int(os.environ.get('PROMPTS') or (MANY if machine.cuda else REQUESTS_ON_CPU))
     results.mkdir(parents=True, exist_ok=True)
     prefix = str(results / f'{datetime.date.today()}-{machine.device}')
     log = Path(f'{prefix}-{parts[0].name if len(parts) == 1 else "on-gpu"}.log')

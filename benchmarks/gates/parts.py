@@ -109,11 +109,22 @@ VISION_OPTIONS = {
     '300M': ('--images', '48', '--latencies', '60', '--seconds', '2'),
     '6B': ('--images', '8', '--latencies', '10', '--seconds', '2', '--parts', 'stage', 'latency'),
 }
-FEW = ('--images', '2', '--latencies', '3', '--seconds', '0.5', '--parts', 'preparation', 'stage', 'latency')
+VISION_OPTIONS_ON_CPU = (
+    '--images',
+    '2',
+    '--latencies',
+    '3',
+    '--seconds',
+    '0.5',
+    '--parts',
+    'preparation',
+    'stage',
+    'latency',
+)
 
 
 def vision(setup: Setup, vit: str) -> Iterator[Step]:
-    options = (*setup.device(vit), *(VISION_OPTIONS[vit] if setup.cuda else FEW))
+    options = (*setup.device(vit), *(VISION_OPTIONS[vit] if setup.cuda else VISION_OPTIONS_ON_CPU))
     yield Step(f'vision side, ViT {vit}', setup.run('vision', *options, '--output', setup.result(f'vision-{vit}')))
 
 

@@ -45,7 +45,8 @@ def absorbed_router(plain: nn.Sequential, width: int) -> nn.Sequential:
     with torch.device('meta'):
         router = nn.Sequential(AttentionPooling(width), Gating(width))
     router.load_state_dict(plain.state_dict(), strict=False, assign=True)
-    for module in router:
+    for module in router.children():
+        assert isinstance(module, AttentionPooling | Gating)
         module.freeze()
     return router
 
@@ -107,8 +108,15 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--width', type=int, default=1024, help='of the ViT (1024 or 3200 in the published models)')
-    parser.add_argument('--prompts', type=int, default=8, help='for each kind of input')
+    parser.add_argument(
+        '--width',
+        type=int,
+        default=1024,
+        help='width of the ViT; the published models have 1024 and 3200 (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--prompts', type=int, default=8, help='prompts of each kind of patch tokens (default: %(default)s)'
+    )
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args(argv)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -20,6 +20,8 @@ from lmdeploy.pytorch.models.internvl import Gating as LMDeployGating
 from torch import nn
 
 from benchmarks.lib.timing import clock, graphed, interleaved, measure_ceilings, rotating
+from lmdeploy_vico.config import GRID, TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.config import ROUTER_HEADS as HEADS
 from lmdeploy_vico.kernels.attention_pool import attention_pool, attention_pool_torch
 from lmdeploy_vico.kernels.pack import pack, pack_torch
 from lmdeploy_vico.kernels.pixel_shuffle import Norm, pixel_shuffle, pixel_shuffle_torch
@@ -33,7 +35,7 @@ SCORE_TOLERANCE = 2e-3
 SHAPES = (
     [(width, tiles) for width in (1024, 3200) for tiles in (1, 10, 13, 64, 256)] if CUDA else [(1024, 1), (1024, 3)]
 )
-HEADS, PATCHES, LLM_WIDTH = 16, 1024, 4096
+PATCHES, LLM_WIDTH = GRID * GRID, 4096
 ITEM = DTYPE.itemsize
 CACHES = 2**28 if CUDA else 1  # bytes that are more than any cache holds
 
@@ -143,6 +145,7 @@ def routers(width):
     for mine, other in zip(ours, theirs, strict=True):
         # Copies, since the absorbed router brings its norms to float32.
         mine.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, strict=False, assign=True)
+        assert isinstance(mine, AttentionPooling | Gating)
         mine.freeze()
     return theirs, ours, exact
 
@@ -172,7 +175,7 @@ def test_pixel_shuffle(xs, shape, report):
     for layer in layers:
         nn.init.normal_(layer.weight)
         nn.init.normal_(layer.bias)
-    norms = [Norm(layer.weight, layer.bias) for layer in layers]
+    full, compressing = (Norm(layer.weight, layer.bias) for layer in layers)
     room = (tiles - tiles // 2, tiles // 2)
 
     def lmdeploy(index):
@@ -184,16 +187,18 @@ def test_pixel_shuffle(xs, shape, report):
         ]
 
     competitors = {
-        'ours': lambda index: pixel_shuffle(xs[index], compressed, *norms, 1e-5, room),
-        'torch': lambda index: pixel_shuffle_torch(xs[index], compressed, *norms, 1e-5, room),
+        'ours': lambda index: pixel_shuffle(xs[index], compressed, full, compressing, 1e-5, room),
+        'torch': lambda index: pixel_shuffle_torch(xs[index], compressed, full, compressing, 1e-5, room),
         'lmdeploy': lmdeploy,
     }
-    doubles = [Norm(*(part.double() for part in norm)) for norm in norms]
+    exact_full, exact_compressing = (Norm(*(part.double() for part in norm)) for norm in (full, compressing))
     for name in ('ours', 'torch'):
         result = competitors[name](0)
         for tile in some(tiles):
             alone = slice(tile, tile + 1)
-            expected = pixel_shuffle_torch(xs[0][alone].double(), compressed[alone], *doubles, 1e-5, (1, 1))
+            expected = pixel_shuffle_torch(
+                xs[0][alone].double(), compressed[alone], exact_full, exact_compressing, 1e-5, (1, 1)
+            )
             branch, rows = tile % 2, PATCHES // (16 if tile % 2 else 4)
             check(result[branch][tile // 2 * rows : (tile // 2 + 1) * rows], expected[branch][:rows])
     moved = 2 * xs[0].numel() * ITEM + 2 * (4 + 16) * width * ITEM
@@ -256,7 +261,7 @@ def test_pack(shape, report):
     width, tiles = shape
     if width != 1024:
         pytest.skip('does not depend on the width of the ViT')
-    lengths = [64 if tile % 2 else 256 for tile in range(tiles)]
+    lengths = [TOKENS_COMPRESSED if tile % 2 else TOKENS_FULL for tile in range(tiles)]
     text = 64  # tokens between two tiles
     starts = [sum(lengths[:tile]) + (tile + 1) * text for tile in range(tiles)]
     rows = sum(lengths) + (tiles + 1) * text

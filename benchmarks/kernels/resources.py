@@ -29,11 +29,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks import RESULTS
+from lmdeploy_vico.config import GRID
+from lmdeploy_vico.config import ROUTER_HEADS as HEADS
 from lmdeploy_vico.kernels import attention_pool, linear, pack, pixel_shuffle, residual_norm
 from lmdeploy_vico.kernels.implementation import INTERPRETED, Limits
 
 TABLE = RESULTS / 'kernel-resources.json'
-CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 
 # By compute capability: multiprocessors, and bytes of shared memory that one program may have.
 CHIPS = {
@@ -45,9 +47,9 @@ CHIPS = {
 BATCHES = ((1024, 8), (1024, 256), (3200, 2), (3200, 256))
 LLM_WIDTHS = (1024, 2048, 2560, 4096, 5120)
 VIT_NORMS = {1024: True, 3200: False}  # by width: whether it is a LayerNorm, or an RMSNorm
-# sm_89 is there for its small shared memory, in which the two types do not differ.
-DTYPES = {80: (torch.bfloat16, torch.float16), 89: (torch.bfloat16,), 90: (torch.bfloat16, torch.float16)}
-HEADS, PATCHES = 16, 1024
+# Both types take the same blocks and copies, and differ in a few registers: the chip that runs most shows how many.
+DTYPES = {80: (torch.bfloat16,), 89: (torch.bfloat16,), 90: (torch.bfloat16, torch.float16)}
+PATCHES = GRID * GRID
 
 _SCALARS = {bool: 'i1', int: 'i32', float: 'fp32'}
 _ELEMENTS = {
@@ -69,13 +71,13 @@ def launches(dtype: torch.dtype) -> None:
             attention_pool.attention_pool_triton(x, u, 0.125)
         for a, w, gelu in layers(width, tiles, dtype):
             linear.linear_triton(a, w, w[0, :, 0] if a.shape[0] == 1 else None, gelu)
-        norms = [
+        full, compressing = (
             pixel_shuffle.Norm(*(torch.empty(ratio**2 * width, dtype=dtype, device='meta') for _ in range(2)))
             for ratio in (2, 4)
-        ]
+        )
         compressed = torch.empty(tiles, dtype=torch.bool, device='meta')
-        pixel_shuffle.pixel_shuffle_triton(x, compressed, *norms, 1e-5, (tiles, tiles))
-    for width in LLM_WIDTHS:
+        pixel_shuffle.pixel_shuffle_triton(x, compressed, full, compressing, 1e-5, (tiles, tiles))
+    for width in LLM_WIDTHS if dtype == torch.bfloat16 else ():  # it moves values of 16 bits, whatever they mean
         out = torch.empty(4096, width, dtype=dtype, device='meta')
         pack.pack_triton(out, [out[:256], out[:64]], [0, 256])
         pack.pack_triton(out, [out[:64], out[:64]], [0, 256], torch.empty(2, dtype=torch.int64, device='meta'), [0, 1])
@@ -161,7 +163,8 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix='.cubin') as binary:
         binary.write(compiled.asm['cubin'])
         binary.flush()
-        code = _cuobjdump('-sass', '--dump-resource-usage', binary.name)
+        usage = _run('cuobjdump', '--dump-resource-usage', binary.name)
+        code = _run('nvdisasm', '-c', '-ndf', binary.name)  # without an analysis of the data flow, which takes long
     return {
         'chip': f'sm_{chip}',
         'kernel': spec['kernel'],
@@ -169,8 +172,8 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
         'constants': ' '.join(f'{name}={_short(value)}' for name, value in spec['constants'].items()),
         'aligned': ' '.join(name for name in spec['aligned'] if not spec['types'][name].startswith('*')),
         'warps': spec['options']['num_warps'],
-        'registers': int(re.search(r'REG:(\d+)', code)[1]),
-        'stack': int(re.search(r'STACK:(\d+)', code)[1]),
+        'registers': _resource('REG', usage),
+        'stack': _resource('STACK', usage),
         'spills': len(re.findall(r'\bSTL(?:\.\S+)? ', code)),
         'shared_memory': compiled.metadata.shared,
         'matrix_instructions': len(re.findall(r'\b(?:HMMA|HGMMA)\.', code)),
@@ -180,12 +183,17 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
     }
 
 
+def _resource(name: str, usage: str) -> int:
+    [number] = re.findall(rf'\b{name}:(\d+)', usage)
+    return int(number)
+
+
 def _short(value: Any) -> Any:
     return value['dtype'] if isinstance(value, dict) else value
 
 
-def _cuobjdump(*arguments: str) -> str:
-    return subprocess.run([CUOBJDUMP, *arguments], check=True, capture_output=True, text=True).stdout
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def measure() -> dict[str, Any]:

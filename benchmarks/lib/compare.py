@@ -222,7 +222,7 @@ class Measured:
 
 OURS = 'none'  # the server that is the plugin
 # Arguments that make another benchmark, and what a file that does not name them was measured with.
-SAME_RUN = {
+SAME_RUN: dict[str, Any] = {
     **dict.fromkeys(('num_prompts', 'max_concurrency', 'tiles', 'images', 'seed')),
     'count_prefills': False,
     'server_arguments': [],

@@ -37,12 +37,12 @@ Send = Callable[[list[MultiModalData], bool], dict[str, Any]]
 
 
 def tensors(image: torch.Tensor) -> list[MultiModalData]:
-    return [MultiModalData(image[low:high].clone(), low, high) for low, high in cuts(len(image))]
+    return [MultiModalData(image[start:end].clone(), start, end) for start, end in cuts(len(image))]
 
 
 def spans(image: torch.Tensor) -> list[MultiModalData]:
     """As the engine's loop gets them."""
-    sent = [Span(PackedRows.of(image[low:high]), low, high, content_hash='') for low, high in cuts(len(image))]
+    sent = [Span(PackedRows.of(image[start:end]), start, end, content_hash='') for start, end in cuts(len(image))]
     multimodals = SpanProcessor().preprocess_input([], sent).input_multimodals
     assert multimodals is not None
     made: list[MultiModalData] = multimodals[MODALITY]
@@ -100,13 +100,14 @@ def by_pickle(stack: ExitStack) -> Send:
 def by_ray(stack: ExitStack) -> Send:
     ray.init(address='local', num_cpus=1, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     stack.callback(ray.shutdown)
-    receiver = ray.remote(Worker).remote()
+    receiver: Any = ray.remote(Worker).remote()
 
     def send(value: list[MultiModalData], check: bool) -> dict[str, Any]:
         meter = Meter()
         held = ray.put(value)
         sent = meter()
-        return {'send': sent, **ray.get(receiver.take_from_ray.remote([held], check))}
+        taken: dict[str, Any] = ray.get(receiver.take_from_ray.remote([held], check))
+        return {'send': sent, **taken}
 
     return send
 

@@ -14,7 +14,7 @@ WARM_UP = 400  # requests after which a server has its threads, caches and alloc
 SAMPLING = 0.5  # seconds between two samples
 MEMORY = ('rss', 'uss', 'device')
 COUNTS = ('file_descriptors', 'threads')
-# What the last quarter of a run may have more than the second one: of memory the larger of a share and bytes.
+# How much more the last quarter of a run may have than the second one. Memory may grow by the larger of the first two.
 SHARE, BYTES, COUNT = 0.02, 30 << 20, 4
 
 
@@ -74,15 +74,12 @@ class Sampler:
         return [name for name in (*MEMORY, *COUNTS) if any(name in sample for sample in self.samples)]
 
     def judges(self, requests: int) -> bool:
-        """Whether a run of so many requests can tell growth from warming up, and something was looked at."""
+        """Whether a run of so many requests is long enough to tell growth from warming up, and has samples."""
         _, second, _, last = self.medians(requests)
         return requests >= 4 * WARM_UP and bool(second and last)
 
     def growth(self, requests: int) -> list[str]:
-        """A sentence for everything of which the last quarter has too much more than the second one.
-
-        Of a run that :meth:`judges` nothing, nothing is said.
-        """
+        """A sentence for everything that grew too much from the second quarter to the last; none of too short a run."""
         if not self.judges(requests):
             return []
         _, second, _, last = self.medians(requests)

@@ -34,9 +34,10 @@ import os
 import pickle
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler  # PyTorch has told it how to share tensors
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,11 @@ class Way:
 
 
 def spans(image: torch.Tensor) -> list[torch.Tensor]:
-    return [image[low:high].clone() for low, high in cuts(len(image))]
+    return [image[start:end].clone() for start, end in cuts(len(image))]
 
 
 def packed(image: torch.Tensor) -> list[PackedRows]:
-    return [PackedRows.of(image[low:high]) for low, high in cuts(len(image))]
+    return [PackedRows.of(image[start:end]) for start, end in cuts(len(image))]
 
 
 def unpacked(rows: Sequence[PackedRows]) -> list[torch.Tensor]:
@@ -114,8 +115,6 @@ def take(shared: tuple[str, tuple[int, int]]) -> list[torch.Tensor]:
 
 
 def dump_handles(value: Any) -> bytes:
-    from torch.multiprocessing.reductions import ForkingPickler
-
     return bytes(ForkingPickler.dumps(value))
 
 
@@ -277,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=100, help='requests for each way and number in flight')
     parser.add_argument('--in-flight', type=int, nargs='+', default=list(IN_FLIGHT), help='requests sent at a time')
-    parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='values of a visual token')
+    parser.add_argument('--widths', type=int, nargs='+', default=list(WIDTHS), help='widths of the language model')
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args(argv)
     from benchmarks.serving import executors  # with LMDeploy, which the processes of the ways do without
@@ -295,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(path: Path, about: dict[str, Any], tables: dict[str, Sequence[dict[str, Any]]]) -> None:
+def write(path: Path, about: dict[str, Any], tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """Write JSON with a line for each row, which diffs can show."""
     parts = [f'{json.dumps(key)}: {json.dumps(value)}' for key, value in about.items()]
     for key, rows in tables.items():

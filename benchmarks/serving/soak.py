@@ -330,10 +330,12 @@ def report(result: dict[str, Any], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--requests', type=int, default=2000)
-    parser.add_argument('--cancel', type=float, default=0.1, help='share of the requests whose client leaves')
-    parser.add_argument('--clients', type=int, default=16)
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--requests', type=int, default=2000, help='requests in all (default: %(default)s)')
+    parser.add_argument(
+        '--cancel', type=float, default=0.1, help='share of requests whose client leaves (default: %(default)s)'
+    )
+    parser.add_argument('--clients', type=int, default=16, help='requests at a time (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='of pictures, order and cancels (default: %(default)s)')
     parser.add_argument(
         '--near-tie',
         type=float,
@@ -342,8 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='how far apart in log-probability two tokens may be that change places alone and in company; a server at '
         '--base-url then needs --logprobs-mode raw_logprobs (default: %(default)s; 0: ids must be the same)',
     )
-    parser.add_argument('--base-url', help='of a running server, instead of starting one')
-    parser.add_argument('--pid', type=int, help='of that server; without it, only device memory is looked at')
+    parser.add_argument('--base-url', help='address of a running server, instead of starting one')
+    parser.add_argument('--pid', type=int, help='process id of that server; without it, only device memory is watched')
     parser.add_argument('--output-file', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args(argv)
     # Told to end, it keeps what there is and stops its server.

@@ -132,7 +132,7 @@ class VisionPath:
 
     def encode_all(self, prompts: Sequence[torch.Tensor]) -> None:
         """Encode prompts in batches of LMDeploy's size."""
-        batch = []
+        batch: list[torch.Tensor] = []
         for prompt in prompts:
             if batch and not self._fits([*batch, prompt]):
                 self.encode(batch)

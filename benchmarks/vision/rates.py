@@ -24,6 +24,7 @@ import os
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,10 @@ class Bench:
 
         self.loop.run_until_complete(run())
 
+    def client(self, work: Callable[[Any], Awaitable[object]], item: Any) -> None:
+        """Work on one item that is alone."""
+        self.clients(work, [item])
+
     def measure(self, part: str, case: str, turns: Turns, units: float, unit: str) -> None:
         timings = undisturbed(turns, self.arguments.seconds)
         self.rows.append(
@@ -131,10 +136,10 @@ class Bench:
     def measure_preparation(self) -> None:
         for mix in images.MIXES:
             files = images.jpegs(mix, self.arguments.images)
-            turns: Turns = {'ours': lambda files=files: self.clients(self.tiles, files)}
+            turns: Turns = {'ours': partial(self.clients, self.tiles, files)}
             if not MISSING:
                 check_pixels(self.preparation, files[0])
-                turns['LMDeploy'] = lambda files=files: self.clients(self.preparation, files)
+                turns['LMDeploy'] = partial(self.clients, self.preparation, files)
             self.measure('preparation', mix, turns, len(files), 'images/s')
 
     def measure_work(self) -> dict[str, Any]:
@@ -150,10 +155,7 @@ class Bench:
         """
         files = images.jpegs(mix, self.arguments.images)
         pools = {threads: ThreadPoolExecutor(threads) for threads in sorted({1, self.threads})}
-        turns: Turns = {
-            str(threads): lambda pool=pool: list(pool.map(lambda data: cut(load(data)), files))
-            for threads, pool in pools.items()
-        }
+        turns: Turns = {str(threads): partial(load_and_cut, pool, files) for threads, pool in pools.items()}
         timings = undisturbed(turns, self.arguments.seconds)
         rates = {threads: len(files) / timings[str(threads)].median for threads in pools}
         disturbed = max(timing.elsewhere or 0.0 for timing in timings.values()) > QUIET
@@ -180,7 +182,7 @@ class Bench:
         if not MISSING:
             pixels = [self.preparation.preprocess(picture) for picture in pictures]
             self.check_embeddings(pictures[0], pixels[0])
-            turns |= {name: lambda path=path: path.encode_all(pixels) for name, path in self.theirs.items()}
+            turns |= {name: partial(path.encode_all, pixels) for name, path in self.theirs.items()}
         self.measure('stage', f'{len(pictures)} prompts of 10 tiles', turns, tiles, 'tiles/s')
 
     def job(self, picture: Image.Image) -> ImageJob:
@@ -197,7 +199,7 @@ class Bench:
         await asyncio.wrap_future(self.stage.submit([self.job(image)], COMPRESSION))
 
     def paths(self) -> dict[str, Callable[[bytes], Awaitable[None]]]:
-        """From a file to visual tokens, by each competitor."""
+        """The ways from a file to visual tokens: ours, and LMDeploy's."""
 
         def through(path: Any) -> Callable[[bytes], Awaitable[None]]:
             async def run(data: bytes) -> None:
@@ -210,15 +212,13 @@ class Bench:
     def measure_end_to_end(self) -> None:
         for mix in images.MIXES:
             files = images.jpegs(mix, self.arguments.images)
-            turns = {
-                name: lambda path=path, files=files: self.clients(path, files) for name, path in self.paths().items()
-            }
+            turns: Turns = {name: partial(self.clients, path, files) for name, path in self.paths().items()}
             self.measure('end to end', mix, turns, len(files), 'images/s')
 
     def measure_latency(self) -> dict[str, Any]:
-        """Median and 90th percentile of milliseconds, by competitor."""
+        """Median and 90th percentile of milliseconds, by side."""
         files = images.jpegs('mix', self.arguments.latencies, LARGE)
-        turns = {name: lambda data, path=path: self.clients(path, [data]) for name, path in self.paths().items()}
+        turns = {name: partial(self.client, path) for name, path in self.paths().items()}
         found = {}
         for name, seconds in one_at_a_time(turns, files, warm_up=2).items():
             taken = [1e3 * took for took in seconds]
@@ -237,6 +237,11 @@ def cut(image: Image.Image) -> np.ndarray:
     tiles = cut_tiles(image, *LIMITS)
     tile_digests(tiles)
     return tiles
+
+
+def load_and_cut(pool: ThreadPoolExecutor, files: Sequence[bytes]) -> None:
+    """Prepare pictures by the threads of a pool."""
+    list(pool.map(lambda data: cut(load(data)), files))
 
 
 def check_pixels(preparation: Any, data: bytes) -> None:
@@ -321,12 +326,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--like', choices=list(models.SIZES), default='300M' if cuda else 'tiny', help='size of the ViT'
     )
-    parser.add_argument('--layers', type=int, help='of the ViT, to try a large size on a CPU')
-    parser.add_argument('--device', default='cuda' if cuda else 'cpu')
-    parser.add_argument('--images', type=int, default=64 if cuda else 8, help='in each turn of a competitor')
-    parser.add_argument('--latencies', type=int, default=100 if cuda else 12, help='pictures sent one at a time')
-    parser.add_argument('--seconds', type=float, default=10.0, help='for each competitor in each case')
-    parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS, metavar='PART', help=f'of {PARTS}')
+    parser.add_argument('--layers', type=int, help='depth of the ViT, if it shall have fewer layers than that size')
+    parser.add_argument('--device', default='cuda' if cuda else 'cpu', help='where both encode (default: %(default)s)')
+    parser.add_argument(
+        '--images', type=int, default=64 if cuda else 8, help='pictures in each turn of a side (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--latencies', type=int, default=100 if cuda else 12, help='pictures sent one at a time (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--seconds', type=float, default=10.0, help='of timing for each side in each case (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--parts', nargs='+', choices=PARTS, default=PARTS, metavar='PART', help=f'measure only these parts of {PARTS}'
+    )
     parser.add_argument('--output', type=Path, help='write the results, as JSON, to this file')
     return parser.parse_args(argv)
 
@@ -356,7 +369,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found.get('latency'):
         show_latency(found['latency'], console)
     if arguments.output:
-        content = {'facts': facts(), 'settings': settings, 'recipe': images.recipe(), 'rates': bench.rows}
+        content: dict[str, Any] = {
+            'facts': facts(),
+            'settings': settings,
+            'recipe': images.recipe(),
+            'rates': bench.rows,
+        }
         content |= {part: value for part, value in found.items() if value}
         content['complete'] = set(found) == set(arguments.parts)
         arguments.output.write_text(json.dumps(rounded(content), indent=1) + '\n')

@@ -164,7 +164,7 @@ def disturb_vectors(tower: VisionTower) -> None:
     with torch.no_grad():
         for weight in tower.vision_model.parameters():
             if weight.dim() == 1:
-                weight += 0.05 * torch.randn_like(weight)
+                weight.add_(torch.randn_like(weight), alpha=0.05)
 
 
 def gain(before: float, after: float) -> float:
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument('--like', choices=models.SIZES, default='300M' if cuda else 'tiny', help='size of the ViT')
-    parser.add_argument('--layers', type=int, help='make the ViT this deep instead')
+    parser.add_argument('--layers', type=int, help='depth of the ViT, if it shall have fewer layers than that size')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda' if cuda else 'cpu')
     parser.add_argument('--seconds', type=float, default=SECONDS, help='of timing for each variant')
     parser.add_argument('--output', type=Path, required=True, help='write the results, as JSON, to this file')

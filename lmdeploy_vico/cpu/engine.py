@@ -124,7 +124,11 @@ PATCHES = (
         f'{_SELECTOR}:_get_backend',
         '()',
         why='LMDeploy has no backend for the CPU.',
-        uses={f'{_SELECTOR}:get_device_manager': '()'},
+        uses={
+            f'{_SELECTOR}:get_device_manager': '()',
+            'lmdeploy.pytorch.backends.default.rotary_embedding:_rotary_embedding_fwd': '(position_ids, inv_freq, '
+            'scaling_factor, mscale=None, dtype=None, device_type=None)',
+        },
     ),
     _patch(
         put_agent_on_cpu,

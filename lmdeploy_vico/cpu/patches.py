@@ -182,7 +182,11 @@ PATCHES = (
         'which costs seconds.',
         until='LMDeploy chooses its checks by the device that is there.',
         process='engine',
-        uses={'lmdeploy.pytorch.engine.engine_checker:EngineChecker._handle_impl': '(self)'},
+        uses={
+            'lmdeploy.pytorch.engine.engine_checker:EngineChecker._handle_impl': '(self)',
+            'lmdeploy.pytorch.check_env.torch:TorchChecker': "(device='cuda', logger=None)",
+            'lmdeploy.pytorch.check_env.triton:TritonChecker': '(logger=None)',
+        },
     ),
     Patch(
         start_worker_on_cpu,

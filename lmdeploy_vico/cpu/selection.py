@@ -5,6 +5,8 @@ import multiprocessing
 from functools import cache
 from typing import Any
 
+from lmdeploy_vico import log
+
 logger = logging.getLogger(__name__)
 
 MESSAGE = 'no CUDA device: running on the CPU reference backend'
@@ -50,4 +52,5 @@ def check_supported(config: Any, speculative_config: Any = None) -> None:
 def announce() -> None:
     """Log once, in the process of the user, that the CPU backend serves; LMDeploy's own child processes are silent."""
     if not multiprocessing.current_process().name.startswith(_ENGINE_PROCESSES):
+        log.setup()  # which nothing else does where no ViCO model is served
         logger.warning(MESSAGE)

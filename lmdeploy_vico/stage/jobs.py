@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from lmdeploy_vico.choices import Compression, parse_compression
+from lmdeploy_vico.choices import Compression
 from lmdeploy_vico.vision.projection import VisualTokens
 from lmdeploy_vico.vision.routing import RoutingGroup
 from lmdeploy_vico.vision.tiling import Grid
@@ -41,16 +41,12 @@ def routing_groups(jobs: Sequence[ImageJob], compression: Compression) -> list[R
 
     Images without a compression of their own form one group, with the prompt's ``compression``. The frames of a video
     that has its own form another. Any other image that has its own is routed alone.
-
-    Raises:
-        ValueError: a compression is not one of the accepted values.
     """
-    compression = parse_compression(compression)
     groups: dict[object, tuple[list[int], Compression]] = {}
     for index, job in enumerate(jobs):
         if job.compression is None:
             groups.setdefault('prompt', ([], compression))[0].append(index)
         else:
             key = ('image', index) if job.routed_with is None else ('together', job.routed_with)
-            groups.setdefault(key, ([], parse_compression(job.compression)))[0].append(index)
+            groups.setdefault(key, ([], job.compression))[0].append(index)
     return list(groups.values())

@@ -50,7 +50,11 @@ class StageMemory:
         tiles = cache.capacity // tile + STARTED_BATCHES * batches + WAITING_TILES
         self._tiles = PinnedArena(tiles, tile, encoder.device, 'tiles')
         rows = TOKENS_FULL * self._width * output_dtype.itemsize
-        self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, encoder.device, 'prompts')
+        try:
+            self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, encoder.device, 'prompts')
+        except Exception:
+            self._tiles.close()
+            raise
 
     def tiles(self, count: int) -> list[torch.Tensor | None]:
         """Lend memory for the features of ``count`` tiles; None for each that finds no room."""

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from lmdeploy_vico.choices import Compression
-from lmdeploy_vico.stage.errors import DeviceStartError, encoding_error
+from lmdeploy_vico.stage.errors import encoding_error
 from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob, routing_groups
 from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
@@ -46,7 +46,7 @@ class VisionStage:
             and so is some for tiles in flight. Pinning begins when the devices are ready, in threads of its own.
 
     Raises:
-        DeviceStartError: a device could not be made ready; the threads of the others have ended.
+        DeviceStartError: a device could not be made ready. After this or any other error, no thread is left.
     """
 
     def __init__(
@@ -63,20 +63,15 @@ class VisionStage:
         self._cache = TileCache(cache_bytes)
         self._memory: StageMemory | None = None
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
-        self._prepare.submit(pass_order)  # compiles the resizing: a second or two that no request has to wait
         # Pillow cannot read one file from several threads. Pictures share a few locks, chosen by their ids.
         self._reading = [threading.Lock() for _ in range(READ_LOCKS)]
         self._work = Work(self._queue, self._cache, output_dtype)
-        self._workers: list[Worker] = [
-            DeviceThread(index, encoder, self._work) for index, encoder in enumerate(encoders)
-        ]
-        self._start_workers()
-        # The devices are ready: results of their warming up take none of this memory. The first batch waits for it.
-        copying = [encoder for encoder in encoders if encoder.copies_results]
-        if copying:
-            self._memory = self._work.memory = StageMemory(copying, output_dtype, self._cache)
-        for encoder in copying:
-            encoder.use_memory(self._memory)
+        self._workers: list[Worker] = []
+        try:
+            self._start(output_dtype)
+        except Exception:
+            self.close()
+            raise
 
     def admit(self, size: int) -> Admission:
         """Hold a place for about ``size`` tiles of a request whose images are not decoded yet.
@@ -106,7 +101,6 @@ class VisionStage:
 
         Raises:
             StageBusyError: too many tiles are waiting and the prompt has no admission, or the stage is closed.
-            ValueError: a compression is not one of the accepted values.
         """
         prompt = PendingPrompt(
             images=[None] * len(jobs),
@@ -144,15 +138,20 @@ class VisionStage:
         if self._memory is not None:
             self._memory.close()
 
-    def _start_workers(self) -> None:
-        for worker in self._workers:
+    def _start(self, output_dtype: torch.dtype) -> None:
+        self._prepare.submit(pass_order)  # compiles the resizing: a second or two that no request has to wait
+        for index, encoder in enumerate(self._encoders):
+            worker: Worker = DeviceThread(index, encoder, self._work)
             worker.start()
-        try:
-            for worker in self._workers:
-                worker.wait_until_ready()
-        except DeviceStartError:
-            self.close()
-            raise
+            self._workers.append(worker)
+        for worker in self._workers:
+            worker.wait_until_ready()
+        # The devices are ready: results of their warming up take none of this memory. The first batch waits for it.
+        copying = [encoder for encoder in self._encoders if encoder.copies_results]
+        if copying:
+            self._memory = self._work.memory = StageMemory(copying, output_dtype, self._cache)
+        for encoder in copying:
+            encoder.use_memory(self._memory)
 
     def _cut(self, prompt: PendingPrompt, index: int, job: ImageJob) -> None:
         try:

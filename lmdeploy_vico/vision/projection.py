@@ -148,9 +148,9 @@ class Projection:
         number = sum(kinds)
         room = self._room(len(kinds) - number), self._room(number)
         shuffled = self._tower.shuffle(patches, compressed.to(self._device, non_blocking=True), room)
-        full = self._run_projector(shuffled.full, False, dtype)
-        small = self._run_projector(shuffled.compressed, True, dtype)
-        return [next(small if kind else full) for kind in kinds]
+        full_tiles = self._run_projector(shuffled.full, False, dtype)
+        compressed_tiles = self._run_projector(shuffled.compressed, True, dtype)
+        return [next(compressed_tiles if kind else full_tiles) for kind in kinds]
 
     def _room(self, tiles: int) -> int:
         """The tiles of as many whole batches as hold ``tiles``."""

@@ -25,7 +25,7 @@ def route(
     going to the lower index.
 
     Args:
-        scores: p[0] of each tile, float32 ``[n]``: the probability that hard compression loses nothing (paper, Eq. 4).
+        scores: p[0] of each tile, float32 ``[n]``: the probability that compressing it loses nothing (paper, Eq. 4).
 
     Returns:
         bool ``[n]`` on the scores' device, true where the tile gets 64 tokens.

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 from bench.conftest import OVERHEAD
+from ports import free_port
 from waiting import HANG
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench.client import Client
 from lmdeploy_vico.bench.report import results as results_module
 from lmdeploy_vico.bench.workload.requests import FLASH, IMAGE, INTERNVL, LLM, OURS, Cell, Requests
-from lmdeploy_vico.launch import free_port
 
 FEW = ['--num-prompts', '12', '--max-concurrency', '3', '--tiles', '5', '--text-tokens', '8']
 SHARES = ['--token-compression', '0', '0.5', 'auto']
@@ -195,7 +195,7 @@ def test_importing_the_client_loads_neither_lmdeploy_nor_torch():
     assert out.stdout.strip() == '[]'
 
 
-@pytest.mark.slow
+@pytest.mark.server
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, number, status):
     command = [str(Path(sys.executable).with_name('lmdeploy-vico')), 'bench', '--model', str(make_checkpoint()), *FEW]
@@ -213,7 +213,7 @@ def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, numb
             bench.kill()
 
 
-SMOKE = ['--num-prompts', '24', '--max-concurrency', '8', '--tiles', '2', '--token-compression', '0', '0.75']
+SMOKE = ['--num-prompts', '8', '--max-concurrency', '4', '--tiles', '2', '--token-compression', '0', '0.75']
 
 
 @pytest.mark.server
@@ -229,7 +229,7 @@ def test_both_modes_and_both_baselines_for_real(make_checkpoint, bench):
     assert len(results['servers']) == 3 and not [one for one in results['servers'].values() if 'log-level' in one]
     assert printed.count('Counting prefill steps: $ ') == printed.count('--log-level DEBUG') == 3
     assert list(cells) == [(LLM, OURS, 0.0), (LLM, OURS, 0.75), *image, *baselines]
-    assert {(cell['completed'], cell['failed'], cell['error']) for cell in cells.values()} == {(24, 0, None)}
+    assert {(cell['completed'], cell['failed'], cell['error']) for cell in cells.values()} == {(8, 0, None)}
     # LMDeploy schedules its flash mode's tokens as if nothing were compressed.
     for key, cell in cells.items():
         visual = 128 if key[2] == 0.75 else 512

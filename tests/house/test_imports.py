@@ -1,13 +1,17 @@
 """The arrows between all files: no cycle, and those to the kernels and to LMDeploy only from where they belong."""
 
+import importlib
+import re
+import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from house.imports import arrows, graph, imported, modules
+from house.imports import ROOT, arrows, graph, imported, modules
 
 KERNELS = 'lmdeploy_vico.kernels.'
 # Rooms that may use kernels. Options know the names of the implementations and nothing else of them.
-USERS_OF_KERNELS = ('lmdeploy_vico.vision.', 'lmdeploy_vico.adapter.', 'lmdeploy_vico.training.')
+USERS_OF_KERNELS = ('lmdeploy_vico.vision.', 'lmdeploy_vico.adapter.')
+DOCUMENT = ROOT / 'docs' / 'architecture.md'
 USERS_OF_LMDEPLOY = ('lmdeploy_vico.adapter', 'lmdeploy_vico.cpu')
 
 
@@ -59,6 +63,29 @@ def test_the_package_does_not_import_benchmarks_or_tests(house):
     for name, targets in house.items():
         if is_ours(name):
             assert all(is_ours(target) for target in targets), name
+
+
+def test_the_table_of_rooms_says_what_import_linter_checks():
+    toml = importlib.import_module('tomllib' if sys.version_info >= (3, 11) else 'tomli')
+    contracts = toml.loads((ROOT / 'pyproject.toml').read_text())['tool']['importlinter']['contracts']
+    [layers] = [one['layers'] for one in contracts if one['type'] == 'layers']
+    levels = {room: level for level, rooms in enumerate(reversed(layers), 1) for room in rooms.split(' | ')}
+    forbidden = {
+        (room, target)
+        for contract in contracts
+        if contract['type'] == 'forbidden'
+        for room in contract['source_modules']
+        for target in contract['forbidden_modules']
+        if any(f'{other}.'.startswith(f'{target}.') and levels[other] < levels[room] for other in levels)
+    }
+    described, excepted = {}, set()
+    for level, rooms, exceptions in re.findall(r'^\| (\d+) \| (.*?) \| .* \|(.*?)\|$', DOCUMENT.read_text(), re.M):
+        for room in re.findall(r'`(.*?)`', rooms):
+            name = room.removesuffix('.py').strip('/').replace('/', '.')
+            described[name] = int(level)
+            excepted |= {(name, f'lmdeploy_vico.{target}') for target in re.findall(r'`(.*?)`', exceptions)}
+    assert described == levels
+    assert excepted == forbidden
 
 
 KNOWN = ('a', 'a.b', 'a.b.c', 'a.d')

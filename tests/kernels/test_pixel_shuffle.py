@@ -59,9 +59,9 @@ def check(float64, assert_close):
         result = pixel_shuffle(x, compressed, *norms, eps, room)
         assert result.counts.dtype == torch.int32
         assert result.counts.tolist() == [kinds.count(False), kinds.count(True)]
-        for hard, out, ratio, norm in zip((False, True), result[:2], (2, 4), norms, strict=True):
-            space = len(x) if room is None else room[hard]
-            tiles = [tile for tile, kind in zip(float64(x), kinds, strict=True) if kind == hard][:space]
+        for branch, out, ratio, norm in zip((False, True), result[:2], (2, 4), norms, strict=True):
+            space = len(x) if room is None else room[branch]
+            tiles = [tile for tile, kind in zip(float64(x), kinds, strict=True) if kind == branch][:space]
             assert out.dtype == x.dtype
             assert out.shape == (space * x.shape[1] // ratio**2, ratio**2 * x.shape[2])
             expected = reference(tiles, ratio, float64(norm.weight), float64(norm.bias), eps)

@@ -8,6 +8,10 @@ import pytest
 SAY = 'import logging, lmdeploy_vico.log as log; {}; logging.getLogger("lmdeploy_vico.stage").info("loaded")'
 
 
+def run(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+
+
 @pytest.mark.parametrize(
     'before, shown',
     [
@@ -21,6 +25,11 @@ SAY = 'import logging, lmdeploy_vico.log as log; {}; logging.getLogger("lmdeploy
     ],
 )
 def test_what_is_shown(before, shown):
-    out = subprocess.run([sys.executable, '-c', SAY.format(before)], capture_output=True, text=True, check=True)
+    out = run(SAY.format(before))
     assert out.stderr.strip().endswith(shown) and len(out.stderr.splitlines()) == bool(shown)
     assert out.stdout == ''
+
+
+def test_the_cpu_backend_announces_itself_in_the_log_where_no_vico_model_has_set_it_up():
+    [line] = run('from lmdeploy_vico.cpu import selection as s; s.announce(); s.announce()').stderr.splitlines()
+    assert line.endswith('lmdeploy_vico.cpu.selection - WARNING - no CUDA device: running on the CPU reference backend')

@@ -4,9 +4,12 @@ import importlib
 import logging
 import pickle
 import sys
-from types import ModuleType
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from waiting import HANG
 
 from lmdeploy_vico.cli import main
 from lmdeploy_vico.patching import (
@@ -157,6 +160,18 @@ def test_names_that_a_patch_uses_are_checked(doctored):
         check(patch)
 
 
+def test_names_of_other_modules_that_a_patch_uses_are_checked_but_not_where_it_is_made(doctored, tmp_path):
+    (tmp_path / 'another.py').write_text('def shout(words):\n    return words')
+    patch = entry(put_first, 'KINDS', uses={'another:shout': '(text)'})
+    with pytest.raises(MisfitError, match=r'another:shout is \(words\), expected \(text\)'):
+        check(patch)
+    del sys.modules['another']
+    register = Register()
+    register.install([patch])
+    load()
+    assert register.applied == [patch] and 'another' not in sys.modules
+
+
 def test_modules_that_are_not_imported_must_exist(doctored):
     """A module of another process is left alone; one that has vanished is an error before it is missed."""
     register = Register()
@@ -261,3 +276,68 @@ def test_a_function_that_another_module_imports_by_name_is_changed_once_in_both(
         assert function('now') == 'now'
         assert calls.pop() == 'now' and not calls
     assert register.applied == patches
+
+
+def test_env_names_a_module_that_breaks_on_import_and_goes_on(doctored, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'broken.py').write_text('raise RuntimeError("no driver")')
+    broken = Patch(put_first, 'broken:KINDS', why='a test', until='it ends', process='server')
+    monkeypatch.setattr('lmdeploy_vico.adapter.patches.table.all_patches', lambda: (broken, SHOUT))
+    assert main(['env', '--patches']) == 1
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'broken:KINDS: module broken: importing broken raises RuntimeError: no driver' in out
+    assert 'doctored:Greeter.shout: fits' in out
+    assert '1 of 2 fit it. Does not fit: "put first" (broken:KINDS)' in out
+
+
+@pytest.mark.busy
+def test_a_second_thread_returns_when_the_first_has_applied_the_patches(doctored):
+    begun, go, made = threading.Event(), threading.Event(), []
+
+    def slowly(target: Target) -> None:
+        register.apply(Trigger.MODEL)  # a change may start what applies patches itself
+        begun.set()
+        assert go.wait(HANG)
+        made.append(target.name)
+
+    register = Register()
+    register.install([entry(slowly, 'KINDS', trigger=Trigger.MODEL)])
+
+    def second() -> list:
+        register.apply(Trigger.MODEL)
+        return list(made)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(register.apply, Trigger.MODEL)
+        assert begun.wait(HANG)
+        seen = threads.submit(second)
+        assert not seen.done()
+        go.set()
+        first.result(HANG)
+        assert seen.result(HANG) == made == ['KINDS']
+
+
+@pytest.mark.busy
+def test_an_import_in_another_thread_and_an_event_do_not_wait_for_each_other(doctored, tmp_path, monkeypatch):
+    """The import has its module's lock and makes a patch; the event's change needs that module."""
+    gates = SimpleNamespace(begun=threading.Event(), go=threading.Event())
+    monkeypatch.setitem(sys.modules, 'gates', gates)
+    (tmp_path / 'slow.py').write_text(
+        f'import gates\ngates.begun.set()\nassert gates.go.wait({HANG})\nKINDS = ["plain"]\n'
+    )
+
+    def needs_slow(target: Target) -> None:
+        gates.go.set()
+        target.value.append(importlib.import_module('slow').KINDS[0])
+
+    others = {'why': 'a test', 'until': 'it ends', 'process': 'server'}
+    register = Register()
+    register.install([Patch(put_first, 'slow:KINDS', **others), entry(needs_slow, 'KINDS', trigger=Trigger.MODEL)])
+    load()
+    with ThreadPoolExecutor(2) as threads:
+        imported = threads.submit(importlib.import_module, 'slow')
+        assert gates.begun.wait(HANG)
+        applied = threads.submit(register.apply, Trigger.MODEL)
+        applied.result(HANG)
+        assert imported.result(HANG).KINDS == ['polite', 'plain']
+    assert load().KINDS == ['plain', 'polite']
+    monkeypatch.delitem(sys.modules, 'slow')

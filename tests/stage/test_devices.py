@@ -1,16 +1,19 @@
 """A stage with many devices: tiles are shared by load, evenly, and none is lost with a device."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
 from stage.stand_in import StandInEncoder, job
 from waiting import HANG
 
+from lmdeploy_vico.stage import memory
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.stage.queue import PendingPrompt, TileQueue
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.stage.tiles import Tile
+from lmdeploy_vico.stage.workers.thread import DeviceThread
 from lmdeploy_vico.vision.batches import RunningBatch
 
 DEVICES = 8
@@ -153,9 +156,52 @@ def test_a_device_that_cannot_start_is_named_and_the_others_end():
         def enter_thread(self):
             raise torch.OutOfMemoryError('CUDA out of memory.')
 
-    before = set(threading.enumerate())
-    with pytest.raises(DeviceStartError, match='cannot start on cuda:3: CUDA out of memory') as error:
+    with no_thread_left(), pytest.raises(DeviceStartError, match='cannot start on cuda:3: CUDA out of memory') as error:
         VisionStage([Device(), Broken(), Device()], torch.bfloat16, threads=2)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
-    begun = set(threading.enumerate()) - before
-    assert [thread.name for thread in begun if thread.name.startswith('vico-device-')] == []
+
+
+@contextmanager
+def no_thread_left():
+    """The plugin's threads that begin inside end, without being told to outside."""
+    before = set(threading.enumerate())
+    yield
+    begun = [one for one in set(threading.enumerate()) - before if one.name.startswith('vico-')]
+    for thread in begun:
+        thread.join(HANG)
+    assert [thread.name for thread in begun if thread.is_alive()] == []
+
+
+class Copying(Device):
+    """A stand-in for a device of which results are copied."""
+
+    copies_results = True
+
+    def use_memory(self, memory):
+        if memory is not None:
+            raise MemoryError('no memory to use')
+
+
+def fail(*arguments, **options):
+    raise MemoryError('no memory to lend')
+
+
+@pytest.mark.parametrize('late', ['a thread', 'the second arena', 'the memory', 'its use'])
+def test_what_fails_late_in_the_start_leaves_no_thread(cuda, monkeypatch, late):
+    if late == 'a thread':
+        start, begun = DeviceThread.start, []
+
+        def start_one(thread):
+            if begun:
+                fail()
+            begun.append(thread)
+            start(thread)
+
+        monkeypatch.setattr(DeviceThread, 'start', start_one)
+    elif late == 'the second arena':
+        arena = memory.PinnedArena
+        monkeypatch.setattr(memory, 'PinnedArena', lambda *about: arena(*about) if about[-1] == 'tiles' else fail())
+    elif late == 'the memory':
+        monkeypatch.setattr('lmdeploy_vico.stage.stage.StageMemory', fail)
+    with no_thread_left(), pytest.raises(MemoryError, match='no memory'):
+        VisionStage([Copying(), Copying()], torch.bfloat16, threads=2)

@@ -1,6 +1,5 @@
 """Which images of a prompt are routed together."""
 
-import pytest
 from PIL import Image
 from stage.stand_in import job
 
@@ -33,9 +32,3 @@ def test_frames_of_a_video_without_one_are_routed_with_the_prompt():
 
 def test_no_images():
     assert groups() == []
-
-
-@pytest.mark.parametrize('options, compression', [({}, 'most'), ({'compression': 2}, 'auto')])
-def test_a_compression_that_is_not_accepted(options, compression):
-    with pytest.raises(ValueError, match='compression must be'):
-        groups(options, compression=compression)

@@ -4,6 +4,9 @@ from lmdeploy_vico.patching import Call, Patch, Target
 
 _LOADER = 'lmdeploy.pytorch.weight_loader.model_weight_loader'
 _MODULE_MAP = 'lmdeploy.pytorch.models.module_map'
+_MODELS = 'lmdeploy.pytorch.models.patch'
+_BUILDER = 'lmdeploy.pytorch.configurations:AutoModelConfigBuilder'
+_QUANTISATION = 'lmdeploy.pytorch.config:QuantizationConfig'
 
 
 def name_chat_models(target: Target) -> None:
@@ -41,14 +44,22 @@ PATCHES = (
         why='LMDeploy finds the class of a language model by its name, in maps of its own.',
         until='LMDeploy offers an entry point for out-of-tree models.',
         process='engine',
-        uses={f'{_MODULE_MAP}:MODULE_MAP': None},
+        uses={
+            f'{_MODULE_MAP}:MODULE_MAP': None,
+            f'{_MODELS}:_get_module_map': '()',
+            f'{_MODELS}:_class_from_qualname': '(qualname)',
+            'lmdeploy.pytorch.adapter.adapter:load_lora_weights': '(model, weights, adapter_id)',
+            f'{_QUANTISATION}.from_config': '(cls, hf_config)',
+            f'{_QUANTISATION}.get_quant_method': "(self, prefix='', module_kind='linear')",
+        },
     ),
     Patch(
         put_model_config_first,
-        'lmdeploy.pytorch.configurations:AutoModelConfigBuilder._sub_classes',
+        f'{_BUILDER}._sub_classes',
         why="LMDeploy's InternVL config builder matches ViCO checkpoints too.",
         until='LMDeploy lets a plugin register a builder with priority.',
         process='server and engine',
+        uses={f'{_BUILDER}.build': '(cls, hf_config, model_path=None, **kwargs)'},
     ),
     Patch(
         make_up_dummy_weights,

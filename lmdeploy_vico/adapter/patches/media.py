@@ -9,6 +9,7 @@ from lmdeploy_vico.patching import Call, Patch, Target, Trigger
 
 _IMAGES = 'lmdeploy.vl.media.image:ImageMediaIO'
 _VIDEOS = 'lmdeploy.vl.media.video:VideoMediaIO'
+_VIDEO_LOADER = 'lmdeploy.vl.media.video_loader:OpenCVVideoLoader'
 _VAGUE = 'LMDeploy reports every decoding error but ValueError as "Request preprocessing failed."'
 
 
@@ -98,6 +99,7 @@ PATCHES = (
             until='LMDeploy rejects truncated videos and names the error.',
             process='server',
             trigger=Trigger.MODEL,
+            uses={f'{_VIDEO_LOADER}.smart_nframes': '(self, total_frames_num, num_frames, fps, duration)'},
         )
         for target, signature in _loaders(_VIDEOS, 'filepath').items()
     ),
@@ -112,7 +114,7 @@ PATCHES = (
     ),
     Patch(
         guard_video_frames,
-        'lmdeploy.vl.media.video_loader:OpenCVVideoLoader._read_frames',
+        f'{_VIDEO_LOADER}._read_frames',
         '(cap, frame_indices, num_expected_frames, max_frame_idx)',
         why='Where a video has ended, LMDeploy goes on for as many frames as the header announces, which can take '
         'minutes. It keeps the frames in full size, whether there is memory for them or not.',

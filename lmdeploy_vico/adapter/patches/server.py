@@ -177,6 +177,7 @@ PATCHES = (
         why="TurboMind's own InternVL vision model knows no router: it would serve 256 tokens a tile without a word.",
         until='TurboMind refuses ViCO checkpoints, or routes their tiles.',
         process='server',
+        uses={'lmdeploy.archs:get_model_arch': '(model_path, trust_remote_code=False)'},
     ),
     Patch(
         put_vision_model_first,
@@ -193,6 +194,15 @@ PATCHES = (
         'in a single thread.',
         until='LMDeploy passes its config on and awaits an asynchronous preprocess.',
         process='server',
+        # How LMDeploy decides about the engine, which the vision side has to know.
+        uses={
+            'lmdeploy.pytorch.config:override_hf_config': '(hf_config, hf_overrides)',
+            'lmdeploy.pytorch.config:_update_torch_dtype': "(config, dtype, device_type='auto')",
+            'lmdeploy.pytorch.config:DistConfig.from_engine_config': '(cls, engine_config)',
+            'lmdeploy.pytorch.engine.executor:get_distributed_executor_backend': '(world_size, dp, device_type, '
+            'logger=None)',
+            'lmdeploy.utils:get_max_batch_size': '(device_type)',
+        },
     ),
     Patch(
         decode_side_by_side,
@@ -203,7 +213,9 @@ PATCHES = (
         until='LMDeploy decodes item by item.',
         process='server',
         uses={
-            f'{_PROCESSOR}.async_parse_multimodal_item': '(messages, media_io_kwargs=None, allowed_media_domains=None)'
+            f'{_PROCESSOR}.async_parse_multimodal_item': '(messages, media_io_kwargs=None, allowed_media_domains=None)',
+            f'{_PROCESSOR}._parse_multimodal_item': '(i, in_messages, out_messages, media_io_kwargs, '
+            'allowed_media_domains=None)',
         },
     ),
     Patch(

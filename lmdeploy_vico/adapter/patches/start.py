@@ -1,7 +1,7 @@
-"""Changes that let any engine start on a busy host, on any device and whatever the model.
+"""Changes that keep the start of LMDeploy's engine from failing by chance on a busy host.
 
-They are made wherever the plugin is, also with ``LMDEPLOY_VICO=cpu``, and change nothing but this: a start that used to
-fail by chance goes on.
+Each of them closes a race between LMDeploy's processes and changes nothing else. They take effect for every model, on
+every device, also with ``LMDEPLOY_VICO=cpu``.
 """
 
 import contextlib

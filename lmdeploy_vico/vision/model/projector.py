@@ -36,12 +36,12 @@ def compressed_projector(vit_width: int, llm_width: int) -> nn.Sequential:
 def shuffle(
     patches: torch.Tensor,
     compressed: torch.Tensor,
-    full: nn.Sequential,
-    hard: nn.Sequential,
+    full_mlp: nn.Sequential,
+    compressed_mlp: nn.Sequential,
     room: tuple[int, int],
 ) -> Shuffled:
     """Pixel shuffle and first LayerNorm of both projectors: patch tokens ``[B, 1024, D]`` to their input rows."""
-    return pixel_shuffle(patches, compressed, _norm(full), _norm(hard), EPS, room)
+    return pixel_shuffle(patches, compressed, _norm(full_mlp), _norm(compressed_mlp), EPS, room)
 
 
 def _norm(mlp: nn.Sequential) -> Norm:

@@ -56,23 +56,17 @@ def test_closing_stops_the_vision_side(make_checkpoint):
     assert not worker._thread.is_alive() and not hasattr(model, 'stage')
 
 
-def test_the_servers_limit_on_tiles_holds_without_being_asked(make_checkpoint, prompts, judge):
-    config = PytorchEngineConfig(
-        **TINY_ENGINE, session_len=8192, hf_overrides={'vico': {'max_tiles': 2, 'compression': 'none'}}
-    )
+def test_overrides_reach_the_router_and_the_servers_limit_on_tiles_holds_without_being_asked(
+    make_checkpoint, prompts, judge
+):
+    # No score is above 1: nothing is compressed.
+    overrides = {'flash_absolute_threshold': 1.0, 'vico': {'max_tiles': 2}}
+    config = PytorchEngineConfig(**TINY_ENGINE, session_len=8192, hf_overrides=overrides)
     with pipeline(str(make_checkpoint()), backend_config=config) as pipe:
         [limited] = ask(pipe, [prompts['image alone']])
         [asked] = ask(pipe, [prompts['few tiles']])  # the same limit, asked for
     judge().check(prompts['few tiles'], asked, 'none', name='few tiles')
     assert limited.prompt_tokens < 4 * 256
-
-
-def test_overrides_reach_the_router(make_checkpoint, prompts, judge):
-    # No score is above 1: nothing is compressed.
-    config = PytorchEngineConfig(**TINY_ENGINE, session_len=8192, hf_overrides={'flash_absolute_threshold': 1.0})
-    with pipeline(str(make_checkpoint()), backend_config=config) as pipe:
-        [answer] = ask(pipe, [prompts['one photograph']])
-    judge().check(prompts['one photograph'], answer, 'none')
 
 
 @pytest.fixture(scope='module')

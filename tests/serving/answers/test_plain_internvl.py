@@ -1,5 +1,7 @@
 """A plain InternVL checkpoint keeps LMDeploy's own classes and answers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from serving.client import Client
 from serving.configurations import DEFAULT
 
@@ -14,6 +16,8 @@ def test_same_answers_with_the_plugin_and_without(serve, make_checkpoint, prompt
         server = serve(make_checkpoint(**plain), '--trust-remote-code', LMDEPLOY_VICO=mode)
         client = Client(server)
         answers[mode] = [client.chat(prompts[name]) for name in NAMES]
+        with ThreadPoolExecutor(len(NAMES)) as pool:
+            assert list(pool.map(client.chat, [prompts[name] for name in NAMES])) == answers[mode]
         assert 'vision side on' not in server.log_text()
         hello = [{'role': 'user', 'content': 'Hello!'}]
         usage = client.openai.chat.completions.create(model=client.model, messages=hello, max_tokens=1).usage

@@ -57,6 +57,7 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
 
     Raises:
         UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the text says why.
+            After these or any other error, no thread is left.
     """
     began = time.perf_counter()
     options = Options.load(backend_config.hf_overrides)
@@ -79,14 +80,20 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
             options.max_queued_tiles if limited else None,
             options.cache_bytes,
         )
-    _log_start(model_path, config, replicas.encoders, options, limited, time.perf_counter() - began)
-    report_kv_cache(model_path, hf_config, backend_config, replicas.before)
-    return VisionSide(
-        stage,
-        Rules(Tiling.of(config), options.max_tiles, options.compression, synthetic=options.synthetic_images),
-        PixelBudget(options.max_decoded_bytes if limited else None),
-        SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None,
-    )
+    try:
+        _log_start(model_path, config, replicas.encoders, options, limited, time.perf_counter() - began)
+        report_kv_cache(model_path, hf_config, backend_config, replicas.before)
+        return VisionSide(
+            stage,
+            Rules(Tiling.of(config), options.max_tiles, options.compression, synthetic=options.synthetic_images),
+            PixelBudget(options.max_decoded_bytes if limited else None),
+            SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1)
+            if options.synthetic_images
+            else None,
+        )
+    except Exception:
+        stage.close()
+        raise
 
 
 def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:

@@ -1,0 +1,31 @@
+"""The start of a server's vision side: what has begun ends if a later step fails."""
+
+import threading
+
+import pytest
+from lmdeploy.messages import PytorchEngineConfig
+from waiting import HANG
+
+from lmdeploy_vico.adapter.hf_config import load_vico_config
+from lmdeploy_vico.adapter.server.placement import start
+
+pytestmark = pytest.mark.busy
+
+
+@pytest.mark.parametrize('step', ['_log_start', 'report_kv_cache', 'Rules', 'PixelBudget'])
+def test_a_late_failure_leaves_no_thread(make_checkpoint, monkeypatch, step):
+    def fail(*arguments, **options):
+        assert begun(), 'the stage has not started yet'
+        raise KeyError('trouble')
+
+    def begun():
+        return [one for one in set(threading.enumerate()) - before if one.name.startswith('vico-')]
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(start, step, fail)
+    path = str(make_checkpoint())
+    with pytest.raises(KeyError, match='trouble'):
+        start.start_vision_side(path, load_vico_config(path), PytorchEngineConfig(enable_mp_engine=True))
+    for thread in begun():
+        thread.join(HANG)
+    assert not begun()

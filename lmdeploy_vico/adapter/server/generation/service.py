@@ -75,7 +75,7 @@ class Generation:
         return Limits(
             vocabulary=self._vocabulary,
             context=self._engine.session_len - prompt,
-            logprobs=getattr(config, 'logprobs_mode', None) is not None,
+            logprobs=getattr(config, 'logprobs_mode', 'not an option of this engine') is not None,
             routed_experts=bool(getattr(config, 'enable_return_routed_experts', False)),
             disaggregated=self.disaggregated,
         )

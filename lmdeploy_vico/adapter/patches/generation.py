@@ -14,7 +14,7 @@ _UNCHECKED = 'LMDeploy hands parameters on that its engine cannot use, and the e
 
 
 def start_generation(call: Call) -> None:
-    """Have a ViCO model's engine check its requests, and its tokenizer give whole characters."""
+    """Have a ViCO model's engine check its requests, its tokenizer give whole characters, and its control be closed."""
     call.proceed()
     engine = call.instance
     model = _vico_model(engine)
@@ -169,8 +169,9 @@ PATCHES = (
         "(self, model_path, backend='turbomind', backend_config=None, vision_config=None, trust_remote_code=False, "
         'allowed_media_domains=None, **kwargs)',
         why='LMDeploy decodes a window of tokens that grows as long as no whole character comes of it, and drops what '
-        'is not whole when an answer ends.',
-        until='LMDeploy checks parameters, and decodes byte by byte.',
+        'is not whole when an answer ends. It decodes a third of the vocabulary, in its loop, for a stop word of one '
+        'letter. Any client can put its engine to sleep, and have it unpickle what it sends.',
+        until='LMDeploy checks parameters, decodes byte by byte, and opens such endpoints by a flag.',
         process='server',
     ),
     Patch(

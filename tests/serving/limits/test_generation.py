@@ -60,6 +60,17 @@ for _ in range(300):
     NESTED = {'a': NESTED}
 NO_ROLE = 'is not available: this server has no role in disaggregated serving'
 
+CONTROL = {
+    '/sleep?level=1': {},
+    '/wakeup?tags=weights': {},
+    '/update_weights': {'serialized_named_tensors': 'x', 'finished': True},
+    '/init_weights_update_group': {
+        'master_address': '127.0.0.1', 'master_port': 1, 'rank_offset': 0, 'world_size': 1, 'group_name': 'x'
+    },
+    '/update_weights_from_distributed': {'names': ['x'], 'dtypes': ['x'], 'shapes': [[1]], 'group_name': 'x'},
+    '/destroy_weights_update_group': {'group_name': 'x'},
+}  # fmt: skip
+
 REFUSED = [
     *((path, {'repetition_penalty': value}, 'repetition_penalty must be a number from 0.01 to 100')
       for path in (CHAT, COMPLETIONS, GENERATE, RESPONSES) for value in (0, -1, 1e300, math.inf, math.nan)),
@@ -100,6 +111,7 @@ REFUSED = [
     (GENERATE, {'prompt': ..., 'input_ids': [10**6]}, 'must be integers from 0 to 1023'),
     *((GENERATE, {'stop_token_ids': [value]}, 'stop_token_ids must be an integer from 0 to') for value in (-1, 2**70)),
     *((PERPLEXITY, {'input': ids}, 'must be integers from 0 to 1023') for ids in ([5, 10**6], [-1, 5], [2**70, 5])),
+    *((path, body, 'do not control its engine (option control_endpoints)') for path, body in CONTROL.items()),
     ('/pooling', {'input': 'x'}, 'gives no reward scores'),
     ('/distserve/free_cache', {'remote_session_id': 0, 'remote_engine_id': 'x'}, 'no role in disaggregated serving'),
     ('/distserve/p2p_drop_connect', {'engine_id': 'x', 'remote_engine_id': 'y'}, 'no role in disaggregated serving'),
@@ -136,7 +148,7 @@ TAKEN = [
 ]
 
 
-@pytest.mark.parametrize('path, body', TAKEN, ids=str)
+@pytest.mark.parametrize('path, body', TAKEN, ids=lambda value: str(value)[:60])
 def test_taken_or_clamped(client, path, body):
     status, answered = ask(client, path, **body)
     assert status == 200, answered

@@ -6,11 +6,14 @@ from typing import Any
 from lmdeploy.pytorch.disagg.config import EngineRole
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
+from lmdeploy_vico.adapter.server.generation.control import close_control
 from lmdeploy_vico.adapter.server.generation.errors import ParameterError, shown
 from lmdeploy_vico.adapter.server.generation.grammar import GrammarCheck, compiler_of
 from lmdeploy_vico.adapter.server.generation.parameters import check_tokens, fit, fit_values
 from lmdeploy_vico.adapter.server.generation.rules import Limits
+from lmdeploy_vico.adapter.server.generation.stops import stop_token_finder
 from lmdeploy_vico.adapter.server.generation.text import Detokenizer, is_byte_level
+from lmdeploy_vico.options import Options
 
 _WIDE = Limits(vocabulary=2**31 - 1, context=2**31 - 1, disaggregated=True)
 
@@ -32,8 +35,11 @@ class Generation:
         self.tokenizer = engine.tokenizer.model.model
         self._check_grammar = GrammarCheck(compiler_of(self.tokenizer, vocabulary))
         if is_byte_level(self.tokenizer):
-            # Takes the place of a method, for this tokenizer only.
+            # Take the place of methods, for this tokenizer only.
             engine.tokenizer.detokenize_incrementally = Detokenizer(self.tokenizer)
+            engine.tokenizer.model.indexes_containing_token = stop_token_finder(engine.tokenizer.model)
+        if not Options.load(engine.backend_config.hf_overrides).control_endpoints:
+            close_control(engine)
 
     @property
     def disaggregated(self) -> bool:

@@ -30,7 +30,7 @@ def _bytes_of_characters() -> dict[str, int]:
 _BYTES = _bytes_of_characters()
 
 
-def _token_bytes(token: str) -> bytes:
+def token_bytes(token: str) -> bytes:
     """The bytes of a token. One that was added to the vocabulary as it is has characters that stand for no byte."""
     try:
         return bytes(map(_BYTES.__getitem__, token))
@@ -78,7 +78,7 @@ class Detokenizer:
         shown = [token_id for token_id in ids if not (skip_special_tokens and token_id in self._special)]
         # A vocabulary is padded to a size that suits hardware; ids of the padding have no token.
         tokens = (token for token in self._tokenizer.convert_ids_to_tokens(shown) if token is not None)
-        return state.add(len(ids), b''.join(map(_token_bytes, tokens))), state
+        return state.add(len(ids), b''.join(map(token_bytes, tokens))), state
 
 
 def is_byte_level(tokenizer: Any) -> bool:

@@ -33,8 +33,9 @@ async def check_before_preparing(call: Call) -> Any:
         try:
             await generation.check(call['gen_config'], call['adapter_name'])
         except (ValueError, RequestError) as error:
-            if not isinstance(call['session_id'], int):
-                call.instance.session_mgr.remove(call['session_id'])
+            session = call['session_id']
+            if not isinstance(session, int) and session._handle is None:
+                call.instance.session_mgr.remove(session)
             if isinstance(error, RequestError):
                 raise
             raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error

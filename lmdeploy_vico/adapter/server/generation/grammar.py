@@ -10,6 +10,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lmdeploy_vico.adapter.server.generation.errors import ParameterError
@@ -19,7 +20,7 @@ LARGEST = 2**16  # bytes of JSON
 DEEPEST = 64  # levels of JSON; compiling takes time with the square of them
 SECONDS = 2.0  # for a grammar to compile
 AT_ONCE = 2  # threads that compile
-REMEMBERED = 256  # response formats that are known to compile
+REMEMBERED = 128  # response formats that are known to compile; LMDeploy remembers as many
 
 
 class GrammarCheck:
@@ -36,6 +37,7 @@ class GrammarCheck:
         self._compile = compile
         self._seconds = seconds
         self._good: OrderedDict[str, None] = OrderedDict()
+        self._trials: dict[str, asyncio.Task[None]] = {}  # that are under way: the choices of a request share one
         self._threads = asyncio.Semaphore(AT_ONCE)
 
     async def __call__(self, response_format: Any) -> None:
@@ -49,6 +51,21 @@ class GrammarCheck:
         if text in self._good:
             self._good.move_to_end(text)
             return
+        trial = self._trials.get(text)
+        if trial is None:
+            trial = self._trials[text] = asyncio.ensure_future(self._try(response_format))
+            trial.add_done_callback(partial(self._tried, text))
+        await asyncio.shield(trial)  # one client's leaving is no matter of the others
+
+    def _tried(self, text: str, trial: 'asyncio.Task[None]') -> None:
+        del self._trials[text]
+        if trial.cancelled() or trial.exception() is not None:
+            return
+        self._good[text] = None
+        while len(self._good) > REMEMBERED:
+            self._good.popitem(last=False)
+
+    async def _try(self, response_format: dict[str, Any]) -> None:
         try:
             await asyncio.wait_for(self._threads.acquire(), self._seconds)
         except asyncio.TimeoutError:
@@ -62,9 +79,6 @@ class GrammarCheck:
             ) from None
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ParameterError(f'The response_format cannot be compiled: {_reason(error)}') from error
-        self._good[text] = None
-        while len(self._good) > REMEMBERED:
-            self._good.popitem(last=False)
 
     def _in_thread(self, response_format: dict[str, Any]) -> 'asyncio.Future[None]':
         """Compile in a thread that does not keep the process from ending."""

@@ -120,3 +120,20 @@ def test_a_client_that_leaves_disturbs_nobody():
         await check({'type': 'text'})
 
     asyncio.run(clients())
+
+
+def test_the_choices_of_a_request_share_a_trial():
+    slow = Slow()
+
+    async def clients():
+        check = GrammarCheck(slow, PATIENCE)
+        choices = [asyncio.create_task(check(REGEX)) for _ in range(4 * AT_ONCE)]
+        while not slow.calls:
+            await asyncio.sleep(0)
+        choices[0].cancel()
+        slow.go.set()
+        left = await asyncio.gather(*choices, return_exceptions=True)
+        assert [type(one) for one in left] == [asyncio.CancelledError] + [type(None)] * (len(choices) - 1)
+
+    asyncio.run(clients())
+    assert slow.calls == [REGEX]

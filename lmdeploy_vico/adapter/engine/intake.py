@@ -33,11 +33,24 @@ def add_each(engine: Any, requests: Sequence[Any], add: Callable[[list[Any]], No
     """
     for request in requests:
         try:
+            if _leaves_no_room(engine, request):
+                engine._response(request.resp, ResponseType.INPUT_LENGTH_ERROR)
+                continue
             add([request])
             _try_sampling(engine, request)
         except Exception as error:
             _log(error)
             _fail(engine, request)
+
+
+def _leaves_no_room(engine: Any, request: Any) -> bool:
+    """Return whether a prompt fills all of the context, or of the KV cache, and asks for more.
+
+    LMDeploy takes one that is just as long, and lowers what it asks for to nothing. The sequence is then scheduled for
+    a step that it has no block for.
+    """
+    full = len(request.data['token_ids']) >= engine.max_session_len
+    return full and request.data['sampling_param'].max_new_tokens > 0
 
 
 def _try_sampling(engine: Any, request: Any) -> None:

@@ -76,6 +76,17 @@ def make_bias_portable(call: Call) -> Any:
     return LogitBias.parse(call['logit_bias'])
 
 
+def call_tokens_by_their_bytes(call: Call) -> Any:
+    """Give the text and the bytes of tokens in log probabilities."""
+    tokenizer = call['tokenizer']
+    if register.reached(Trigger.MODEL):
+        from lmdeploy_vico.adapter.server.generation.text import NamesAsBytes, is_byte_level
+
+        if is_byte_level(tokenizer):
+            return call.proceed(tokenizer=NamesAsBytes(tokenizer))
+    return call.proceed()
+
+
 def refuse_what_completions_lack(call: Call) -> str:
     """Refuse an empty list of prompts, and log probabilities, which the endpoint has no answer for."""
     if register.reached(Trigger.MODEL):
@@ -121,10 +132,12 @@ def answer_errors_of_endpoints(call: Call) -> None:
 
 
 async def check_ids_of_perplexity(call: Call) -> Any:
-    """Refuse token ids outside the vocabulary."""
-    model = _vico_model(call.instance)
+    """Refuse token ids outside the vocabulary, and more of them than fit the context."""
+    model, ids, context = _vico_model(call.instance), call['input_ids'], call.instance.session_len
     if model is not None:
-        model.check_ids(call['input_ids'])
+        model.check_ids(ids)
+        if len(ids) >= context:
+            raise ValueError(f'The input must have fewer tokens than the context, {context}, not {len(ids)}.')
     return await call.proceed()
 
 
@@ -211,6 +224,15 @@ PATCHES = (
         process='server',
     ),
     Patch(
+        call_tokens_by_their_bytes,
+        f'{_SERVER}.chat_completions.logprobs:_create_chat_completion_logprobs',
+        '(tokenizer, token_ids=None, logprobs=None)',
+        why='LMDeploy calls tokens as the vocabulary writes their bytes, so that a space is "Ġ" and Chinese cannot be '
+        'read, and answers 500 where an id has no token: those by which a vocabulary is padded.',
+        until='LMDeploy gives the text and the bytes of tokens.',
+        process='server',
+    ),
+    Patch(
         refuse_what_completions_lack,
         f'{_SERVER}.endpoints.completions:check_request',
         '(request, server_context)',
@@ -250,7 +272,8 @@ PATCHES = (
         check_ids_of_perplexity,
         f'{_ENGINE}.async_get_ppl',
         '(self, input_ids)',
-        why='LMDeploy looks ids up unchecked, so one bad id of one client ends the engine for all.',
+        why='LMDeploy looks ids up unchecked, so one bad id of one client ends the engine for all. So does an input as '
+        'long as the context.',
         until='LMDeploy checks input_ids.',
         process='server',
     ),

@@ -90,6 +90,16 @@ def test_a_request_that_cannot_be_taken_fails_alone(engine, bad, caplog):
     assert inputs.session_to_cleanup == [2], 'what the batches have to clean up is not lost to the trial'
 
 
+def test_a_prompt_that_leaves_no_room_is_too_long(engine):
+    lengths = {1: 511, 2: 512, 3: 513}
+    requests = [request(engine, number, token_ids=[1] * length) for number, length in lengths.items()]
+    scored = request(engine, 4, token_ids=[1] * 512, max_new_tokens=0)
+    engine._on_add_message([*requests, scored])
+    assert [seq.session_id for seq in engine.scheduler.waiting] == [1, 4]
+    assert [one.resp.type for one in requests[1:]] == [ResponseType.INPUT_LENGTH_ERROR] * 2
+    assert all(one.resp.event.is_set() for one in requests[1:])
+
+
 def test_an_error_is_explained_once(engine, caplog, monkeypatch):
     monkeypatch.setattr(intake, '_explained', set())
     with caplog.at_level(logging.ERROR, logger=intake.__name__):

@@ -121,3 +121,17 @@ def test_a_stop_token_cuts_within_a_character(client, tokenizer):
             end = free.index(free[5])
             assert given == free[: end + shown]
             assert text == tokenizer.decode(free[:end], skip_special_tokens=True) + tokenizer.decode(given[end:])
+
+
+def test_log_probabilities_name_the_bytes_of_tokens(client, tokenizer):
+    """Those of an id that has no token, too: the model's vocabulary is larger than the tokenizer's."""
+    forced = [*tokenizer.encode('猫', add_special_tokens=False), 220, 1000]
+    body = {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 1, 'temperature': 0, 'ignore_eos': True}
+    named = []
+    for token in forced:
+        asked = {'model': client.model, **body, 'logprobs': True, 'top_logprobs': 1, 'logit_bias': {str(token): 100}}
+        status, answer = post(client, '/v1/chat/completions', asked)
+        assert status == 200, answer
+        named.append(answer['choices'][0]['logprobs']['content'][0])
+    assert bytes(byte for place in named for byte in place['bytes']).decode() == '猫 '
+    assert [place['token'] for place in named[-2:]] == [' ', '']

@@ -111,6 +111,7 @@ REFUSED = [
     (GENERATE, {'prompt': ..., 'input_ids': [10**6]}, 'must be integers from 0 to 1023'),
     *((GENERATE, {'stop_token_ids': [value]}, 'stop_token_ids must be an integer from 0 to') for value in (-1, 2**70)),
     *((PERPLEXITY, {'input': ids}, 'must be integers from 0 to 1023') for ids in ([5, 10**6], [-1, 5], [2**70, 5])),
+    (PERPLEXITY, {'input': [5] * 40960}, 'must have fewer tokens than the context, 40960, not 40960.'),
     *((path, body, 'do not control its engine (option control_endpoints)') for path, body in CONTROL.items()),
     ('/pooling', {'input': 'x'}, 'gives no reward scores'),
     ('/distserve/free_cache', {'remote_session_id': 0, 'remote_engine_id': 'x'}, 'no role in disaggregated serving'),

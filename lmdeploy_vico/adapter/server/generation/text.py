@@ -88,6 +88,18 @@ def is_byte_level(tokenizer: Any) -> bool:
     return isinstance(getattr(getattr(tokenizer, 'backend_tokenizer', None), 'decoder', None), ByteLevel)
 
 
+class NamesAsBytes:
+    """A byte-level tokenizer whose tokens are called by their bytes, not by how the vocabulary writes them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def convert_ids_to_tokens(self, token_id: int) -> bytes:
+        """The bytes of a token, none for the padding of a vocabulary."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return b'' if token is None else token_bytes(token)
+
+
 async def completed(
     outputs: AsyncGenerator[Any, None], tokenizer: HuggingFaceTokenizer, config: Any
 ) -> AsyncGenerator[Any, None]:

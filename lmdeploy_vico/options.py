@@ -172,6 +172,15 @@ class Options:
         'it got.',
         '4 GiB, at most 1/16 of the memory',
     )
+    control_endpoints: bool = _option(
+        FLAG,
+        False,
+        'Let clients put the engine to sleep, wake it up, and replace its weights: `/sleep`, `/wakeup`, '
+        '`/update_weights`, `/update_weights_from_ipc`, `/update_weights_from_distributed`, '
+        '`/init_weights_update_group`, `/destroy_weights_update_group`. `/update_weights` unpickles what it is sent: '
+        'whoever can reach it can run code on the server. With `--empty-init` they are always open.',
+        '0',
+    )
     kernels: str = _option(
         KERNELS,
         AUTO,

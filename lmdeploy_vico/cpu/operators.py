@@ -35,7 +35,7 @@ def row_invariant_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     count = _rows_at_once(weight, bias)
     padded = F.pad(rows, (0, 0, 0, -len(rows) % count))
     out = torch.cat([F.linear(part, weight, bias) for part in padded.split(count)])
-    return out[: len(rows)].reshape(*x.shape[:-1], -1)
+    return out[: len(rows)].reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _rows_at_once(weight: torch.Tensor, bias: torch.Tensor | None) -> int:

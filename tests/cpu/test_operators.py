@@ -152,6 +152,11 @@ def test_linear_rows_do_not_depend_on_their_number(threads, dtype, inputs, outpu
         assert torch.equal(operators.row_invariant_linear(x[-count:], weight), all_rows[-count:]), count
 
 
+def test_no_rows():
+    """A chunk of a prompt has none to score where log probabilities are asked for from a later token on."""
+    assert operators.row_invariant_linear(torch.zeros(1, 0, 8), torch.ones(3, 8)).shape == (1, 0, 3)
+
+
 def test_fewer_rows_where_a_place_in_the_product_matters(monkeypatch):
     """A library whose last rows are summed in another order, unless there is only one."""
 

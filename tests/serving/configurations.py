@@ -19,3 +19,5 @@ CACHING = pytest.mark.served(
 SESSION_LEN = 16384  # tokens
 MEMORY = 2**28  # bytes of decoded pictures
 LIMITED = pytest.mark.served('--session-len', str(SESSION_LEN), LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY))
+
+LOGPROBS = pytest.mark.served('--logprobs-mode', 'raw_logprobs')

@@ -1,4 +1,9 @@
-"""Changes to LMDeploy's engine process. None of them has an effect on a model that is not a ViCO checkpoint."""
+"""Changes to LMDeploy's engine process. None of them has an effect on a model that is not a ViCO checkpoint.
+
+But one, which changes nothing where LMDeploy's own code does not fail: see ``spare_answers_without_stop_words``.
+"""
+
+from typing import Any
 
 from lmdeploy_vico.patching import Call, Patch, Target
 
@@ -37,6 +42,23 @@ def make_up_dummy_weights(call: Call) -> None:
     process_weights_after_loading(model)
 
 
+def fail_alone(call: Call) -> None:
+    """Have a request fail alone that the engine cannot take."""
+    from lmdeploy_vico.adapter.engine.intake import add_each, serves_vico
+
+    if serves_vico(call.instance):
+        add_each(call.instance, call['reqs'], lambda requests: call.proceed(reqs=requests))
+    else:
+        call.proceed()
+
+
+def spare_answers_without_stop_words(call: Call) -> Any:
+    """Look for repetitions in a batch in which some answers have no stop words."""
+    stop_words = call['stop_words']
+    # Lists are filled up with -1, which is no index. Nothing is changed where no repetition was found.
+    return call.proceed(stop_words=stop_words if stop_words is None else stop_words.clamp(min=0))
+
+
 PATCHES = (
     Patch(
         name_chat_models,
@@ -70,5 +92,26 @@ PATCHES = (
         until='LMDeploy has a dummy load format.',
         process='engine',
         uses={f'{_LOADER}:process_weights_after_loading': '(model)'},
+    ),
+    Patch(
+        fail_alone,
+        'lmdeploy.pytorch.engine.engine:Engine._on_add_message',
+        '(self, reqs, **kwargs)',
+        why='An exception while a request is added ends the loop that serves all of them.',
+        until='LMDeploy answers such a request with an error.',
+        process='engine',
+        uses={
+            'lmdeploy.pytorch.engine.engine:Engine.end_session': '(self, session_id)',
+            'lmdeploy.pytorch.engine.engine:Engine._response': "(self, resp, resp_type, data=None, err_msg='')",
+        },
+    ),
+    Patch(
+        spare_answers_without_stop_words,
+        'lmdeploy.pytorch.engine.logits_process:_filter_repetition_ngram_',
+        '(scores, stop_words, generated_ids, n, threshold, max_n, max_ngram_window_size)',
+        why='repetition_ngram_size of one request indexes the vocabulary with -1 if another one in the batch ignores '
+        'its end token, and the engine ends for all.',
+        until='LMDeploy masks the stop words that it fills up.',
+        process='engine',
     ),
 )

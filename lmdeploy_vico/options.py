@@ -135,6 +135,18 @@ class Options:
         'The most tiles that an image is cut into, without its thumbnail, whatever a client or the checkpoint asks '
         'for (`max_dynamic_patch`).',
     )
+    max_images: int = _option(
+        _at_least(0), 1024, 'Images that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
+    )
+    max_videos: int = _option(
+        _at_least(0), 64, 'Videos that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
+    )
+    max_prompt_tiles: int = _option(
+        _at_least(1),
+        4096,
+        'Tiles that all images and video frames of a prompt may have together, thumbnails included. A prompt with more '
+        'gets a 400 when the sizes of its images are known, before anything is encoded.',
+    )
     preprocess_threads: int = _option(
         _at_least(1),
         _default_threads,

@@ -83,9 +83,21 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
     report_kv_cache(model_path, hf_config, backend_config, replicas.before)
     return VisionSide(
         stage,
-        Rules(Tiling.of(config), options.max_tiles, options.compression, synthetic=options.synthetic_images),
+        _rules(config, options),
         PixelBudget(options.max_decoded_bytes if limited else None),
         SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1) if options.synthetic_images else None,
+    )
+
+
+def _rules(config: VicoConfig, options: Options) -> Rules:
+    return Rules(
+        Tiling.of(config),
+        options.max_tiles,
+        options.compression,
+        synthetic=options.synthetic_images,
+        max_images=options.max_images,
+        max_videos=options.max_videos,
+        max_prompt_tiles=options.max_prompt_tiles,
     )
 
 

@@ -112,6 +112,10 @@ def _default_cache_bytes() -> int:
     return min(4 * 2**30, total_memory() // 16)
 
 
+def _default_media_store_bytes() -> int:
+    return min(2**28, total_memory() // 64)
+
+
 def _default_decoded_bytes() -> int:
     return min(16 * 2**30, total_memory() // 8)
 
@@ -174,6 +178,13 @@ class Options:
         'Host memory for the decoded images and video frames of all requests, 8 bytes a pixel. A request that alone '
         'needs more gets a 400; one that finds no room beside the others gets a 503 with `Retry-After`.',
         '16 GiB, at most 1/8 of the memory',
+    )
+    media_store_bytes: int = _option(
+        _at_least(0),
+        _default_media_store_bytes,
+        'Host memory for encoded images and videos that clients name by a `uuid`, so that they need not send them '
+        'again. Those used least recently are dropped. 0 keeps none, and every item needs its `url`.',
+        '256 MiB, at most 1/64 of the memory',
     )
     cache_bytes: int = _option(
         _at_least(0),

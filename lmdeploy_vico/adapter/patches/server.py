@@ -68,7 +68,7 @@ def decode_side_by_side(call: Call) -> None:
         from lmdeploy_vico.adapter.server.media import MediaParser
 
         # Takes the place of a static method, for this processor only.
-        processor.async_parse_multimodal_item = MediaParser(type(processor))
+        processor.async_parse_multimodal_item = MediaParser(type(processor), model.media_store)
 
 
 async def admit_before_decoding(call: Call) -> Any:

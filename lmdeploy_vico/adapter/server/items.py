@@ -82,7 +82,6 @@ class ImageItem:
     """An image that is still to be fetched and decoded.
 
     Attributes:
-        sent: the item in LMDeploy's form.
         message: the number of its message, which LMDeploy's error messages name.
         source: its URL, or a picture that a pipeline's caller decoded; None for what has been sent as ``uuid`` before.
         tiling: how it is cut.
@@ -90,7 +89,6 @@ class ImageItem:
         uuid: the client's name for its bytes, if it gave one.
     """
 
-    sent: Mapping[str, Any]
     message: int
     source: str | Image.Image | None
     tiling: Tiling
@@ -122,7 +120,6 @@ class ImageItem:
 class SyntheticItem:
     """An image item that asks for made-up visual tokens. The image beside it is decoded, but not used."""
 
-    sent: Mapping[str, Any]
     message: int
     source: str | Image.Image | None
     image: SyntheticImage
@@ -143,7 +140,6 @@ class VideoItem:
     """A video that is still to be fetched and decoded.
 
     Attributes:
-        sent: the item in LMDeploy's form.
         message: the number of its message, which LMDeploy's error messages name.
         source: its URL; None for what has been sent as ``uuid`` before.
         options: the arguments of LMDeploy's loader. It never decodes many more frames than fit the session.
@@ -153,7 +149,6 @@ class VideoItem:
         uuid: the client's name for its bytes, if it gave one.
     """
 
-    sent: Mapping[str, Any]
     message: int
     source: str | None
     options: Mapping[str, Any]
@@ -216,7 +211,6 @@ def parse_item(
 
 
 def _image(message: int, part: Part, rules: Rules, limit: int | None) -> ImageItem | SyntheticItem:
-    sent = {'type': 'image_url', 'image_url': {'url': part.value}}
     params = dict(part.params)
     uuid = _uuid(params, part.value, rules)
     if not isinstance(part.value, str | Image.Image) and not (part.value is None and uuid is not None):
@@ -225,12 +219,12 @@ def _image(message: int, part: Part, rules: Rules, limit: int | None) -> ImageIt
             '{"url": ...}}.'
         )
     if rules.synthetic and SYNTHETIC_KEY in params:
-        return SyntheticItem(sent, message, part.value, synthetic_image(params, rules.max_tiles))
+        return SyntheticItem(message, part.value, synthetic_image(params, rules.max_tiles))
     _require_known(params, IMAGE_KEYS, 'an image')
     own = _tile_limit(params, rules.max_tiles)
     limit = limit if own is None and params.get('detail') is None else own
     tiling = rules.tiling if limit is None else replace(rules.tiling, max_tiles=limit)
-    return ImageItem(sent, message, part.value, tiling, _compression(params, 'image_url'), uuid)
+    return ImageItem(message, part.value, tiling, _compression(params, 'image_url'), uuid)
 
 
 def _require_known(params: Mapping[str, Any], known: Sequence[str], name: str) -> None:
@@ -286,7 +280,6 @@ def _compression(params: Mapping[str, Any], kind: str) -> Compression | None:
 
 def _video(message: int, part: Part, video_options: Mapping[str, Any], rules: Rules) -> VideoItem:
     params, source = dict(part.params), part.value
-    sent = {'type': 'video_url', 'video_url': {'url': source}}
     uuid = _uuid(params, source, rules)
     _require_known(params, VIDEO_KEYS, 'a video')
     own = _num_frames(params.get('num_frames'), 'video_url["num_frames"]')
@@ -306,7 +299,7 @@ def _video(message: int, part: Part, video_options: Mapping[str, Any], rules: Ru
             # One frame more than can fit shows that the video is too long. No more are decoded: it bounds the memory.
             options['num_frames'] = min(asked, too_many) if asked > 0 else too_many
     compression = _compression(params, 'video_url')
-    return VideoItem(sent, message, source, options, asked, jpegs, compression, uuid)
+    return VideoItem(message, source, options, asked, jpegs, compression, uuid)
 
 
 def _jpegs(source: str) -> int:

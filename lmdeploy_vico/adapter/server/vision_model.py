@@ -23,6 +23,7 @@ from lmdeploy_vico.adapter.server.request import VicoRequest, parse_processor_kw
 from lmdeploy_vico.adapter.server.served import admitted, served_request
 from lmdeploy_vico.adapter.server.usage import count_image_tokens
 from lmdeploy_vico.config import UnsupportedCheckpointError
+from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.patching import Trigger, register
 from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.jobs import EncodedImage
@@ -41,6 +42,7 @@ class VicoVisionModel(VisionModel):
     """
 
     _arch = 'InternVLChatModel'
+    media_store: MediaStore | None = None  # until the start
 
     @classmethod
     def match(cls, config: Any) -> bool:
@@ -73,6 +75,7 @@ class VicoVisionModel(VisionModel):
         self.backend_config = backend_config
         side = start_vision_side(self.model_path, self.hf_config, backend_config)
         self.stage, self.rules, self._pixels, self._synthetic = side.stage, side.rules, side.pixels, side.synthetic
+        self.media_store = side.media_store
         # Not the loop's default pool, where finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
 

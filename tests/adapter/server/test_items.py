@@ -82,7 +82,7 @@ def test_two_sources_or_two_types(item, name):
 
 def test_defaults():
     item = image()
-    assert parsed(item) == ImageItem(item, 3, item['image_url']['url'], TILING)
+    assert parsed(item) == ImageItem(3, item['image_url']['url'], TILING)
 
 
 def test_the_request_can_set_the_tile_limit():

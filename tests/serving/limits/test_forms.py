@@ -91,7 +91,7 @@ def test_forms_of_chat(client, seen, url, form):
         ({'type': 'text', 'text': 'x', 'image_url': SMALL}, "has no 'image_url'"),
         (image_item(SMALL, detial='low'), "'detial' is not a key of an image item"),
         ({**image_item(SMALL), 'compresion': 'all'}, "'compresion' is not a key of an image item"),
-        ({'type': 'image_url', 'uuid': 'never sent'}, 'uuid'),
+        ({'type': 'image_url', 'uuid': 'never sent'}, "No image or video is kept as uuid 'never sent'"),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
@@ -126,6 +126,18 @@ def test_a_refusal_in_the_history_with_and_without_a_picture(client, url):
 
     around = 3  # <img>, </img> and a line break
     assert ask(image_item(url)) == ask() + around
+
+
+def test_an_image_is_sent_once_and_named_later(client, seen, url):
+    def ask(item, key):
+        body = {'model': client.model, 'messages': [{'role': 'user', 'content': [TEXT, item]}], 'max_tokens': 4}
+        return post(client, '/v1/chat/completions', body, Authorization=f'Bearer {key}')
+
+    assert ask({**image_item(url), 'uuid': 'page'}, 'one')[0] == 200
+    status, body = ask({'type': 'image_url', 'image_url': None, 'uuid': 'page'}, 'one')
+    assert status == 200, body
+    assert body['usage']['prompt_tokens'] == expected(client, seen, url)['prompt tokens']
+    refused(ask({'type': 'image_url', 'uuid': 'page'}, 'another'), "kept as uuid 'page', or no longer")
 
 
 def test_options(client, seen, url):

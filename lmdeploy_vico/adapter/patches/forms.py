@@ -33,7 +33,12 @@ async def parse_messages_first(call: Call) -> Any:
     request = model.parse(prompt, call['media_io_kwargs'], call['mm_processor_kwargs'], raw=not templated)
     if request is None:
         return await call.proceed()
-    if request.media:
+    if request.ids is not None and not request.media:
+        model.check_ids(request.ids)
+        return {'prompt': None, 'input_ids': request.ids}
+    try:
+        if not request.media:
+            return await call.proceed(prompt=request.texts())
         # As LMDeploy does for messages with images. What it takes for messages is our request.
         return await processor._get_multimodal_prompt_input(
             messages=request,
@@ -42,10 +47,11 @@ async def parse_messages_first(call: Call) -> Any:
             tools=call['tools'],
             chat_template_kwargs=call['chat_template_kwargs'],
         )
-    if request.ids is not None:
-        model.check_ids(request.ids)
-        return {'prompt': None, 'input_ids': request.ids}
-    return await call.proceed(prompt=request.texts())
+    except TypeError as error:  # LMDeploy would answer with its text, which is about functions and classes
+        raise ValueError(
+            'The messages cannot be rendered and tokenized: see that tool calls, tools and chat_template_kwargs have '
+            'what the chat template expects, in Unicode.'
+        ) from error
 
 
 def check_whole_bodies(target: Target) -> None:

@@ -232,7 +232,7 @@ def _role_and_content(sent: Any) -> tuple[str, str | list[Any]]:
         )
     content = sent.get('content')
     if content is None and role == 'assistant':
-        return role, ''
+        content = sent.get('refusal') or ''  # OpenAI's answers have one or the other
     if not isinstance(content, str | list):
         raise ValueError(f'The content of a message must be a string or a list of items, not {shown(content)}.')
     if isinstance(content, str):

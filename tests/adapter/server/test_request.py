@@ -139,6 +139,7 @@ def test_messages_without_images_have_one_text_each():
         user({'type': 'text', 'text': '中文 🙂'}),
         {'role': 'assistant', 'content': [{'type': 'refusal', 'refusal': 'No.'}], 'name': 'me'},
         {'role': 'assistant', 'tool_calls': [1]},
+        {'role': 'assistant', 'content': None, 'refusal': 'No!'},
         user(),
     ]
     request = parsed(*messages)
@@ -148,6 +149,7 @@ def test_messages_without_images_have_one_text_each():
         {'role': 'user', 'content': '中文 🙂'},
         {'role': 'assistant', 'content': 'No.', 'name': 'me'},
         {'role': 'assistant', 'content': '', 'tool_calls': [1]},
+        {'role': 'assistant', 'content': 'No!', 'refusal': 'No!'},
         {'role': 'user', 'content': ''},
     ]
 

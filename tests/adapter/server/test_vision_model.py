@@ -237,6 +237,16 @@ def test_options_without_images_are_checked(processor, prompt):
         check(media_io_kwargs={'images': {}})
 
 
+@pytest.mark.parametrize('items', [[], [image((8, 8))]], ids=['text', 'image'])
+def test_what_a_template_cannot_render(processor, monkeypatch, items):
+    def messages2prompt(messages, **kwargs):
+        raise TypeError('HFChatTemplate.messages2prompt() got multiple values for argument')
+
+    monkeypatch.setattr(processor.chat_template, 'messages2prompt', messages2prompt)
+    with pytest.raises(ValueError, match='The messages cannot be rendered and tokenized'):
+        asked(processor, user(text('a'), *items))
+
+
 @pytest.mark.parametrize('prompt', ['half \ud800', 5, {'role': 'user', 'content': 'x'}])
 def test_prompts_that_are_none(processor, prompt):
     with pytest.raises(ValueError, match='A prompt must be a text or a list of messages|half of a surrogate pair'):

@@ -284,6 +284,12 @@ def test_more_than_a_prompt_may_have(client):
     assert client.encoded_tiles() == before
 
 
+def test_templates_of_clients(client):
+    for template in ('', '{{ messages[0].__class__ }}'):
+        refused(chat(client, chat_template_kwargs={'chat_template': template}), 'The template is that of the server')
+    assert chat(client, chat_template_kwargs={'enable_thinking': False})[0] == 200
+
+
 @pytest.mark.parametrize('salt', ['', 'a' * 129, 5, {'a': 1}])
 def test_bad_salts(client, salt):
     refused(chat(client, cache_salt=salt), 'cache_salt must be a text of 1 to 128 characters')

@@ -18,6 +18,25 @@ Body = Mapping[str, Any]
 
 LONGEST_SALT = 128  # characters
 OPTIONS = ('mm_processor_kwargs', 'media_io_kwargs')
+# Arguments of LMDeploy's and transformers' functions beside the variables of a template. A client's own template could
+# render nothing, which ends the engine, or go on rendering for ever.
+NOT_OF_TEMPLATES = (
+    'messages',
+    'conversation',
+    'tools',
+    'chat_template',
+    'add_generation_prompt',
+    'continue_final_message',
+    'sanitize_control_tokens',
+    'tokenize',
+    'padding',
+    'truncation',
+    'max_length',
+    'return_tensors',
+    'return_dict',
+    'return_assistant_tokens_mask',
+    'tokenizer_kwargs',
+)
 RESPONSES_TEXTS = ('input_text', 'output_text', 'text')
 # Blocks of Anthropic's API that LMDeploy shows the model: as text, or as what they are.
 BLOCKS = (
@@ -79,6 +98,13 @@ def key_of(headers: Mapping[str, str]) -> str:
 def check_chat(body: Body) -> None:
     """Check a request for /v1/chat/completions; its messages are checked where they are parsed."""
     _refuse_media_keys(body, 'image_data')
+    options = body.get('chat_template_kwargs')
+    reserved = [key for key in options if key in NOT_OF_TEMPLATES] if isinstance(options, Mapping) else []
+    if reserved:
+        raise ValueError(
+            f'chat_template_kwargs are variables of the chat template; {shown(reserved[0])} is not one of them. The '
+            'template is that of the server.'
+        )
 
 
 def check_generate(body: Body) -> None:

@@ -50,6 +50,15 @@ def test_options_where_they_are_read(name, key):
             check(name, **{key: {}})
 
 
+@pytest.mark.parametrize('key', ['chat_template', 'tokenize', 'messages', 'tools', 'return_dict'])
+def test_templates_of_clients(key):
+    check('chat', chat_template_kwargs={'enable_thinking': False, 'anything': 1})
+    for nothing in (None, {}, 5):
+        check('chat', chat_template_kwargs=nothing)
+    with pytest.raises(ValueError, match=f"chat_template_kwargs are variables of the chat template; '{key}' is not"):
+        check('chat', chat_template_kwargs={key: '{{ messages }}'})
+
+
 # --- Anthropic's messages --------------------------------------------------------------------------------------------
 
 

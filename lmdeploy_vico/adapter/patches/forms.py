@@ -6,7 +6,7 @@ LMDeploy answers a question about a picture without the picture where it does no
 from collections.abc import Awaitable
 from typing import Any
 
-from lmdeploy_vico.patching import Call, Patch, Target, Trigger
+from lmdeploy_vico.patching import Call, Patch, Target, Trigger, register
 
 _PROCESSOR = 'lmdeploy.serve.processors.multimodal:MultimodalProcessor'
 _RESPONSES = 'lmdeploy.serve.openai.responses'
@@ -92,9 +92,7 @@ def read_images_of_responses(call: Call) -> Any:
 
 def count_what_is_billed(call: Call) -> None:
     """Count the tokens of images and tools in ``/v1/messages/count_tokens``."""
-    from lmdeploy_vico.adapter.server.disconnect import watching_clients
-
-    if not watching_clients():
+    if not register.reached(Trigger.MODEL):
         return call.proceed()
     from lmdeploy_vico.adapter.server.forms.count import add_endpoint
 
@@ -103,18 +101,16 @@ def count_what_is_billed(call: Call) -> None:
 
 def shorten_error_messages(call: Call) -> Any:
     """Answer with the beginning and the end of a long error message."""
-    from lmdeploy_vico.adapter.server.disconnect import watching_clients
     from lmdeploy_vico.wording import shortened
 
-    return call.proceed(message=shortened(call['message'])) if watching_clients() else call.proceed()
+    return call.proceed(message=shortened(call['message'])) if register.reached(Trigger.MODEL) else call.proceed()
 
 
 def shorten_errors_of_requests(call: Call) -> Any:
     """Answer with the beginning and the end of an error's long message."""
-    from lmdeploy_vico.adapter.server.disconnect import watching_clients
     from lmdeploy_vico.wording import shortened
 
-    if watching_clients():
+    if register.reached(Trigger.MODEL):
         call['error'].message = shortened(call['error'].message)
     return call.proceed()
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
+from lmdeploy_vico.wording import shown
+
 Compression: TypeAlias = Literal['auto', 'none', 'all'] | float
 
 COMPRESSIONS = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
@@ -19,7 +21,7 @@ def parse_compression(value: object, source: str = 'compression') -> Compression
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
-    raise ValueError(f'{source} must be {COMPRESSIONS}, not {value!r}.')
+    raise ValueError(f'{source} must be {COMPRESSIONS}, not {shown(value)}.')
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,10 @@ def _default_cache_bytes() -> int:
     return min(4 * GIB, total_memory() // 16)
 
 
+def _default_media_store_bytes() -> int:
+    return min(2**28, total_memory() // 64)
+
+
 def _default_decoded_bytes() -> int:
     return min(16 * GIB, total_memory() // 8)
 
@@ -134,6 +138,18 @@ class Options:
         40,
         'The most tiles that an image is cut into, without its thumbnail, whatever a client or the checkpoint asks '
         'for (`max_dynamic_patch`).',
+    )
+    max_images: int = _option(
+        _at_least(0), 1024, 'Images that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
+    )
+    max_videos: int = _option(
+        _at_least(0), 64, 'Videos that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
+    )
+    max_prompt_tiles: int = _option(
+        _at_least(1),
+        4096,
+        'Tiles that all images and video frames of a prompt may have together, thumbnails included. A prompt with more '
+        'gets a 400 when the sizes of its images are known, before anything is encoded.',
     )
     preprocess_threads: int = _option(
         _at_least(1),
@@ -162,6 +178,13 @@ class Options:
         'Host memory for the decoded images and video frames of all requests, 8 bytes a pixel. A request that alone '
         'needs more gets a 400; one that finds no room beside the others gets a 503 with `Retry-After`.',
         '16 GiB, at most 1/8 of the memory',
+    )
+    media_store_bytes: int = _option(
+        _at_least(0),
+        _default_media_store_bytes,
+        'Host memory for encoded images and videos that clients name by a `uuid`, so that they need not send them '
+        'again. Those used least recently are dropped. 0 keeps none, and every item needs its `url`.',
+        '256 MiB, at most 1/64 of the memory',
     )
     cache_bytes: int = _option(
         _at_least(0),

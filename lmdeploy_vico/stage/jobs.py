@@ -20,17 +20,24 @@ class ImageJob:
         grid: the tiles that it is cut into.
         compression: the image's own; None to route it by the prompt's, together with the prompt's other such images.
         routed_with: jobs with the same number and a compression of their own are routed together: a video's frames.
+        salt: tiles are shared, now and later, among images of the same salt only.
     """
 
     image: Image.Image
     grid: Grid
     compression: Compression | None = None
     routed_with: int | None = None
+    salt: str = ''
+
+    @property
+    def tiles(self) -> int:
+        """The number of its tiles, a thumbnail included."""
+        return self.grid.tiles
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image's visual tokens, on the CPU, and a content digest of each of its tiles."""
+    """An image's visual tokens, on the CPU, and of each of its tiles a digest of its content and the image's salt."""
 
     tokens: VisualTokens
     digests: Sequence[bytes]

@@ -159,7 +159,7 @@ class VisionStage:
                 job.image.load()  # does nothing if the pixels have been read already
             with self._metrics.preprocess.time():
                 pixels = cut_grid(job.image, job.grid)
-                tiles = self._cache.get(tile_digests(pixels), pixels)
+                tiles = self._cache.get(tile_digests(pixels, job.salt), pixels)
             given_up = self._queue.cut(prompt, index, tiles)
             if given_up is not None:
                 fail(prompt, encoding_error(given_up))

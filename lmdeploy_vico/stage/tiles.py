@@ -17,7 +17,7 @@ class Tile:
     """One distinct tile. Its features serve any routing, so they may outlive the request that caused them.
 
     Attributes:
-        digest: of the pixels.
+        digest: of the pixels and the salt of the request that showed them.
         pixels: uint8 ``[448, 448, 3]``; None once the tile is encoded.
         taken: whether no device is to take it: one has it, or it is encoded or given up.
         failed_on: the number of each device that has failed on it, once for each failure.
@@ -51,8 +51,9 @@ class _Kept:
 class TileCache:
     """Finds the tiles of a stage by their content. Safe to use from several threads.
 
-    A cache belongs to one checkpoint in one dtype, so that a tile's features depend on its pixels alone. A tile that a
-    prompt holds is found even if there is no room to keep it, so that no tile is encoded twice at the same time.
+    A cache belongs to one checkpoint in one dtype, so that a tile's features depend on its pixels alone. The salt in
+    its digest makes no difference to them: it keeps clients from learning by a hit what others have shown. A tile that
+    a prompt holds is found even if there is no room to keep it, so that no tile is encoded twice at the same time.
 
     Args:
         capacity: bytes of features to keep. The least recently used are dropped first; 0 keeps none.

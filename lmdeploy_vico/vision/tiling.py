@@ -1,6 +1,7 @@
 """Dynamic high resolution: an image becomes a grid of 448x448 tiles, plus a thumbnail when there are several."""
 
 import hashlib
+import hmac
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -121,7 +122,13 @@ def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail:
     return cut_grid(image, Tiling(min_tiles, max_tiles, use_thumbnail).grid(image.size))
 
 
-def tile_digests(tiles: np.ndarray) -> list[bytes]:
-    """A 16-byte content digest of each tile in ``[n, 448, 448, 3]``."""
+def tile_digests(tiles: np.ndarray, salt: str = '') -> list[bytes]:
+    """A 16-byte digest of each tile in ``[n, 448, 448, 3]``, of its content and a salt.
+
+    Nobody who does not know the salt can tell from digests with it which tiles they are of.
+    """
     # Of the collision-resistant hashes, the one for which processors have instructions.
-    return [hashlib.sha256(tile).digest()[:DIGEST_SIZE] for tile in tiles]
+    digests = [hashlib.sha256(tile).digest() for tile in tiles]
+    if salt:
+        digests = [hmac.digest(salt.encode(), digest, 'sha256') for digest in digests]
+    return [digest[:DIGEST_SIZE] for digest in digests]

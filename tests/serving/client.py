@@ -49,12 +49,12 @@ class Client:
         return int(self.metric('vico:encoder_tiles_per_batch_sum'))
 
 
-def post(client: Client, path: str, body: dict) -> tuple[int, dict]:
+def post(client: Client, path: str, body: dict, **headers: str) -> tuple[int, dict]:
     """POST JSON; returns the status and the decoded body."""
     request = urllib.request.Request(
         client.server.url + path,
         json.dumps(body).encode(),
-        {'Content-Type': 'application/json', 'anthropic-version': '2023-06-01'},
+        {'Content-Type': 'application/json', 'anthropic-version': '2023-06-01', **headers},
     )
     try:
         with urllib.request.urlopen(request, timeout=HANG) as response:

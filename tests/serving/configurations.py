@@ -18,6 +18,11 @@ CACHING = pytest.mark.served(
 
 SESSION_LEN = 16384  # tokens
 MEMORY = 2**28  # bytes of decoded pictures
-LIMITED = pytest.mark.served('--session-len', str(SESSION_LEN), LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY))
+PROMPT_IMAGES, PROMPT_VIDEOS, PROMPT_TILES = 200, 3, 400
+LIMITED = pytest.mark.served(
+    '--session-len', str(SESSION_LEN), LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY),
+    LMDEPLOY_VICO_MAX_IMAGES=str(PROMPT_IMAGES), LMDEPLOY_VICO_MAX_PROMPT_TILES=str(PROMPT_TILES),
+    LMDEPLOY_VICO_MAX_VIDEOS=str(PROMPT_VIDEOS),
+)  # fmt: skip
 
 LOGPROBS = pytest.mark.served('--logprobs-mode', 'raw_logprobs')

@@ -166,21 +166,53 @@ def test_a_repeated_image_is_not_encoded_again_whatever_its_compression(encoder,
     stage.close()
 
 
+def all_are_cut(stage):
+    """Wait until both threads of the stage have cut everything that was submitted."""
+    barrier = threading.Barrier(2, timeout=HANG)
+    for reached in [stage._prepare.submit(barrier.wait) for _ in range(2)]:
+        reached.result()
+
+
 def test_what_is_in_flight_is_encoded_once(encoder, held, pictures):
     entered, release = held
     stage = VisionStage([encoder], torch.float32, threads=2)
     first = stage.submit([job(pictures['coffee'])], 'none')
     entered.wait()
     others = [stage.submit([job(pictures['coffee'])] * 2, value) for value in ('all', 'auto')]
-    barrier = threading.Barrier(2, timeout=HANG)
-    for reached in [stage._prepare.submit(barrier.wait) for _ in range(2)]:
-        reached.result()  # both threads have cut everything by now
+    all_are_cut(stage)
     first.cancel()  # the others need its tiles all the same
     release.set()
     [expected] = encoder.encode([pictures['coffee']], 'all')
     for image in others[0].result():
         assert torch.equal(image.tokens.embeddings, expected.embeddings)
     assert len(others[1].result()) == 2
+    stage.close()
+
+
+def test_images_of_another_salt_share_nothing(encoder, pictures, monkeypatch):
+    """Neither kept tiles nor their digests, of which the prefix cache's keys are made; the tokens are the same."""
+    sizes = count_batches(encoder, monkeypatch)
+    stage = VisionStage([encoder], torch.float32, threads=2, cache_bytes=2**30)
+    found = [stage.submit([job(pictures['coffee'], salt=salt)], 'none').result()[0] for salt in ('', 'a', 'b', 'a')]
+    tiles = len(found[0].digests)
+    assert sum(sizes) == 3 * tiles
+    assert len({digest for image in found for digest in image.digests}) == 3 * tiles
+    assert found[1].digests == found[3].digests
+    assert all(torch.equal(image.tokens.embeddings, found[0].tokens.embeddings) for image in found)
+    stage.close()
+
+
+@pytest.mark.parametrize('salts, encoded', [(('a', 'a'), 1), (('a', 'b'), 2), (('a', ''), 2)])
+def test_what_is_in_flight_is_shared_by_images_of_one_salt(encoder, held, pictures, monkeypatch, salts, encoded):
+    sizes = count_batches(encoder, monkeypatch)
+    entered, release = held
+    stage = VisionStage([encoder], torch.float32, threads=2)
+    first, second = (stage.submit([job(pictures['coffee'], 1, salt=salt)], 'none') for salt in salts)
+    entered.wait()
+    all_are_cut(stage)
+    release.set()
+    assert len(first.result()) == len(second.result()) == 1
+    assert sum(sizes) == encoded
     stage.close()
 
 

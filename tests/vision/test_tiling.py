@@ -83,3 +83,7 @@ def test_digests_name_the_content():
     changed = tiles.copy()
     changed[1, 447, 447, 2] ^= 1
     assert [a == b for a, b in zip(digests, tile_digests(changed), strict=True)] == [True, False, True]
+    salted = tile_digests(tiles, 'ä'), tile_digests(tiles, 'b')
+    assert len({*digests, *salted[0], *salted[1]}) == 9
+    assert {len(digest) for digest in salted[0]} == {len(digest) for digest in digests}
+    assert tile_digests(tiles, 'ä') == salted[0]

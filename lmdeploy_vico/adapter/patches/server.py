@@ -68,7 +68,7 @@ def decode_side_by_side(call: Call) -> None:
         from lmdeploy_vico.adapter.server.media import MediaParser
 
         # Takes the place of a static method, for this processor only.
-        processor.async_parse_multimodal_item = MediaParser(type(processor))
+        processor.async_parse_multimodal_item = MediaParser(type(processor), model.media_store)
 
 
 async def admit_before_decoding(call: Call) -> Any:
@@ -78,16 +78,16 @@ async def admit_before_decoding(call: Call) -> Any:
         return await call.proceed()
     from lmdeploy_vico.adapter.server.disconnect import while_client_waits
 
-    # What LMDeploy hands on as "messages" from here is the parsed request.
-    async with model.admit(call['messages'], call['media_io_kwargs'], call['mm_processor_kwargs']) as request:
-        return await while_client_waits(lambda: asyncio.ensure_future(call.proceed(messages=request)))
+    async with model.admit(call['messages']):
+        return await while_client_waits(lambda: asyncio.ensure_future(call.proceed()))
 
 
 def refuse_unknown_ids(call: Call) -> Any:
-    """Refuse token ids outside the vocabulary."""
+    """Refuse token ids outside the vocabulary, and options beside ids that are none."""
     model, ids = _vico_model(call.instance), call['input_ids']
     if model is not None and ids is not None:
         try:
+            model.parse(None, call['media_io_kwargs'], call['mm_processor_kwargs'])
             model.check_ids(ids)
         except ValueError as error:
             from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
@@ -152,8 +152,7 @@ def _vico_model(owner: Any) -> Any:
     """The VisionModel of an engine or processor, if it is ours, else None."""
     from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
 
-    model = getattr(getattr(owner, 'vl_encoder', None), 'model', None)
-    return model if isinstance(model, VicoVisionModel) else None
+    return VicoVisionModel.of(owner)
 
 
 PATCHES = (
@@ -234,8 +233,9 @@ PATCHES = (
         '(self, messages, session_id, gen_config=None, tools=None, reasoning_effort=None, do_preprocess=True, '
         'adapter_name=None, input_ids=None, enable_thinking=None, chat_template_kwargs=None, media_io_kwargs=None, '
         'mm_processor_kwargs=None, **kwargs)',
-        why='LMDeploy looks ids up unchecked, so one bad id of one client ends the engine for all.',
-        until='LMDeploy checks input_ids.',
+        why='LMDeploy looks ids up unchecked, so one bad id of one client ends the engine for all. Beside ids it never '
+        'looks at media_io_kwargs and mm_processor_kwargs.',
+        until='LMDeploy checks input_ids, and refuses options that it does not read.',
         process='server',
     ),
     Patch(

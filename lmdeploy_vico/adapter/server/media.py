@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lmdeploy_vico.adapter.server.forms.named import NamedMedia
 from lmdeploy_vico.adapter.server.items import MediaItem, VideoItem
 from lmdeploy_vico.adapter.server.request import Job, VicoRequest
 from lmdeploy_vico.adapter.server.served import decoding
+from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.stage.metrics import stage_metrics
 
 CORES = os.cpu_count() or 1
@@ -31,9 +33,11 @@ class MediaParser:
 
     Args:
         processor: LMDeploy's MultimodalProcessor.
+        store: keeps what clients name by ids; None for none.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, store: MediaStore | None = None) -> None:
+        self._named = NamedMedia(store or MediaStore(0))
         self._parse_message = processor._parse_multimodal_item
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix='vico-decode')
 
@@ -81,10 +85,12 @@ class MediaParser:
     ) -> Sequence[Job]:
         if isinstance(item, VideoItem):
             media_io_kwargs = {**media_io_kwargs, 'video': item.options}
-        messages = {item.message: {'role': 'user', 'content': [item.sent]}}
         parsed: dict[int, dict[str, Any]] = {}
         try:
             with stage_metrics().decode.time():
+                source = self._named.source(item, allowed_media_domains)
+                kind = 'video_url' if isinstance(item, VideoItem) else 'image_url'
+                messages = {item.message: {'role': 'user', 'content': [{'type': kind, kind: {'url': source}}]}}
                 self._parse_message(item.message, messages, parsed, media_io_kwargs, allowed_media_domains)
         except NotImplementedError as error:  # of data URLs that are not base64
             raise ValueError(str(error)) from error
@@ -97,6 +103,7 @@ class MediaParser:
         data = found['data']
         if isinstance(item, VideoItem):
             data = video_frames(data, found['video_metadata']['video_backend'], item.num_frames)
+        self._named.keep(item, source)
         return item.jobs(data, number)
 
 

@@ -12,6 +12,7 @@ from lmdeploy_vico.adapter.handover import PackedRows, Span
 from lmdeploy_vico.adapter.server.items import MEDIA_ROLES, ImageItem, SyntheticItem, TextItem, VideoItem
 from lmdeploy_vico.adapter.server.request import Message, VicoRequest
 from lmdeploy_vico.stage.jobs import EncodedImage
+from lmdeploy_vico.wording import shown
 
 IMAGE_START, IMAGE_END = '<img>', '</img>'
 IMAGE_CONTEXT = '<IMG_CONTEXT>'
@@ -43,11 +44,9 @@ def cut_at_images(
     raw = type(chat_template) is BaseChatTemplate
     if raw and any(isinstance(item, VideoItem) for item in request.media):
         raise ValueError('Videos are accepted in chat messages only, not in raw prompts.')
-    first = next(iter(request.messages[0].items), None)
-    # Where a chat message has a list for a text, it is a client's mistake, and must not be taken for token ids.
-    if raw and isinstance(first, TextItem) and isinstance(first.text, list):
-        check_ids(first.text, vocab_size)
-        return split_ids(first.text, image_token_id, len(request.images))
+    if request.ids is not None:
+        check_ids(request.ids, vocab_size)
+        return split_ids(request.ids, image_token_id, len(request.images))
     if raw and len(request.messages) == 1:
         return render_raw(''.join(_texts(request)), len(request.images))
     return render_chat(request, render)
@@ -125,7 +124,7 @@ def check_ids(ids: Sequence[Any], vocab_size: int) -> None:
     """Raise ValueError unless ``ids`` are token ids: the engine looks them up unchecked, and any other kills it."""
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(f'input_ids must be integers from 0 to {vocab_size - 1}, not {token!r}.')
+            raise ValueError(f'input_ids must be integers from 0 to {vocab_size - 1}, not {shown(token)}.')
 
 
 def split_ids(ids: Ids, image_token_id: int, images: int) -> list[Ids]:

@@ -103,6 +103,8 @@ class ServedRequest:
         admission: the place in the vision stage that is held while the request is prepared.
         preparing: how many of its choices are being prepared.
         pixels: what its decoded pictures take of the server's memory for them.
+        cache_salt: what keeps its images apart in all caches; empty for requests that share theirs.
+        key: names the API key that it came with; empty without one.
     """
 
     client_gone: bool = False
@@ -111,6 +113,8 @@ class ServedRequest:
     admission: Admission | None = None
     preparing: int = 0
     pixels: PixelShare | None = None
+    cache_salt: str = ''
+    key: str = ''
 
     def abandon(self) -> None:
         """Cancel all work for the request: its client has gone."""

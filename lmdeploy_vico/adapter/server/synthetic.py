@@ -15,6 +15,7 @@ import torch
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.projection import VisualTokens
+from lmdeploy_vico.wording import shown
 
 KEY = 'synthetic'
 FIELDS = ('tiles', 'compressed', 'seed')
@@ -30,11 +31,13 @@ class SyntheticImage:
         tiles: whole number of tiles, a thumbnail included.
         compressed: how many of them have 64 tokens; the others have 256.
         seed: the same seed gives the same visual tokens, another seed others.
+        salt: part of their names, as of those of pictures.
     """
 
     tiles: int
     compressed: int
     seed: int
+    salt: str = ''
 
     @property
     def tile_tokens(self) -> list[int]:
@@ -54,10 +57,12 @@ def synthetic_image(params: Mapping[str, Any], max_tiles: int) -> SyntheticImage
     """
     others = sorted(params.keys() - {KEY})
     if others:
-        raise ValueError(f'An image item with "{KEY}" has no key {others[0]!r}: its tokens are not made of an image.')
+        raise ValueError(
+            f'An image item with "{KEY}" has no key {shown(others[0])}: its tokens are not made of an image.'
+        )
     wanted = params[KEY]
     if not isinstance(wanted, Mapping) or set(wanted) != set(FIELDS):
-        raise ValueError(f'"{KEY}" must be an object with the keys {", ".join(FIELDS)}, not {wanted!r}.')
+        raise ValueError(f'"{KEY}" must be an object with the keys {", ".join(FIELDS)}, not {shown(wanted)}.')
     tiles = _integer(wanted, 'tiles', 1, max_tiles + 1)
     return SyntheticImage(
         tiles=tiles,
@@ -94,7 +99,7 @@ class SyntheticEncoder:
         start = int.from_bytes(_digest(name), 'little') % STARTS
         embeddings = self._rows[start : start + sum(tile_tokens)]
         scores = [1.0] * image.compressed + [0.0] * (image.tiles - image.compressed)
-        digests = [_digest(f'{name}:{index}') for index in range(image.tiles)]
+        digests = [_digest(f'{name}:{index}:{image.salt}') for index in range(image.tiles)]
         return EncodedImage(VisualTokens(embeddings, tile_tokens, scores), digests)
 
 
@@ -105,5 +110,5 @@ def _digest(name: str) -> bytes:
 def _integer(values: Mapping[str, Any], name: str, least: int, most: int) -> int:
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f'"{KEY}": {name} must be an integer from {least} to {most}, not {value!r}.')
+        raise ValueError(f'"{KEY}": {name} must be an integer from {least} to {most}, not {shown(value)}.')
     return value

@@ -15,17 +15,20 @@ from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
+from lmdeploy_vico.adapter.server.items import parse_media_io_kwargs
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
-from lmdeploy_vico.adapter.server.request import VicoRequest, parse_request
+from lmdeploy_vico.adapter.server.request import VicoRequest, parse_processor_kwargs, parse_request, require_text
 from lmdeploy_vico.adapter.server.served import admitted, served_request
 from lmdeploy_vico.adapter.server.usage import count_image_tokens
 from lmdeploy_vico.config import UnsupportedCheckpointError
+from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.patching import Trigger, register
 from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.stage.queue import StageBusyError
+from lmdeploy_vico.wording import shown
 
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
@@ -34,16 +37,23 @@ class VicoVisionModel(VisionModel):
     """Serves ViCO checkpoints: images are tiled, encoded and routed here, in the API process.
 
     LMDeploy's scheduler, KV cache and usage then see the prompt's true, short length. For each request LMDeploy calls
-    :meth:`admit`, decodes its images with our MediaParser, and calls :meth:`get_input_prompt` and
+    :meth:`parse` and :meth:`admit`, decodes its images with our MediaParser, and calls :meth:`get_input_prompt` and
     :meth:`preprocess_async`. What it passes on as "messages" is our :class:`VicoRequest`.
     """
 
     _arch = 'InternVLChatModel'
+    media_store: MediaStore | None = None  # until the start
 
     @classmethod
     def match(cls, config: Any) -> bool:
         """Return whether the config is one that our own loader made, which are those of ViCO checkpoints."""
         return isinstance(config, VicoChatConfig)
+
+    @classmethod
+    def of(cls, owner: Any) -> 'VicoVisionModel | None':
+        """The VisionModel of LMDeploy's engine or prompt processor, if it is one of ours."""
+        model = getattr(getattr(owner, 'vl_encoder', None), 'model', None)
+        return model if isinstance(model, cls) else None
 
     def build_preprocessor(self, trust_remote_code: bool = False) -> None:
         """Load what LMDeploy asks for at this point: the tokenizer. The weights follow in :meth:`start`."""
@@ -65,6 +75,7 @@ class VicoVisionModel(VisionModel):
         self.backend_config = backend_config
         side = start_vision_side(self.model_path, self.hf_config, backend_config)
         self.stage, self.rules, self._pixels, self._synthetic = side.stage, side.rules, side.pixels, side.synthetic
+        self.media_store = side.media_store
         # Not the loop's default pool, where finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
 
@@ -74,24 +85,50 @@ class VicoVisionModel(VisionModel):
         self._assembling.shutdown()
         del self.stage
 
-    @asynccontextmanager
-    async def admit(
+    def parse(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        prompt: Any,
         media_io_kwargs: Mapping[str, Any] | None,
         mm_processor_kwargs: Mapping[str, Any] | None,
-    ) -> AsyncIterator[VicoRequest]:
-        """Parse a request, and hold a place for it while its images are decoded and encoded inside.
+        raw: bool = False,
+    ) -> VicoRequest | None:
+        """Check what a client sent, before anything is fetched, decoded or tokenized.
+
+        Args:
+            prompt: messages, or a text; None for token ids.
+            media_io_kwargs, mm_processor_kwargs: the request's.
+            raw: whether no chat template is used.
+
+        Returns:
+            The request; None for a text or ids, which have no images.
 
         Raises:
             ValueError: the request is at fault; LMDeploy answers 400 with the text.
-            OverloadError: too much is waiting already; LMDeploy answers 503.
         """
         # LMDeploy fills the context length in after the start.
         rules = replace(self.rules, session_len=self.backend_config.session_len)
-        request = parse_request(messages, media_io_kwargs, mm_processor_kwargs, rules)
+        if isinstance(prompt, list):
+            served = served_request()
+            salt = served.cache_salt if served else ''
+            return parse_request(prompt, media_io_kwargs, mm_processor_kwargs, rules, raw=raw, salt=salt)
+        parse_media_io_kwargs(media_io_kwargs)
+        parse_processor_kwargs(mm_processor_kwargs, rules)
+        if isinstance(prompt, str):
+            require_text(prompt)
+        elif prompt is not None:
+            raise ValueError(f'A prompt must be a text or a list of messages, not {shown(prompt)}.')
+        return None
+
+    @asynccontextmanager
+    async def admit(self, request: VicoRequest) -> AsyncIterator[None]:
+        """Hold a place for a request while its images are decoded and encoded inside.
+
+        Raises:
+            ValueError: the request is too large; LMDeploy answers 400 with the text.
+            OverloadError: too much is waiting already; LMDeploy answers 503.
+        """
         async with admitted(self.stage, request.most_tiles(), self._pixels):
-            yield request
+            yield
 
     def get_input_prompt(
         self,

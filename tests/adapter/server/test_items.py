@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmdeploy_vico.adapter.server.items import FRAME, ImageItem, Rules, TextItem, VideoItem, parse_item
+from lmdeploy_vico.adapter.server.items import (
+    FRAME,
+    ImageItem,
+    Rules,
+    TextItem,
+    VideoItem,
+    parse_item,
+    parse_media_io_kwargs,
+)
 from lmdeploy_vico.vision.tiling import Grid, Tiling
 
 PICTURE = Image.new('RGB', (8, 8))
@@ -13,11 +21,16 @@ URL = 'https://example.com/cat.mp4'
 
 
 def parsed(item, role='user', max_tiles=40, media_io_kwargs=None, session_len=6400):
-    return parse_item(item, 3, role, media_io_kwargs or {}, Rules(TILING, max_tiles, session_len=session_len))
+    video_options = parse_media_io_kwargs(media_io_kwargs)
+    return parse_item(item, 3, role, video_options, Rules(TILING, max_tiles, session_len=session_len))
+
+
+def limited(item, limit):
+    return parse_item(item, 3, 'user', {}, Rules(TILING, 40), limit)
 
 
 def image(**params):
-    return {'type': 'image_url', 'image_url': {'url': 'x', **params}}
+    return {'type': 'image_url', 'image_url': {'url': 'x'} | params}
 
 
 def video(url=URL, **params):
@@ -33,11 +46,10 @@ def test_items_that_are_none(item):
         parsed(item)
 
 
-@pytest.mark.parametrize('kind', ['audio', 'nonsense', None, 3, ['video']])
+@pytest.mark.parametrize('kind', ['audio', 'nonsense', 'image_pil', 3, ['video']])
 def test_other_modalities(kind):
-    for item in ({'type': kind}, image(type=kind)):
-        with pytest.raises(ValueError, match='are not supported; text, image_url and video_url are'):
-            parsed(item)
+    with pytest.raises(ValueError, match='are not supported; text, image_url and video_url are'):
+        parsed({'type': kind})
 
 
 @pytest.mark.parametrize('item', [image(), video()])
@@ -50,11 +62,14 @@ def test_media_in_other_roles(item):
 @pytest.mark.parametrize(
     'item, name',
     [
-        (image(data='iVBORw0KGgo='), 'An image'),
-        (video(data='AAAA'), 'A video'),
+        (image(data=PICTURE), 'An image'),
+        (video(data=PICTURE), 'A video'),
         ({'type': 'image', 'image': 'x', 'data': 'y'}, 'An image'),
-        (image(type='video'), 'A video'),  # named by what it claims to be
-        (video(type='image_url'), 'An image'),
+        ({'type': 'image', 'image': 'x', 'url': 'y'}, 'An image'),
+        ({'type': 'image_url', 'url': 'y'}, 'An image'),
+        (image(type='video'), 'An image'),
+        (image(type='text', text=[5, 6]), 'An image'),
+        (video(type='image_url'), 'A video'),
     ],
 )
 def test_two_sources_or_two_types(item, name):
@@ -62,18 +77,18 @@ def test_two_sources_or_two_types(item, name):
         parsed(item)
 
 
-@pytest.mark.parametrize('item', [image(type='text'), video(type='text', text=[5, 6])])
-def test_an_item_that_says_it_is_text(item):
-    with pytest.raises(ValueError, match='must have a string "text"'):
-        parsed(item).string  # noqa: B018
-
-
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_defaults():
     item = image()
-    assert parsed(item) == ImageItem(item, 3, item['image_url']['url'], TILING)
+    assert parsed(item) == ImageItem(3, item['image_url']['url'], TILING)
+
+
+def test_the_request_can_set_the_tile_limit():
+    assert limited(image(), 3).tiling == Tiling(1, 3)
+    for own in ({'detail': 'auto'}, {'detail': 'low'}, {'max_dynamic_patch': 6}):
+        assert limited(image(**own), 3).tiling == parsed(image(**own)).tiling
 
 
 @pytest.mark.parametrize(
@@ -83,6 +98,7 @@ def test_defaults():
         ({'detail': 'medium'}, 12),
         ({'detail': 'high'}, 24),
         ({'detail': 'auto'}, 12),
+        ({'detail': 'original'}, 40),
         ({'max_dynamic_patch': 3, 'detail': 'high'}, 3),
         ({'max_dynamic_patch': 40}, 40),
     ],
@@ -101,7 +117,7 @@ def test_bad_tile_limits(value):
 
 @pytest.mark.parametrize('value', ['bogus', 7, [], True])
 def test_bad_detail(value):
-    with pytest.raises(ValueError, match='detail must be "auto", "low", "medium" or "high", not '):
+    with pytest.raises(ValueError, match='detail must be "auto", "low", "medium", "high" or "original", not '):
         parsed(image(detail=value))
 
 
@@ -116,8 +132,9 @@ def test_bad_compression_of_an_image(value):
         parsed(image(compression=value))
 
 
-def test_detail_cannot_exceed_the_servers_limit():
-    assert parsed(image(detail='high'), max_tiles=8).tiling == Tiling(1, 8)
+@pytest.mark.parametrize('detail', ['high', 'original'])
+def test_detail_cannot_exceed_the_servers_limit(detail):
+    assert parsed(image(detail=detail), max_tiles=8).tiling == Tiling(1, 8)
 
 
 def test_the_grid_is_that_of_the_decoded_picture():
@@ -126,6 +143,13 @@ def test_the_grid_is_that_of_the_decoded_picture():
     assert (job.image, job.grid, job.compression, job.routed_with) == (picture, Grid(2, 1, True), 'all', None)
     [job] = parsed(image(max_dynamic_patch=1)).jobs(picture, 0)
     assert (job.grid, job.compression) == (Grid(1, 1, False), None)
+
+
+@pytest.mark.parametrize('source', [5, None, ['a'], {}, ''])
+def test_images_without_a_url(source):
+    for item in (image(url=source), {'type': 'image', 'image': source}):
+        with pytest.raises(ValueError, match='An image item must have a string "url"'):
+            parsed(item)
 
 
 @pytest.mark.parametrize('decoded', ['iVBOR', None, np.zeros((4, 4, 3))])
@@ -148,7 +172,9 @@ def sequence(count):
 
 @pytest.mark.parametrize('key', ['detail', 'max_dynamic_patch', 'fps', 'routed_with'])
 def test_unknown_keys_of_a_video_item(key):
-    with pytest.raises(ValueError, match=f"'{key}' is not a key of a video item; url, num_frames, compression are"):
+    with pytest.raises(
+        ValueError, match=f"'{key}' is not a key of a video item; url, num_frames, compression, uuid are"
+    ):
         parsed(video(**{key: 1}))
 
 
@@ -199,8 +225,39 @@ def test_bad_fps(value):
 def test_bad_options_for_videos():
     with pytest.raises(ValueError, match='has the keys "num_frames" and "fps", not \'image_io\''):
         options(image_io=3)
-    with pytest.raises(ValueError, match=r'media_io_kwargs\["video"\] must be an object'):
-        parsed(video(), media_io_kwargs={'video': 3})
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+
+KEEPS = Rules(TILING, 40, media_ids=True)
+
+
+@pytest.mark.parametrize('make', [image, video])
+def test_an_id_beside_a_url_or_in_its_place(make):
+    def uuid(item, rules=KEEPS):
+        found = parse_item(item, 0, 'user', {}, rules)
+        return found.source, found.uuid
+
+    kind = make()['type']
+    assert uuid(make(url='x', uuid='a')) == ('x', 'a')
+    assert uuid({**make(url='x'), 'uuid': 'a'}) == ('x', 'a')  # where vLLM has it
+    for item in ({**make(url=None), 'uuid': 'a'}, {'type': kind, 'uuid': 'a'}, {'type': kind, kind: None, 'uuid': 'a'}):
+        assert uuid(item) == (None, 'a')
+    assert uuid(make(url='x', uuid='a'), Rules(TILING, 40)) == ('x', 'a')
+    with pytest.raises(ValueError, match='keeps no images and videos by their "uuid"'):
+        uuid({**make(url=None), 'uuid': 'a'}, Rules(TILING, 40))
+
+
+@pytest.mark.parametrize('value', ['', 'a' * 257, 5, ['a'], True])
+def test_bad_ids(value):
+    with pytest.raises(ValueError, match='uuid must be a string of 1 to 256 characters, not '):
+        parse_item(image(uuid=value), 0, 'user', {}, KEEPS)
+
+
+def test_an_id_of_a_decoded_picture():
+    with pytest.raises(ValueError, match='"uuid" names the bytes of a url'):
+        parsed({'type': 'image', 'image': PICTURE, 'uuid': 'a'})
 
 
 @pytest.mark.parametrize('url', [5, None, ['a'], {}, np.zeros((4, 6, 8, 3)), ''])

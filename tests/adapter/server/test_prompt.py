@@ -8,7 +8,7 @@ import torch
 from lmdeploy.model import BaseChatTemplate
 from PIL import Image
 
-from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.items import Rules, VideoItem
 from lmdeploy_vico.adapter.server.prompt import assemble, check_ids, cut_at_images, render_raw, split_ids
 from lmdeploy_vico.adapter.server.prompt import render_chat as render_request
 from lmdeploy_vico.adapter.server.request import parse_request
@@ -34,13 +34,13 @@ def template(messages):
     return ''.join(f'[{message["role"]}]{message["content"]}' for message in messages)
 
 
-def decoded(messages, videos=()):
+def decoded(messages, videos=(), raw=False):
     """The request with these messages, decoded: one picture for each image, so many for each video."""
-    request, frames = parse_request(messages, None, None, RULES), iter(videos)
+    request, frames = parse_request(messages, None, None, RULES, raw=raw), iter(videos)
     picture = Image.new('RGB', (8, 8))
     jobs = []
     for number, item in enumerate(request.media):
-        pictures = [picture] * next(frames) if item.sent is VIDEO else picture
+        pictures = [picture] * next(frames) if isinstance(item, VideoItem) else picture
         jobs.append(item.jobs(pictures, number))
     return request.decoded(jobs)
 
@@ -184,7 +184,7 @@ def test_ids_with_another_number_of_image_tokens(ids):
 
 def cut(*content, raw=True):
     chat_template = BaseChatTemplate() if raw else object()
-    return cut_at_images(decoded([user(*content)], [1]), chat_template, template, IMAGE, vocab_size=100)
+    return cut_at_images(decoded([user(*content)], [1], raw), chat_template, template, IMAGE, vocab_size=100)
 
 
 def test_which_way_a_prompt_is_cut():

@@ -39,19 +39,13 @@ def test_conversation():
     assert [message.sent for message in request.messages] == messages
     assert [message.content for message in request.messages if not message.items] == ['a', '', '', ()]
     assert [type(item) for item in request.items] == [ImageItem, TextItem, VideoItem, TextItem, TextItem, ImageItem]
-    assert [(item.sent, item.message) for item in request.media] == [(IMAGE, 1), (VIDEO, 1), (IMAGE, 6)]
+    assert [(item.source, item.message) for item in request.media] == [('x', 1), ('x', 1), ('x', 6)]
 
 
-@pytest.mark.parametrize('content', [5, {'type': 'text'}, True])
+@pytest.mark.parametrize('content', [5, {'type': 'text'}, True, None])
 def test_content_that_is_none(content):
     with pytest.raises(ValueError, match='content of a message must be a string or a list of items, not '):
         parsed({'role': 'user', 'content': content}, user(IMAGE))
-
-
-@pytest.mark.parametrize('value', [5, 'x', [1]])
-def test_bad_media_io_kwargs(value):
-    with pytest.raises(ValueError, match='media_io_kwargs must be an object, not '):
-        parsed(user(VIDEO), media_io_kwargs=value)
 
 
 def test_compression_of_the_request():
@@ -62,6 +56,11 @@ def test_compression_of_the_request():
     assert compression({'image': {'compression': 0.25}}) == 0.25
 
 
+def test_tile_limit_of_the_request():
+    request = parsed(user(IMAGE, VIDEO), mm_processor_kwargs={'max_dynamic_patch': 3})
+    assert [item.most_tiles for item in request.media] == [4, 8]
+
+
 @pytest.mark.parametrize(
     'value, message',
     [
@@ -70,11 +69,142 @@ def test_compression_of_the_request():
         ({'image': 'none'}, r'mm_processor_kwargs\["image"\] must be an object'),
         ({'image': {'compression': 'most'}}, r'mm_processor_kwargs\["image"\]\["compression"\] must be "auto"'),
         ({'image': {'compresion': 'all'}}, 'has the key "compression" only, not \'compresion\''),
+        ({'images': {}}, 'mm_processor_kwargs has the keys "image" and "max_dynamic_patch", not \'images\''),
+        ({'min_dynamic_patch': 1}, 'mm_processor_kwargs has the keys'),
+        ({'max_dynamic_patch': 41}, r'\["max_dynamic_patch"\] must be an integer from 1 to 40, not 41'),
+        ('all', "mm_processor_kwargs must be an object, not 'all'"),
     ],
 )
-def test_bad_compression_of_the_request(value, message):
+@pytest.mark.parametrize('content', [[IMAGE], [TEXT]])
+def test_bad_options_of_the_request(content, value, message):
     with pytest.raises(ValueError, match=message):
-        compression(value)
+        parsed(user(*content), mm_processor_kwargs=value)
+
+
+@pytest.mark.parametrize(
+    'value, message',
+    [
+        (5, 'media_io_kwargs must be an object, not 5'),
+        ({'images': {}}, 'media_io_kwargs has the keys "image" and "video", not \'images\''),
+        ({'image': 'x'}, r'media_io_kwargs\["image"\] must be an object, not \'x\''),
+        ({'image': {'rgba_background_color': [0, 0, 0]}}, r'\["image"\] has no keys, \'rgba_background_color\' among'),
+        ({'video': 3}, r'media_io_kwargs\["video"\] must be an object, not 3'),
+        ({'video': {'backend': 'x'}}, 'has the keys "num_frames" and "fps", not \'backend\''),
+        ({'video': {'fps': -1}}, r'\["fps"\] must be a number above 0'),
+    ],
+)
+@pytest.mark.parametrize('content', [[VIDEO], [IMAGE], [TEXT]])
+def test_bad_media_options(content, value, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(user(*content), media_io_kwargs=value)
+
+
+def test_media_options_that_say_nothing():
+    for nothing in (None, {}, {'image': None, 'video': None}, {'image': {}, 'video': {}}):
+        assert parsed(user(VIDEO), media_io_kwargs=nothing).media[0].options == {'num_frames': 8}
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'message, said',
+    [
+        (5, 'A message must be an object with a string "role" and a "content", not 5'),
+        ({'content': 'x'}, 'with a string "role"'),
+        ({'role': 3, 'content': 'x'}, 'with a string "role"'),
+        ({'role': 'observer', 'content': 'x'}, "one of system, developer, assistant, user, tool, not 'observer'"),
+        ({'role': 'user'}, 'content of a message must be a string or a list of items, not None'),
+        ({'role': 'system', 'content': None}, 'content of a message must be'),
+        ({'role': 'user', 'content': 'x', 'images': ['iVBOR']}, "'images' is not a key of a message"),
+        ({'role': 'user', 'content': [{'type': 'text'}]}, 'must have a string "text"'),
+        ({'role': 'user', 'content': [{'type': 'text', 'text': [5]}]}, 'must have a string "text"'),
+        ({'role': 'user', 'content': 'ab\ud83d'}, r"'\\ud83d' at character 2, which is half of a surrogate pair"),
+        ({'role': 'user', 'content': [{'type': 'text', 'text': '\udc00'}]}, 'half of a surrogate pair'),
+    ],
+)
+def test_messages_that_are_none(message, said):
+    with pytest.raises(ValueError, match=said):
+        parsed(message)
+
+
+def test_no_messages():
+    with pytest.raises(ValueError, match='messages must have at least one message'):
+        parsed()
+
+
+def test_messages_without_images_have_one_text_each():
+    messages = [
+        {'role': 'developer', 'content': [TEXT, {'type': 'input_text', 'text': 'y'}]},
+        user({'type': 'text', 'text': '中文 🙂'}),
+        {'role': 'assistant', 'content': [{'type': 'refusal', 'refusal': 'No.'}], 'name': 'me'},
+        {'role': 'assistant', 'tool_calls': [1]},
+        {'role': 'assistant', 'content': None, 'refusal': 'No!'},
+        user(),
+    ]
+    request = parsed(*messages)
+    assert not request.media
+    assert request.texts() == [
+        {'role': 'system', 'content': 'x\ny'},
+        {'role': 'user', 'content': '中文 🙂'},
+        {'role': 'assistant', 'content': 'No.', 'name': 'me'},
+        {'role': 'assistant', 'content': '', 'tool_calls': [1]},
+        {'role': 'assistant', 'content': 'No!', 'refusal': 'No!'},
+        {'role': 'user', 'content': ''},
+    ]
+
+
+def test_thoughts_go_where_templates_look_for_them():
+    def thought(**message):
+        [found] = parsed({'role': 'assistant', **message}).texts()
+        return found['reasoning_content'], found['content']
+
+    part = {'type': 'thinking', 'thinking': 'b', 'signature': 's'}
+    assert thought(content=[part, TEXT]) == ('b', 'x')
+    assert thought(content=[{'type': 'reasoning', 'reasoning': 'c'}, part]) == ('c\nb', '')
+    assert thought(content=[part], reasoning_content='a') == ('a\nb', '')
+    for message in (user(part), {'role': 'assistant', 'content': [{'type': 'thinking'}]}):
+        with pytest.raises(ValueError, match="of type 'thinking' is a text in an assistant message"):
+            parsed(message)
+
+
+def test_ids_stand_for_a_text_where_there_is_no_template():
+    ids = user({'type': 'text', 'text': [5, 6]}, IMAGE)
+    assert parse_request([ids], None, None, Rules(Tiling(1, 12), 40), raw=True).ids == [5, 6]
+    with pytest.raises(ValueError, match='must have a string "text"'):
+        parse_request([ids], None, None, Rules(Tiling(1, 12), 40))
+    second = user(TEXT, {'type': 'text', 'text': [5, 6]})
+    with pytest.raises(ValueError, match='must have a string "text"'):
+        parse_request([second], None, None, Rules(Tiling(1, 12), 40), raw=True)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def few(*content, **limits):
+    return parse_request([user(*content)], None, None, Rules(Tiling(1, 12), 40, session_len=6400, **limits))
+
+
+def test_images_and_videos_of_a_prompt():
+    few(IMAGE, IMAGE, VIDEO, max_images=2, max_videos=1)
+    with pytest.raises(ValueError, match=r'has 2 images; this server takes 1 \(option max_images\)'):
+        few(IMAGE, IMAGE, VIDEO, max_images=1)
+    with pytest.raises(ValueError, match=r'has 1 videos; this server takes 0 \(option max_videos\)'):
+        few(IMAGE, VIDEO, max_videos=0)
+
+
+def test_tiles_of_a_prompt():
+    assert few(IMAGE, IMAGE, max_prompt_tiles=6).most_tiles() == 6  # no place is held for what cannot be answered
+    assert len(decoded(few(IMAGE, IMAGE, max_prompt_tiles=6), (896, 448)).images) == 2
+    with pytest.raises(ValueError, match=r'at least 6 tiles; this server takes 5 in a prompt \(option max_prompt_t'):
+        decoded(few(IMAGE, IMAGE, max_prompt_tiles=5), (896, 448))
+    with pytest.raises(ValueError, match='at least 3 tiles; this server takes 2'):
+        few(IMAGE, IMAGE, VIDEO, max_prompt_tiles=2).most_tiles()
+
+
+def test_the_salt_is_that_of_every_image():
+    request = parse_request([user(IMAGE, VIDEO)], None, None, Rules(Tiling(1, 12), 40), salt='mine')
+    assert [job.salt for job in decoded(request, (8, 8)).images] == ['mine'] * 2
 
 
 # --- how much it is --------------------------------------------------------------------------------------------------
@@ -106,7 +236,10 @@ def test_more_images_than_fit_whatever_they_show():
 
 
 def decoded(request, size):
-    return request.decoded([item.jobs(Image.new('RGB', size), 0) for item in request.media])
+    picture = Image.new('RGB', size)
+    return request.decoded(
+        [item.jobs([picture] if isinstance(item, VideoItem) else picture, 0) for item in request.media]
+    )
 
 
 def test_decoded_images_in_order():

@@ -45,7 +45,7 @@ def test_unknown_key_where_the_option_is_off():
         jobs(wanted(), synthetic=False)
 
 
-@pytest.mark.parametrize('value', [None, 3, [], {}, {'tiles': 3}, wanted(extra=1)])
+@pytest.mark.parametrize('value', [3, [], {}, {'tiles': 3}, wanted(extra=1)])
 def test_other_objects(value):
     with pytest.raises(ValueError, match='"synthetic" must be an object with the keys tiles, compressed, seed, not '):
         jobs(value)

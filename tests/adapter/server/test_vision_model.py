@@ -14,6 +14,7 @@ from parity.videos import moving_crops, write_video
 from PIL import Image
 
 from lmdeploy_vico.adapter.server import items, request, served
+from lmdeploy_vico.adapter.server.forms.ids import mark_ids, stand_for_ids
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.served import PixelBudget, ServedRequest, serving
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
@@ -138,13 +139,13 @@ def test_every_decision_is_taken_once(model, processor, calls, video):
 
     assert sorted(args[:4] for args in of('choose_grid')) == [(448, 896, 1, 2), (896, 448, 1, 12)]
     assert of('parse_compression') == [
+        (0.5, 'mm_processor_kwargs["image"]["compression"]'),
         ('all', 'image_url["compression"]'),
         ('none', 'video_url["compression"]'),
-        (0.5, 'mm_processor_kwargs["image"]["compression"]'),
     ]
     assert [args[0] for args in of('parse_item')] == content
     assert len(of('_tile_limit')) == 2
-    assert of('_video_options') == [({'num_frames': 3, 'compression': 'none'}, {'video': {'fps': 30}})]
+    assert of('_video_options') == [({'fps': 30},)]
     assert [size for _, size in of('admit')[:-1]] == [13 + 3 + 3]
     assert len(of('PixelShare')) == 1
 
@@ -196,8 +197,92 @@ def test_ids_of_generate(model, processor):
 def test_blocking_form(model, processor):
     async def decoded():
         messages = [{'role': 'user', 'content': [image((448, 448))]}]
-        async with model.admit(messages, None, None) as asked:
+        asked = model.parse(messages, None, None)
+        async with model.admit(asked):
             ready = await processor.async_parse_multimodal_item(asked)
             return model.preprocess(ready, input_prompt=model.get_input_prompt(ready, Template()))
 
     assert asyncio.run(decoded())['input_ids'].count(IMAGE_TOKEN) == 256
+
+
+# --- whatever has no images ------------------------------------------------------------------------------------------
+
+
+def asked(processor, prompt, **options):
+    return asyncio.run(processor.get_prompt_input(prompt, **{'do_preprocess': True, **options}))
+
+
+def user(*content):
+    return [{'role': 'user', 'content': list(content)}]
+
+
+def test_messages_without_images_are_parsed_too(model, processor):
+    history = [*user(text('a'), text('b')), {'role': 'assistant', 'content': [{'type': 'refusal', 'refusal': 'No.'}]}]
+    assert asked(processor, history)['prompt'] == '[user]a\nb[assistant]No.'
+    assert asked(processor, [*history, *user(image((448, 448)))])['prompt'].startswith('[user]ab[assistant]No.[user]')
+    for prompt in (user({'type': 'image_pil', 'image_pil': 'x'}), [{'role': 'user'}], ['x'], user(text([5]))):
+        with pytest.raises(ValueError, match=r'are not supported|must (be|have)'):
+            asked(processor, prompt)
+
+
+@pytest.mark.parametrize('prompt', ['a text', user(text('a'))])
+def test_options_without_images_are_checked(processor, prompt):
+    def check(**options):
+        return asked(processor, prompt, do_preprocess=False, **options)
+
+    assert check(mm_processor_kwargs={}, media_io_kwargs={})['input_ids']
+    with pytest.raises(ValueError, match='mm_processor_kwargs has the keys'):
+        check(mm_processor_kwargs={'images': {}})
+    with pytest.raises(ValueError, match='media_io_kwargs has the keys'):
+        check(media_io_kwargs={'images': {}})
+
+
+@pytest.mark.parametrize('items', [[], [image((8, 8))]], ids=['text', 'image'])
+def test_what_a_template_cannot_render(processor, monkeypatch, items):
+    def messages2prompt(messages, **kwargs):
+        raise TypeError('HFChatTemplate.messages2prompt() got multiple values for argument')
+
+    monkeypatch.setattr(processor.chat_template, 'messages2prompt', messages2prompt)
+    with pytest.raises(ValueError, match='The messages cannot be rendered and tokenized'):
+        asked(processor, user(text('a'), *items))
+
+
+@pytest.mark.parametrize('prompt', ['half \ud800', 5, {'role': 'user', 'content': 'x'}])
+def test_prompts_that_are_none(processor, prompt):
+    with pytest.raises(ValueError, match='A prompt must be a text or a list of messages|half of a surrogate pair'):
+        asked(processor, prompt)
+
+
+def test_ids_without_images(processor):
+    """/generate with ``image_data: []``."""
+    assert asked(processor, user(text([5, 6])), do_preprocess=False) == {'prompt': None, 'input_ids': [5, 6]}
+    with pytest.raises(ValueError, match='input_ids must be integers from 0 to 999, not 1000'):
+        asked(processor, user(text([1000])), do_preprocess=False)
+
+
+def test_ids_of_a_chat_request(processor):
+    """Where LMDeploy has put them, as opposed to a list that a client wrote for a text."""
+    request = SimpleNamespace(input_ids=[5, IMAGE_TOKEN, 6])
+    mark_ids(request)
+    made = asked(processor, user(text(request.input_ids), image((448, 448))))
+    assert made['input_ids'] == [5, *[IMAGE_TOKEN] * 256, 6]
+    assert asked(processor, user(text(request.input_ids))) == {'prompt': None, 'input_ids': [5, IMAGE_TOKEN, 6]}
+    with pytest.raises(ValueError, match='must have a string "text"'):
+        asked(processor, user(text([5, IMAGE_TOKEN, 6]), image((448, 448))))
+
+
+@pytest.mark.parametrize(
+    'prompt', [None, 'x', [], [5], user(), [{'role': 'user', 'content': 'x'}], user(image((8, 8)))]
+)
+def test_what_does_not_stand_for_ids(prompt):
+    assert not stand_for_ids(prompt)
+
+
+def test_the_salt_of_the_request_reaches_the_stage(model, processor):
+    async def ask(**noted):
+        with serving(ServedRequest(**noted)):
+            await processor.get_prompt_input(user(image((448, 448))), do_preprocess=True)
+
+    asyncio.run(ask(cache_salt='mine'))
+    asyncio.run(ask())
+    assert [job.salt for jobs, _ in model.stage.submitted for job in jobs] == ['mine', '']

@@ -174,11 +174,14 @@ BAD_VIDEOS = {
     'no frames': (bad(JPEG, num_frames=0), 'must be a positive integer, or -1 for all frames, not 0'),
     'extra data': (bad(JPEG, data='AAAA'), 'either "url" or "data", not both'),
     'extra type': (bad(JPEG, type='image'), 'either "url" or "data", not both'),
-    'type text': (bad(JPEG, type='text'), 'must have a string "text"'),
-    'unknown key': (bad(JPEG, detail='low'), "'detail' is not a key of a video item; url, num_frames, compression are"),
+    'type text': (bad(JPEG, type='text'), 'no "type" of its own'),
+    'unknown key': (
+        bad(JPEG, detail='low'),
+        "'detail' is not a key of a video item; url, num_frames, compression, uuid are",
+    ),
     'unknown compression': (bad(JPEG, compression='most'), 'video_url["compression"] must be "auto"'),
     'too many frames': (bad(JPEG + ',AAAA' * 300), 'The video has 301 frames and at least 19264 visual tokens'),
-    'an image called video': (image(JPEG, type='video'), 'A video item must have either "url" or "data"'),
+    'an image called video': (image(JPEG, type='video'), 'An image item must have either "url" or "data"'),
 }
 
 
@@ -215,7 +218,7 @@ def test_a_sequence_of_huge_frames(client):
 def test_videos_in_raw_prompts(client):
     status, body = generate(client, prompt='Look: ', image_data={'url': JPEG, 'type': 'video'})
     assert status == 400
-    assert 'A video item must have either "url" or "data"' in body['message']
+    assert 'An image item must have either "url" or "data"' in body['message']
 
 
 def test_still_right_afterwards(client, prompts, judge):

@@ -52,6 +52,18 @@ def test_repeat_costs_neither_encoding_nor_prefill(client, pictures, judge, tile
 
 
 @CACHING
+def test_prompts_of_another_salt_share_what_comes_before_the_first_picture(client, pictures, judge):
+    """Every span of visual tokens has the salt in its name; text has none in LMDeploy's cache."""
+    messages = conversation('What is this?', unseen(pictures['coffee'], client))
+    first = client.chat(messages, cache_salt='a')
+    assert client.chat(messages, cache_salt='a').cached_tokens == (first.prompt_tokens - 1) // BLOCK * BLOCK
+    for other in ({'cache_salt': 'b'}, {}):
+        answer = client.chat(messages, **other)
+        assert answer.cached_tokens < BLOCK
+        judge().check(messages, answer)
+
+
+@CACHING
 def test_no_stale_answer_after_changing_compression(client, pictures, judge):
     messages = conversation('Describe both.', pictures['chelsea'], pictures['page'])
     lengths = {}

@@ -41,9 +41,9 @@ BAD_IMAGES = {
     ),
     'tiles as text': (image_item(SMALL, max_dynamic_patch='12'), 'max_dynamic_patch must be an integer'),
     'extra data': (image_item(SMALL, data='iVBOR'), 'either "url" or "data", not both'),
-    'extra type': (image_item(SMALL, type='audio'), 'are not supported'),
-    'type text': (image_item(SMALL, type='text'), 'must have a string "text"'),
-    'ids in an image item': (image_item(SMALL, type='text', text=[5, 6]), 'must have a string "text"'),
+    'extra type': (image_item(SMALL, type='audio'), 'no "type" of its own'),
+    'type text': (image_item(SMALL, type='text'), 'no "type" of its own'),
+    'ids in an image item': (image_item(SMALL, type='text', text=[5, 6]), 'no "type" of its own'),
     'unknown compression': (image_item(SMALL, compression='most'), 'must be "auto", "none", "all"'),
     'compression too large': (image_item(SMALL, compression=64), 'must be "auto", "none", "all"'),
 }

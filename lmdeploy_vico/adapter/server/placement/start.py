@@ -22,6 +22,7 @@ from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.kernels.implementation import use
+from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
@@ -39,12 +40,14 @@ class VisionSide:
         rules: for requests; the model's context length is not among them, because it is not known yet.
         pixels: memory for decoded pictures.
         synthetic: makes visual tokens up; None where that is not allowed.
+        media_store: keeps what clients name by ids.
     """
 
     stage: VisionStage
     rules: Rules
     pixels: PixelBudget
     synthetic: SyntheticEncoder | None
+    media_store: MediaStore
 
 
 def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> VisionSide:
@@ -85,15 +88,29 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
         report_kv_cache(model_path, hf_config, backend_config, replicas.before)
         return VisionSide(
             stage,
-            Rules(Tiling.of(config), options.max_tiles, options.compression, synthetic=options.synthetic_images),
+            _rules(config, options),
             PixelBudget(options.max_decoded_bytes if limited else None),
             SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1)
             if options.synthetic_images
             else None,
+            MediaStore(options.media_store_bytes),
         )
     except Exception:
         stage.close()
         raise
+
+
+def _rules(config: VicoConfig, options: Options) -> Rules:
+    return Rules(
+        Tiling.of(config),
+        options.max_tiles,
+        options.compression,
+        synthetic=options.synthetic_images,
+        media_ids=options.media_store_bytes > 0,
+        max_images=options.max_images,
+        max_videos=options.max_videos,
+        max_prompt_tiles=options.max_prompt_tiles,
+    )
 
 
 def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:

@@ -37,29 +37,35 @@ class Fetcher:
     Args:
         limit: bytes of a file, as it is after decompression.
         seconds: for all of a fetch, redirects included.
-        allowed_hosts: the only ones that are fetched from; None for all.
     """
 
-    def __init__(self, limit: int, seconds: float, allowed_hosts: Collection[str] | None = None) -> None:
+    def __init__(self, limit: int, seconds: float) -> None:
         self._limit, self._seconds = limit, seconds
-        self._allowed = {host.lower() for host in allowed_hosts} if allowed_hosts else None
         self._turns: dict[str, tuple[asyncio.Semaphore, int]] = {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
-    async def fetch(self, url: str, client: str = '', received: Callable[[int], None] = lambda size: None) -> bytes:
+    async def fetch(
+        self,
+        url: str,
+        client: str = '',
+        allowed_hosts: Collection[str] | None = None,
+        received: Callable[[int], None] = lambda size: None,
+    ) -> bytes:
         """Fetch a file.
 
         Args:
             url: http or https.
             client: who wants it; each has at most eight fetches at a time.
+            allowed_hosts: the only ones that are fetched from; None for all.
             received: called with the size of every piece; what it raises ends the fetch.
 
         Raises:
             MediaError: it cannot be fetched, is too large, or takes too long. The text says nothing of the network.
         """
+        allowed = {host.lower() for host in allowed_hosts} if allowed_hosts else None
         async with self._turn(client):
             try:
-                return await asyncio.wait_for(self._follow(url, received), self._seconds)
+                return await asyncio.wait_for(self._follow(url, allowed, received), self._seconds)
             except asyncio.TimeoutError:  # Python 3.10 has another of that name
                 raise MediaError(
                     f'An image or video could not be fetched: it takes longer than {self._seconds:g} seconds.'
@@ -81,9 +87,9 @@ class Fetcher:
             if users > 1:
                 self._turns[client] = turn, users - 1
 
-    async def _follow(self, url: str, received: Callable[[int], None]) -> bytes:
+    async def _follow(self, url: str, allowed: Collection[str] | None, received: Callable[[int], None]) -> bytes:
         for _ in range(REDIRECTS + 1):
-            proxy = await self._check(url)
+            proxy = await _check(url, allowed)
             session = self._session(proxied=proxy is not None)
             async with session.get(url, headers=HEADERS, proxy=proxy, allow_redirects=False) as response:
                 if response.status in (301, 302, 303, 307, 308):
@@ -93,21 +99,6 @@ class Fetcher:
                     raise MediaError(f'An image or video could not be fetched: status {response.status}.')
                 return await self._read(response, received)
         raise MediaError('An image or video could not be fetched: there are too many redirects.')
-
-    async def _check(self, url: str) -> str | None:
-        """Refuse what must not be fetched; returns the proxy that the environment names for it, if there is one."""
-        parts = urlsplit(url)
-        if not is_web_url(url):
-            raise MediaError(f'{BLOCKED}the scheme is neither http nor https.')
-        host = (parts.hostname or '').lower()
-        if not host:
-            raise MediaError(f'{BLOCKED}it names no host.')
-        if self._allowed is not None and host not in self._allowed:
-            raise MediaError(f'The URL must be from one of the allowed domains: {", ".join(sorted(self._allowed))}.')
-        await _public_addresses(host, parts.port or PORTS[parts.scheme.lower()])
-        if urllib.request.proxy_bypass(host):
-            return None
-        return urllib.request.getproxies().get(parts.scheme.lower())
 
     def _session(self, proxied: bool) -> aiohttp.ClientSession:
         """The session for direct connections, which connects to public addresses only, or that for proxies."""
@@ -140,6 +131,22 @@ class Fetcher:
             await session.close()
 
 
+async def _check(url: str, allowed: Collection[str] | None) -> str | None:
+    """Refuse what must not be fetched; returns the proxy that the environment names for it, if there is one."""
+    parts = urlsplit(url)
+    if not is_web_url(url):
+        raise MediaError(f'{BLOCKED}the scheme is neither http nor https.')
+    host = (parts.hostname or '').lower()
+    if not host:
+        raise MediaError(f'{BLOCKED}it names no host.')
+    if allowed is not None and host not in allowed:
+        raise MediaError(f'The URL must be from one of the allowed domains: {", ".join(sorted(allowed))}.')
+    await _public_addresses(host, parts.port or PORTS[parts.scheme.lower()])
+    if urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(parts.scheme.lower())
+
+
 class _PublicResolver(AbstractResolver):
     """Resolves hosts to public addresses, or not at all."""
 
@@ -162,7 +169,7 @@ async def _public_addresses(host: str, port: int) -> list[tuple[socket.AddressFa
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise MediaError(f'{BLOCKED}Hostname resolution failed') from None
-    addresses = [(kind, str(address[0])) for kind, _, _, _, address in found]
+    addresses: list[tuple[socket.AddressFamily, str]] = [(kind, str(address[0])) for kind, _, _, _, address in found]
     for _, address in addresses:
         ip = ipaddress.ip_address(address.partition('%')[0])
         mapped = getattr(ip, 'ipv4_mapped', None) or getattr(ip, 'sixtofour', None)

@@ -5,7 +5,7 @@ for each other.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lmdeploy_vico.media.errors import MediaBusyError, MediaError
@@ -75,6 +75,22 @@ class MemoryShare:
             assert self._users, 'memory is taken by nobody'
             budget.taken += size
             self._size += size
+
+    @contextmanager
+    def for_a_while(self) -> Iterator[Callable[[int], None]]:
+        """Yield a :meth:`take` whose bytes are given back at the end of the block."""
+        size = 0
+
+        def take(more: int) -> None:
+            nonlocal size
+            self.take(more)
+            size += more
+
+        with self.in_use():
+            try:
+                yield take
+            finally:
+                self.give_back(size)
 
     def give_back(self, size: int) -> None:
         """Count ``size`` bytes less: a part that was needed for a while only."""

@@ -7,7 +7,7 @@ that it changes is complete.
 import importlib.metadata
 import logging
 
-from lmdeploy_vico.adapter.patches import engine, media, server, start
+from lmdeploy_vico.adapter.patches import engine, server, start
 from lmdeploy_vico.cpu import patches as cpu
 from lmdeploy_vico.patching import Patch, register
 
@@ -32,7 +32,7 @@ def all_patches() -> tuple[Patch, ...]:
     """Every change to LMDeploy, in the order in which those of one module are made."""
     from lmdeploy_vico.cpu import engine as cpu_engine
 
-    return *cpu.PATCHES, *cpu_engine.PATCHES, *start.PATCHES, *server.PATCHES, *media.PATCHES, *engine.PATCHES
+    return *cpu.PATCHES, *cpu_engine.PATCHES, *start.PATCHES, *server.PATCHES, *engine.PATCHES
 
 
 def set_up(cpu_only: bool = False) -> None:
@@ -52,4 +52,4 @@ def set_up(cpu_only: bool = False) -> None:
         return
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
-        register.install((*server.PATCHES, *media.PATCHES, *engine.PATCHES))
+        register.install((*server.PATCHES, *engine.PATCHES))

@@ -1,4 +1,4 @@
-"""Files that every viewer shows although something is wrong with them: told from those of which a part is missing."""
+"""What is read of files without decoding them; above all, whether one that is damaged lacks any pixels."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,21 +16,29 @@ _LAST_COEFFICIENT = 63
 
 def without_bad_ancillary_chunks(data: bytes) -> bytes | None:
     """A PNG without the chunks whose checksums are wrong and that no pixel is made of; None if it has none."""
-    kept, dropped, at = [data[:PNG_SIGNATURE]], False, PNG_SIGNATURE
-    while at + 12 <= len(data):
-        length, kind = int.from_bytes(data[at : at + 4], 'big'), data[at + 4 : at + 8]
-        end = at + 12 + length
-        ancillary = bool(kind[:1].islower()) and kind not in PIXEL_CHUNKS
-        if (
-            ancillary
-            and end <= len(data)
-            and zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], 'big')
-        ):
-            dropped = True
-        else:
-            kept.append(data[at:end])
-        at = end
-    return b''.join(kept) + data[at:] if dropped else None
+    kept, end = [data[:PNG_SIGNATURE]], PNG_SIGNATURE
+    for start, end, kind in _chunks(data):
+        ancillary = kind[:1].islower() and kind not in PIXEL_CHUNKS
+        if not ancillary or zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], 'big'):
+            kept.append(data[start:end])
+    whole = b''.join(kept) + data[end:]
+    return None if len(whole) == len(data) else whole
+
+
+def png_exif(data: bytes) -> bytes:
+    """The EXIF data of a PNG, wherever in the file it stands; empty if it has none."""
+    return next((data[start + 8 : end - 4] for start, end, kind in _chunks(data) if kind == b'eXIf'), b'')
+
+
+def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Start, end and kind of the whole chunks of a PNG."""
+    start = PNG_SIGNATURE
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], 'big')
+        if end > len(data):
+            return
+        yield start, end, data[start + 4 : start + 8]
+        start = end
 
 
 def jpeg_with_end(data: bytes, decode: Callable[[bytes], bytes]) -> bytes | None:

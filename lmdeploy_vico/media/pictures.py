@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from lmdeploy_vico.media.damage import jpeg_with_end, without_bad_ancillary_chunks
+from lmdeploy_vico.media.damage import jpeg_with_end, png_exif, without_bad_ancillary_chunks
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.formats import image_format
 from lmdeploy_vico.media.options import PictureOptions
@@ -29,8 +29,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 LYING = {5, 6, 7, 8}  # those that exchange width and height
-# What Pillow's decoders raise for damaged files.
-DAMAGED = OSError, SyntaxError, EOFError, IndexError, ValueError, KeyError, TypeError, OverflowError, ArithmeticError
 
 
 class Picture:
@@ -72,9 +70,13 @@ class Picture:
             _write_all(file, self._rgb(strip).tobytes())
 
     def _orientation(self) -> int:
+        if self._format == 'TIFF':
+            return 1  # Pillow turns them
+        if self._format == 'PNG':  # Pillow would decode it first, as there may be one at its end
+            self._image.info.setdefault('exif', png_exif(self._data))
         try:
             return int(self._image.getexif().get(ExifTags.Base.Orientation, 1))
-        except DAMAGED:
+        except Exception:
             return 1  # it is not of the pixels
 
     def _whole(self) -> Image.Image:
@@ -83,18 +85,18 @@ class Picture:
             return _load(self._image)
         except MemoryError:
             raise MediaError('The image is too large to be decoded: the memory does not suffice.') from None
-        except DAMAGED as error:
+        except Exception as error:  # decoders raise whatever their arithmetic makes of damaged bytes
             repaired = self._repaired()
             if repaired is None:
                 raise _damaged(error) from None
             return _load(_open(repaired, self._format))
 
     def _repaired(self) -> bytes | None:
-        try:
-            if self._format == 'JPEG':
-                return jpeg_with_end(self._data, lambda data: _load(_open(data, self._format)).tobytes())
+        if self._format != 'JPEG':
             return None
-        except DAMAGED:
+        try:
+            return jpeg_with_end(self._data, lambda data: _load(_open(data, self._format)).tobytes())
+        except Exception:
             return None
 
     def _deep(self) -> bool | None:
@@ -133,7 +135,7 @@ def _open(data: bytes, name: str) -> ImageFile.ImageFile:
         raise MediaError('The image is too large: it has more pixels than any that is decoded.') from None
     except MemoryError:
         raise MediaError('The image is too large to be decoded: the memory does not suffice.') from None
-    except DAMAGED as error:
+    except Exception as error:
         raise _damaged(error) from None
 
 

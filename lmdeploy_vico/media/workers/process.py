@@ -67,6 +67,10 @@ def _serve(channel: socket.socket) -> None:
         send(channel, {'error': str(error)})
     except MemoryError:
         send(channel, {'error': 'The image or video is too large to be decoded: the memory does not suffice.'})
+    except ChannelClosedError:
+        raise
+    except Exception as error:  # decoders raise whatever their arithmetic makes of damaged bytes
+        send(channel, {'error': f'The image or video is damaged: it cannot be decoded ({type(error).__name__}).'})
 
 
 def _limit_time(seconds: float) -> None:

@@ -115,12 +115,15 @@ def read_file(url: str, root: Path | None, limit: int) -> bytes:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (OSError, ValueError, RuntimeError):
         raise MediaError(NO_FILE) from None
-    with os.fdopen(file, 'rb') as stream:
+    try:
         there = os.fstat(file)
         if not stat.S_ISREG(there.st_mode):
             raise MediaError(NO_FILE)
         _require_size(there.st_size, limit)
-        data = stream.read(limit + 1)
+        with os.fdopen(file, 'rb', closefd=False) as stream:
+            data = stream.read(limit + 1)
+    finally:
+        os.close(file)
     _require_size(len(data), limit)
     return data
 

@@ -72,16 +72,20 @@ class MediaParser:
         with stage_metrics().decode.time():
             if isinstance(item, VideoItem):
                 return item.jobs(await self._loader.video(item.source, origin, _video_options(item)), number)
-            return item.jobs(await self._picture(item, origin), number)
+            if not isinstance(item.source, str):
+                return item.jobs(item.source, number)
+            return await self._image(item, item.source, number, origin)
 
-    async def _picture(self, item: ImageItem, origin: Origin) -> Any:
-        if not isinstance(item.source, str):
-            return item.source
-        return await self._loader.picture(
-            item.source,
-            origin,
-            lambda width, height: preparation_memory((width, height), item.tiling.grid((width, height))),
-        )
+    async def _image(self, item: ImageItem, url: str, number: int, origin: Origin) -> Sequence[Job]:
+        grid = None
+
+        def prepared(width: int, height: int) -> int:
+            nonlocal grid
+            grid = item.tiling.grid((width, height))
+            return preparation_memory((width, height), grid)
+
+        picture = await self._loader.picture(url, origin, prepared)
+        return item.jobs(picture, number, grid)
 
 
 def _video_options(item: VideoItem) -> VideoOptions:

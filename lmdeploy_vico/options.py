@@ -21,6 +21,7 @@ from lmdeploy_vico.choices import (
 )
 from lmdeploy_vico.host_memory import GIB, total_memory
 from lmdeploy_vico.kernels.choice import AUTO, CHOICES
+from lmdeploy_vico.media.decoder import default_processes
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
@@ -90,10 +91,24 @@ def _parse_devices(value: Any) -> str:
     return value
 
 
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float('inf'):
+        raise ValueError(value)
+    return float(value)
+
+
+def _parse_directory(value: Any) -> str:
+    if not isinstance(value, str) or (value and not os.path.isdir(value)):
+        raise ValueError(value)
+    return value
+
+
 COMPRESSION = Kind(COMPRESSIONS, parse_compression)
 FLAG = Kind('0, 1, true or false', _parse_flag)
 KERNELS = Kind(f'one of {", ".join(CHOICES)}', _parse_kernels, numeric=False)
 DEVICES = Kind('"auto", or devices like "cuda:0", "cuda:0,cuda:1" or "cpu"', _parse_devices, numeric=False)
+SECONDS = Kind('a number above 0', _seconds)
+DIRECTORY = Kind('a directory that exists, or empty', _parse_directory, numeric=False)
 NAMES = Kind(f'a comma-separated list of {", ".join(SPEEDUPS)}, or empty', parse_speedups, numeric=False)
 
 
@@ -175,8 +190,10 @@ class Options:
     max_decoded_bytes: int = _option(
         _at_least(1),
         _default_decoded_bytes,
-        'Host memory for the decoded images and video frames of all requests, 8 bytes a pixel. A request that alone '
-        'needs more gets a 400; one that finds no room beside the others gets a 503 with `Retry-After`.',
+        'Host memory that all clients together can make the server take for what they send: request bodies, files that '
+        'are fetched, decoded images and video frames (11 bytes a pixel while they are decoded, then 4), and what '
+        'resizing them takes. It is counted before it is taken. A request that alone needs more gets a 400; one that '
+        'finds no room beside the others gets a 503 with `Retry-After`.',
         '16 GiB, at most 1/8 of the memory',
     )
     media_store_bytes: int = _option(
@@ -185,6 +202,46 @@ class Options:
         'Host memory for encoded images and videos that clients name by a `uuid`, so that they need not send them '
         'again. Those used least recently are dropped. 0 keeps none, and every item needs its `url`.',
         '256 MiB, at most 1/64 of the memory',
+    )
+    max_body_bytes: int = _option(
+        _at_least(1), 2**28, 'The most bytes of the body of a request; a longer one gets a 413.', '256 MiB'
+    )
+    max_media_bytes: int = _option(
+        _at_least(1),
+        2**27,
+        'The most bytes of the file of an image or video, however it is sent or fetched, after decompression.',
+        '128 MiB',
+    )
+    fetch_seconds: float = _option(
+        SECONDS, 20.0, 'Seconds that fetching an image or video may take, from the first connection to the last byte.'
+    )
+    allowed_local_media_path: str = _option(
+        DIRECTORY,
+        '',
+        'A directory whose files clients may name, by path or `file:` URL, as images and videos. Without one no file '
+        "of the server's machine is read. (`pipeline` reads what its caller names.)",
+        'empty',
+    )
+    decode_processes: int = _option(
+        _at_least(1),
+        default_processes,
+        'Processes that decode images and videos, about 40 MB each, and 50 more once it has read a video. One client '
+        'has at most all but one of them at a time.',
+        'the number of cores, at least 2 and at most 16',
+    )
+    image_decode_seconds: float = _option(
+        SECONDS, 10.0, 'Seconds of a processor that decoding an image may take; then it is given up, with a 400.'
+    )
+    video_decode_seconds: float = _option(SECONDS, 120.0, 'The same for a video.')
+    upright_images: bool = _option(
+        FLAG, True, 'Turn images as their EXIF orientation says, as viewers do. LMDeploy itself does not.', '1'
+    )
+    white_background: bool = _option(
+        FLAG,
+        True,
+        'Put what is transparent in an image on white. LMDeploy itself drops the transparency, which turns black text '
+        'on nothing into a black picture.',
+        '1',
     )
     cache_bytes: int = _option(
         _at_least(0),

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,6 +116,19 @@ def cut_grid(image: Image.Image, grid: Grid) -> np.ndarray:
         size = across * IMAGE_SIZE, len(part) // across * IMAGE_SIZE
         cut(np.asarray(image.resize(size).convert('RGB')), part, across)
     return tiles
+
+
+def preparation_memory(size: tuple[int, int], grid: Grid) -> int:
+    """Bytes that cutting an image of this (width, height) takes at most, besides its own pixels.
+
+    Resizing keeps what one pass makes of all rows, or all columns, and for each new row and column the weights of all
+    the old ones that it is made of: of a picture with very long sides that is far more than its pixels.
+    """
+    width, height = size
+    columns, rows = grid.columns * IMAGE_SIZE, grid.rows * IMAGE_SIZE
+    one_pass = 4 * max(columns * height, width * rows)
+    weights = 8 * 5 * (width + height + columns + rows)
+    return one_pass + weights + grid.tiles * math.prod(TILE_SHAPE)
 
 
 def cut_tiles(image: Image.Image, min_tiles: int, max_tiles: int, use_thumbnail: bool = True) -> np.ndarray:

@@ -20,7 +20,7 @@ def moving_crops(picture: Image.Image, count: int, step: tuple[int, int] = (5, 3
 
 def write_video(path: Path, frames: Sequence[np.ndarray], codec: str = 'mp4v') -> Path:
     """Write frames at 8 a second."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 8, (WIDTH, HEIGHT))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 8, frames[0].shape[1::-1])
     assert writer.isOpened()
     for frame in frames:
         writer.write(np.ascontiguousarray(frame[..., ::-1]))

@@ -68,7 +68,7 @@ def decode_side_by_side(call: Call) -> None:
         from lmdeploy_vico.adapter.server.media import MediaParser
 
         # Takes the place of a static method, for this processor only.
-        processor.async_parse_multimodal_item = MediaParser(type(processor), model.media_store)
+        processor.async_parse_multimodal_item = MediaParser(model.loader, model.media_store)
 
 
 async def admit_before_decoding(call: Call) -> Any:
@@ -115,15 +115,16 @@ def say_when_to_retry(call: Call) -> Any:
 
 
 def notice_clients_that_leave(call: Call) -> None:
-    """Let the server of a ViCO model cancel the vision work of requests whose client has gone.
+    """Let the server of a ViCO model read bodies within bounds, and cancel the work for clients that have gone.
 
     Attached to a function that every server calls with its application, after its model has been started.
     """
-    from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware, watching_clients
+    from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware, watched_bounds
 
     call.proceed()
-    if watching_clients():
-        call['app'].add_middleware(DisconnectMiddleware)
+    bounds = watched_bounds()
+    if bounds is not None:
+        call['app'].add_middleware(DisconnectMiddleware, bounds=bounds)
 
 
 def show_image_tokens(target: Target) -> None:
@@ -207,9 +208,10 @@ PATCHES = (
         decode_side_by_side,
         f'{_PROCESSOR}.__init__',
         '(self, tokenizer, chat_template, vl_encoder=None, backend=None, allowed_media_domains=None)',
-        why='LMDeploy decodes the items of a message one after the other in one thread, ignores how a video item asks '
-        'to be decoded, and reports a URL that cannot be fetched as "Request preprocessing failed."',
-        until='LMDeploy decodes item by item.',
+        why='LMDeploy decodes whatever comes in threads of the server, for as long and into as much memory as it '
+        'takes, reads every file of the machine that a client names, fetches without a limit, accepts half pictures, '
+        'ignores how a video item asks to be decoded, and reports most errors as "Request preprocessing failed."',
+        until='LMDeploy bounds time and memory of media, and decodes item by item.',
         process='server',
         uses={
             f'{_PROCESSOR}.async_parse_multimodal_item': '(messages, media_io_kwargs=None, allowed_media_domains=None)',
@@ -263,7 +265,7 @@ PATCHES = (
         '(app, backend_config)',
         why='LMDeploy looks for a disconnect only between tokens of an answer, so the images of an abandoned request '
         'would be encoded, and hold up those of others.',
-        until='LMDeploy cancels preprocess on a disconnect.',
+        until='LMDeploy cancels preprocess on a disconnect, and bounds the bodies of requests.',
         process='server',
     ),
     Patch(

@@ -7,7 +7,7 @@ that it changes is complete.
 import importlib.metadata
 import logging
 
-from lmdeploy_vico.adapter.patches import engine, forms, generation, media, server, start
+from lmdeploy_vico.adapter.patches import engine, forms, generation, server, start
 from lmdeploy_vico.cpu import patches as cpu
 from lmdeploy_vico.patching import Patch, register
 
@@ -38,7 +38,6 @@ def all_patches() -> tuple[Patch, ...]:
         *start.PATCHES,
         *server.PATCHES,
         *forms.PATCHES,
-        *media.PATCHES,
         *generation.PATCHES,
         *engine.PATCHES,
     )
@@ -61,4 +60,4 @@ def set_up(cpu_only: bool = False) -> None:
         return
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
-        register.install((*server.PATCHES, *forms.PATCHES, *media.PATCHES, *generation.PATCHES, *engine.PATCHES))
+        register.install((*server.PATCHES, *forms.PATCHES, *generation.PATCHES, *engine.PATCHES))

@@ -8,26 +8,29 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from lmdeploy_vico.adapter.server.served import ServedRequest, T, Work, served_request, serving
+from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
+from lmdeploy.serve.utils.server_utils import protocol_error_response
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
+from lmdeploy_vico.adapter.server.body import Bounds, Message, Receive, client_of, read_body
+from lmdeploy_vico.adapter.server.served import ServedRequest, T, Work, served_request, serving
+from lmdeploy_vico.media.memory import MemoryShare
+
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
-_watching = False
+_bounds: Bounds | None = None
 
 
-def watch_clients() -> None:
-    """Let the server of this process, which serves a ViCO model, notice clients that leave."""
-    global _watching
-    _watching = True
+def watch_clients(bounds: Bounds) -> None:
+    """Let the server of this process, which serves a ViCO model, notice clients that leave and bound what they send."""
+    global _bounds
+    _bounds = bounds
 
 
-def watching_clients() -> bool:
-    """Return whether a ViCO model has been started in this process."""
-    return _watching
+def watched_bounds() -> Bounds | None:
+    """Return the bounds of this process's server; None unless a ViCO model has been started in it."""
+    return _bounds
 
 
 async def while_client_waits(start: 'Callable[[], Work[T]]') -> T:
@@ -63,20 +66,19 @@ async def while_client_waits(start: 'Callable[[], Work[T]]') -> T:
 
 def _require_client(request: ServedRequest) -> None:
     if request.client_gone:
-        from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
-
         raise RequestError(ErrorCode.REQUEST_CANCELLED, 'The client closed the connection.')
 
 
 class DisconnectMiddleware:
-    """ASGI middleware that waits for the client's disconnect as soon as it has read a request's body.
+    """ASGI middleware that reads a request's body, within bounds, and from then on waits for the client's disconnect.
 
     The application reads its messages as before. Only one task may wait in a server's ``receive``, so the application
     hears of the disconnect from the task that waits here.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, bounds: Bounds) -> None:
         self.app = app
+        self._bounds = bounds
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection. Anything but an HTTP request passes untouched."""
@@ -84,34 +86,43 @@ class DisconnectMiddleware:
             await self.app(scope, receive, send)
             return
         # Always a new one: the task of one request may start that of the next on the same connection.
-        request = ServedRequest()
-        listener = _Listener(receive, request.abandon)
-        with serving(request):
+        request = ServedRequest(client=client_of(scope))
+        share = MemoryShare(self._bounds.memory)
+        with share.in_use():  # the body is kept until the answer has been sent
             try:
-                await self.app(scope, listener.receive, send)
-            finally:
-                await listener.close()
+                body = await read_body(scope['headers'], receive, share, self._bounds.max_body_bytes)
+            except RequestError as error:
+                await protocol_error_response(scope['path'], error)(scope, receive, send)
+                return
+            if body is None:
+                return
+            listener = _Listener(body, receive, request.abandon)
+            del body
+            with serving(request):
+                try:
+                    await self.app(scope, listener.receive, send)
+                finally:
+                    await listener.close()
 
 
 class _Listener:
-    """Reads the messages of one request. After the body, a task of its own waits for the disconnect."""
+    """Hands on the body of a request, while a task waits for the disconnect."""
 
-    def __init__(self, receive: Receive, on_disconnect: Callable[[], None]) -> None:
+    def __init__(self, body: bytes, receive: Receive, on_disconnect: Callable[[], None]) -> None:
+        self._body: bytes | None = body
         self._receive = receive
         self._on_disconnect = on_disconnect
-        self._disconnect: asyncio.Task[Message] | None = None
+        self._disconnect: asyncio.Task[Message] = asyncio.create_task(self._listen())
 
     async def receive(self) -> Message:
-        """Return the next part of the body; after the last one, return the disconnect to every call.
+        """Return the body; to every later call the disconnect.
 
         If the client has gone, this returns without suspending: Starlette asks in a scope that is cancelled already.
         """
-        if self._disconnect is not None:
+        if self._body is None:
             return await asyncio.shield(self._disconnect)  # the caller may be cancelled; the task goes on
-        message = await self._receive()
-        if message['type'] == 'http.request' and not message.get('more_body', False):
-            self._disconnect = asyncio.create_task(self._listen())
-        return message
+        body, self._body = self._body, None
+        return {'type': 'http.request', 'body': body, 'more_body': False}
 
     async def _listen(self) -> Message:
         while (message := await self._receive())['type'] != 'http.disconnect':
@@ -121,6 +132,5 @@ class _Listener:
 
     async def close(self) -> None:
         """End the task; the request has been served."""
-        if self._disconnect is not None:
-            self._disconnect.cancel()
-            await asyncio.gather(self._disconnect, return_exceptions=True)
+        self._disconnect.cancel()
+        await asyncio.gather(self._disconnect, return_exceptions=True)

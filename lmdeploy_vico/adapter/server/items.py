@@ -100,12 +100,13 @@ class ImageItem:
         """The most tiles that it can have, which is what a place is held for before its size is known."""
         return self.tiling.most
 
-    def jobs(self, decoded: Any, number: int) -> list[ImageJob]:
+    def jobs(self, decoded: Any, number: int, grid: Grid | None = None) -> list[ImageJob]:
         """Choose the grid for the decoded picture.
 
         Args:
-            decoded: what LMDeploy's loader returned.
+            decoded: the picture.
             number: of the item in its prompt; not used.
+            grid: the one that has been chosen already, by the picture's size alone.
 
         Raises:
             ValueError: it is no picture.
@@ -113,7 +114,7 @@ class ImageItem:
         del number
         if not isinstance(decoded, Image.Image):
             raise not_one_source('image')
-        return [ImageJob(decoded, self.tiling.grid(decoded.size), self.compression)]
+        return [ImageJob(decoded, grid or self.tiling.grid(decoded.size), self.compression)]
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,41 @@
-"""Decodes the images and videos of a request side by side, each with LMDeploy's own loaders."""
+"""Decodes the images and videos of a request side by side, in the place of LMDeploy's loaders."""
 
 import asyncio
 import os
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 
 from lmdeploy_vico.adapter.server.forms.named import NamedMedia
-from lmdeploy_vico.adapter.server.items import MediaItem, VideoItem
+from lmdeploy_vico.adapter.server.items import DEFAULT_FRAMES, ImageItem, MediaItem, SyntheticItem, VideoItem
+from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.request import Job, VicoRequest
-from lmdeploy_vico.adapter.server.served import decoding
+from lmdeploy_vico.adapter.server.served import served_request
+from lmdeploy_vico.media.errors import MediaBusyError
+from lmdeploy_vico.media.loader import MediaLoader, Origin, in_order
+from lmdeploy_vico.media.options import VideoOptions
 from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.stage.metrics import stage_metrics
+from lmdeploy_vico.vision.tiling import preparation_memory
 
-CORES = os.cpu_count() or 1
-THREADS = min(32, CORES + 4)
-AT_ONCE = max(2, min(16, CORES))  # items of one request
+AT_ONCE = max(2, min(16, os.cpu_count() or 1))  # items of one request
 
 
 class MediaParser:
     """Stands in for ``MultimodalProcessor.async_parse_multimodal_item``, and decodes a request item by item.
 
-    LMDeploy parses every item as if it were the only one of its message. That happens in threads of our own: in the
-    event loop's default executor, other work would wait behind slow downloads. A picture that is a Pillow object
-    already is not touched; many items may refer to one object whose pixels have not been read yet.
+    A picture that is a Pillow object already is not touched; many items may refer to one object whose pixels have not
+    been read yet.
 
     Args:
-        processor: LMDeploy's MultimodalProcessor.
+        loader: loads images and videos.
         store: keeps what clients name by ids; None for none.
     """
 
-    def __init__(self, processor: Any, store: MediaStore | None = None) -> None:
+    def __init__(self, loader: MediaLoader, store: MediaStore | None = None) -> None:
+        self._loader = loader
         self._named = NamedMedia(store or MediaStore(0))
-        self._parse_message = processor._parse_multimodal_item
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix='vico-decode')
 
     async def __call__(
         self,
@@ -51,79 +47,56 @@ class MediaParser:
 
         Args:
             messages: the request, by the name that LMDeploy gives it.
-            media_io_kwargs: the request's, for LMDeploy's loaders.
-            allowed_media_domains: the domains that LMDeploy fetches from; None for all.
+            media_io_kwargs: not used; the request has been parsed.
+            allowed_media_domains: the domains that are fetched from; None for all.
 
         Raises:
             ValueError: that of the first item, in the prompt's order, that has one; or the images are too many.
+            OverloadError: there is no memory for them now.
         """
-        loop = asyncio.get_running_loop()
+        served = served_request()
+        origin = Origin(
+            client=served.client if served else '',
+            share=served.pixels if served else None,
+            allowed_hosts=allowed_media_domains,
+        )
         turn = asyncio.Semaphore(AT_ONCE)
 
         async def decode(number: int, item: MediaItem) -> Sequence[Job]:
             async with turn:
-                arguments = number, item, media_io_kwargs or {}, allowed_media_domains
-                return await loop.run_in_executor(self._threads, copy_context().run, self._decode, *arguments)
+                return await self._decode(number, item, origin)
 
-        tasks = deque(asyncio.create_task(decode(number, item)) for number, item in enumerate(messages.media))
-        jobs: list[Sequence[Job]] = []
         try:
-            while tasks:
-                jobs.append(await tasks.popleft())
-        except BaseException:
-            # The error refers to this frame. If this frame went on referring to tasks, and so to errors, what has been
-            # decoded would not be freed before Python looks for cycles.
-            jobs.clear()
-            while tasks:
-                _give_up(tasks.popleft())
-            raise
+            jobs = await in_order(decode(number, item) for number, item in enumerate(messages.media))
+        except MediaBusyError as error:
+            raise OverloadError(str(error)) from None
         return messages.decoded(jobs)
 
-    @decoding()
-    def _decode(
-        self, number: int, item: MediaItem, media_io_kwargs: Mapping[str, Any], allowed_media_domains: Any
-    ) -> Sequence[Job]:
-        if isinstance(item, VideoItem):
-            media_io_kwargs = {**media_io_kwargs, 'video': item.options}
-        parsed: dict[int, dict[str, Any]] = {}
-        try:
-            with stage_metrics().decode.time():
-                source = self._named.source(item, allowed_media_domains)
-                kind = 'video_url' if isinstance(item, VideoItem) else 'image_url'
-                messages = {item.message: {'role': 'user', 'content': [{'type': kind, kind: {'url': source}}]}}
-                self._parse_message(item.message, messages, parsed, media_io_kwargs, allowed_media_domains)
-        except NotImplementedError as error:  # of data URLs that are not base64
-            raise ValueError(str(error)) from error
-        except OSError as error:  # those of requests are OSErrors too
-            # Only which status or error: anything more would tell of this machine and its network.
-            response = getattr(error, 'response', None)
-            reason = type(error).__name__ if response is None else f'status {response.status_code}'
-            raise ValueError(f'An image or video could not be fetched: {reason}.') from error
-        [found] = parsed[item.message]['content']
-        data = found['data']
-        if isinstance(item, VideoItem):
-            data = video_frames(data, found['video_metadata']['video_backend'], item.num_frames)
-        self._named.keep(item, source)
-        return item.jobs(data, number)
+    async def _decode(self, number: int, item: MediaItem, origin: Origin) -> Sequence[Job]:
+        if isinstance(item, SyntheticItem):
+            return item.jobs(None, number)
+        with stage_metrics().decode.time():
+            if isinstance(item, VideoItem):
+                source, keep = self._named.source(item), self._named.keep(item)
+                return item.jobs(await self._loader.video(source, origin, _video_options(item), keep), number)
+            if isinstance(item.source, Image.Image):
+                return item.jobs(item.source, number)
+            return await self._image(item, number, origin)
+
+    async def _image(self, item: ImageItem, number: int, origin: Origin) -> Sequence[Job]:
+        grid = None
+
+        def prepared(width: int, height: int) -> int:
+            nonlocal grid
+            grid = item.tiling.grid((width, height))
+            return preparation_memory((width, height), grid)
+
+        picture = await self._loader.picture(self._named.source(item), origin, prepared, self._named.keep(item))
+        return item.jobs(picture, number, grid)
 
 
-def video_frames(frames: np.ndarray | torch.Tensor, backend: str, num_frames: int | None) -> list[Image.Image]:
-    """The frames of a decoded video as pictures, at most ``num_frames`` if a client asked for a number.
-
-    Args:
-        frames: uint8 ``[T, H, W, 3]``; those of the backend "torchcodec" are ``[T, 3, H, W]``.
-        backend: which of LMDeploy's loaders decoded them.
-        num_frames: None or -1 for all. Of a sequence of JPEG frames LMDeploy decodes all, whatever it is asked for;
-            these are sampled here as its loaders sample videos.
-    """
-    if isinstance(frames, torch.Tensor):
-        frames = (frames.permute(0, 2, 3, 1) if backend == 'torchcodec' else frames).contiguous().cpu().numpy()
-    if num_frames is not None and 0 < num_frames < len(frames):
-        frames = frames[np.linspace(0, len(frames) - 1, num_frames, dtype=int)]
-    return [Image.fromarray(frame) for frame in frames]
-
-
-def _give_up(task: 'asyncio.Task[Sequence[Job]]') -> None:
-    """Cancel a task of a request that has failed: what has not been begun is not decoded."""
-    if not task.cancel() and not task.cancelled():
-        task.exception()  # seen, so that asyncio does not log it
+def _video_options(item: VideoItem) -> VideoOptions:
+    """Which frames: of a sequence of JPEGs all, unless the client asks for a number."""
+    if item.jpegs and item.num_frames is None:
+        return VideoOptions(num_frames=-1)
+    return VideoOptions(int(item.options.get('num_frames', DEFAULT_FRAMES)), item.options.get('fps'))

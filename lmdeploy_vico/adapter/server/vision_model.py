@@ -14,6 +14,7 @@ from lmdeploy.tokenizer import Tokenizer
 from lmdeploy.vl.model.base import VisionModel
 
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
+from lmdeploy_vico.adapter.server.body import Bounds
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
 from lmdeploy_vico.adapter.server.items import parse_media_io_kwargs
 from lmdeploy_vico.adapter.server.overload import OverloadError
@@ -71,16 +72,17 @@ class VicoVisionModel(VisionModel):
         """
         register.require_all()
         register.apply(Trigger.MODEL)
-        watch_clients()
         self.backend_config = backend_config
         side = start_vision_side(self.model_path, self.hf_config, backend_config)
-        self.stage, self.rules, self._pixels, self._synthetic = side.stage, side.rules, side.pixels, side.synthetic
-        self.media_store = side.media_store
+        self.stage, self.rules, self.loader, self._synthetic = side.stage, side.rules, side.loader, side.synthetic
+        self._memory, self.media_store = side.memory, side.media_store
+        watch_clients(Bounds(side.memory, side.max_body_bytes))
         # Not the loop's default pool, where finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
 
     def close(self) -> None:
         """Stop the threads and let go of the vision side's memory."""
+        self.loader.close()
         self.stage.close()
         self._assembling.shutdown()
         del self.stage
@@ -127,7 +129,7 @@ class VicoVisionModel(VisionModel):
             ValueError: the request is too large; LMDeploy answers 400 with the text.
             OverloadError: too much is waiting already; LMDeploy answers 503.
         """
-        async with admitted(self.stage, request.most_tiles(), self._pixels):
+        async with admitted(self.stage, request.most_tiles(), self._memory):
             yield
 
     def get_input_prompt(

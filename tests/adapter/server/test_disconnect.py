@@ -15,8 +15,10 @@ from starlette.responses import JSONResponse, StreamingResponse
 from waiting import HANG
 
 from lmdeploy_vico.adapter.server import disconnect
+from lmdeploy_vico.adapter.server.body import COPIES, Bounds
 from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware, while_client_waits
 from lmdeploy_vico.adapter.server.served import served_request
+from lmdeploy_vico.media.memory import MemoryBudget
 
 pytestmark = pytest.mark.busy
 
@@ -26,6 +28,10 @@ GONE = {'type': 'http.disconnect'}
 
 def part(body, more=False):
     return {'type': 'http.request', 'body': body, 'more_body': more}
+
+
+def middleware(app, limit=10**6):
+    return DisconnectMiddleware(app, Bounds(MemoryBudget(None), limit))
 
 
 class Client:
@@ -62,7 +68,7 @@ def on_a_loop(test):
     return run
 
 
-async def serve(app, client, wrap=DisconnectMiddleware):
+async def serve(app, client, wrap=middleware):
     """Serve one request; no task is left of it."""
     before = asyncio.all_tasks()
     try:
@@ -73,16 +79,39 @@ async def serve(app, client, wrap=DisconnectMiddleware):
 
 
 @on_a_loop
-async def test_body_passes_unchanged():
-    parts = [part(b'one', more=True), part(b'', more=True), part(b'two')]
-    client = Client(*parts)
+async def test_the_body_passes_whole():
+    client = Client(part(b'one', more=True), part(b'', more=True), part(b'two'))
     seen = []
 
     async def app(scope, receive, send):
-        seen.extend([await receive() for _ in parts])
+        seen.append(await receive())
 
     await serve(app, client)
-    assert seen == parts
+    assert seen == [part(b'onetwo')]
+
+
+@on_a_loop
+async def test_a_body_that_is_too_large_reaches_nobody():
+    client = Client(part(b'x' * 60, more=True), part(b'x' * 60, more=True))
+
+    async def app(scope, receive, send):
+        raise AssertionError
+
+    await serve(app, client, lambda app: middleware(app, limit=100))
+    start, body = client.sent
+    assert start['status'] == 413 and b'more than 100 bytes' in body['body']
+
+
+@on_a_loop
+async def test_memory_of_the_body_is_held_until_the_answer_has_been_sent():
+    budget = MemoryBudget(1000)
+
+    async def app(scope, receive, send):
+        await receive()
+        assert budget.taken == 5 * COPIES
+
+    await serve(app, Client(part(b'hello')), lambda app: DisconnectMiddleware(app, Bounds(budget, 100)))
+    assert budget.taken == 0
 
 
 @on_a_loop
@@ -108,14 +137,10 @@ async def test_disconnect_is_told_whenever_asked():
 
 @on_a_loop
 async def test_client_gone_during_the_upload():
-    client = Client(part(b'half', more=True), dict(GONE))
-    seen = []
-
     async def app(scope, receive, send):
-        seen.extend([await receive(), await receive()])
+        raise AssertionError
 
-    await serve(app, client)
-    assert seen == [part(b'half', more=True), GONE]
+    await serve(app, Client(part(b'half', more=True), dict(GONE)))
 
 
 @on_a_loop
@@ -130,7 +155,7 @@ async def test_other_scopes_are_untouched():
     for kind in ('lifespan', 'websocket'):
         seen = []
         arguments = ({'type': kind}, receive, receive)
-        await DisconnectMiddleware(app)(*arguments)
+        await middleware(app)(*arguments)
         assert seen == [arguments]
 
 
@@ -160,7 +185,7 @@ async def test_failures_pass():
 
 @pytest.mark.parametrize(
     'wrap',
-    [DisconnectMiddleware, lambda app: api_server.ConcurrencyLimitMiddleware(DisconnectMiddleware(app), 4)],
+    [middleware, lambda app: api_server.ConcurrencyLimitMiddleware(middleware(app), 4)],
     ids=['alone', 'under BaseHTTPMiddleware'],
 )
 class TestVisionWork:
@@ -304,7 +329,7 @@ async def test_requests_know_nothing_of_each_other():
 
     async def serve_next():
         client = Client(part(b''))
-        await DisconnectMiddleware(app)(dict(HTTP), client.receive, client.send)
+        await middleware(app)(dict(HTTP), client.receive, client.send)
 
     await serve_next()
     assert len(seen) == 2 and seen[0] is not seen[1]
@@ -313,9 +338,9 @@ async def test_requests_know_nothing_of_each_other():
 @pytest.mark.parametrize('started', [False, True])
 @pytest.mark.parametrize('by_name', [False, True])
 def test_only_servers_of_vico_models_get_the_middleware(monkeypatch, started, by_name):
-    monkeypatch.setattr(disconnect, '_watching', False)
+    monkeypatch.setattr(disconnect, '_bounds', None)
     if started:
-        disconnect.watch_clients()
+        disconnect.watch_clients(Bounds(MemoryBudget(None), 100))
     app, config = FastAPI(), PytorchEngineConfig(enable_metrics=True)
     if by_name:
         api_server.mount_metrics(app=app, backend_config=config)

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from lmdeploy_vico.adapter.server.overload import OverloadError
-from lmdeploy_vico.adapter.server.served import PixelBudget, ServedRequest, admitted, charge, served_request, serving
+from lmdeploy_vico.adapter.server.served import ServedRequest, admitted, served_request, serving
+from lmdeploy_vico.media.memory import MemoryBudget
 from lmdeploy_vico.stage.queue import TileQueue
 
 pytestmark = pytest.mark.busy
@@ -20,10 +21,10 @@ class Stage:
 def test_a_place_is_held_while_a_request_is_prepared():
     async def run():
         stage = Stage(10)
-        async with admitted(stage, 10, PixelBudget(None)):
+        async with admitted(stage, 10, MemoryBudget(None)):
             assert served_request().admission.size == 10
             with serving(ServedRequest()), pytest.raises(OverloadError, match='Try again later'):
-                async with admitted(stage, 1, PixelBudget(None)):
+                async with admitted(stage, 1, MemoryBudget(None)):
                     pass
         assert served_request() is None
         stage.queue.admit(10)
@@ -34,13 +35,13 @@ def test_a_place_is_held_while_a_request_is_prepared():
 def test_all_choices_of_a_request_share_a_place():
     async def choice(stage, pixels, begun, end):
         async with admitted(stage, 8, pixels):
-            charge(30)
+            served_request().pixels.take(30)
             begun.release()
             await end.wait()
             return served_request().admission
 
     async def run():
-        stage, pixels, begun, end = Stage(10), PixelBudget(200), asyncio.Semaphore(0), asyncio.Event()
+        stage, pixels, begun, end = Stage(10), MemoryBudget(200), asyncio.Semaphore(0), asyncio.Event()
         with serving(ServedRequest()):
             choices = [asyncio.create_task(choice(stage, pixels, begun, end)) for _ in range(5)]
         for _ in choices:
@@ -54,7 +55,7 @@ def test_all_choices_of_a_request_share_a_place():
         stage.queue.admit(10)
 
     async def choice_of_another(stage):
-        async with admitted(stage, 8, PixelBudget(None)):
+        async with admitted(stage, 8, MemoryBudget(None)):
             pass
 
     asyncio.run(run())
@@ -63,10 +64,10 @@ def test_all_choices_of_a_request_share_a_place():
 @pytest.mark.parametrize('end', [ValueError, OverloadError, asyncio.CancelledError])
 def test_memory_comes_back_however_a_request_ends(end):
     async def run():
-        pixels = PixelBudget(100)
+        pixels = MemoryBudget(100)
         with pytest.raises(end):
             async with admitted(Stage(10), 1, pixels):
-                charge(70)
+                served_request().pixels.take(70)
                 assert pixels.taken == 70
                 raise end('x')
         assert pixels.taken == 0

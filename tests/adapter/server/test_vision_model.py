@@ -16,8 +16,13 @@ from PIL import Image
 from lmdeploy_vico.adapter.server import items, request, served
 from lmdeploy_vico.adapter.server.forms.ids import mark_ids, stand_for_ids
 from lmdeploy_vico.adapter.server.items import Rules
-from lmdeploy_vico.adapter.server.served import PixelBudget, ServedRequest, serving
+from lmdeploy_vico.adapter.server.served import ServedRequest, serving
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
+from lmdeploy_vico.media.decoder import MediaDecoder
+from lmdeploy_vico.media.fetch import Fetcher
+from lmdeploy_vico.media.loader import Files, MediaLoader
+from lmdeploy_vico.media.memory import MemoryBudget
+from lmdeploy_vico.media.options import PictureOptions
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.stage.queue import TileQueue
 from lmdeploy_vico.vision import tiling
@@ -66,8 +71,11 @@ def model():
     model.hf_config = SimpleNamespace(llm_config=SimpleNamespace(vocab_size=VOCABULARY))
     model.backend_config = SimpleNamespace(session_len=10**5, block_size=BLOCK)
     model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
-    model._pixels, model._synthetic, model._assembling = PixelBudget(None), None, None
-    return model
+    model._memory, model._synthetic, model._assembling = MemoryBudget(None), None, None
+    decoder = MediaDecoder(2)
+    model.loader = MediaLoader(decoder, Fetcher(10**6, 10), Files(), 10**6, PictureOptions())
+    yield model
+    decoder.close()
 
 
 @pytest.fixture
@@ -99,7 +107,7 @@ def calls(monkeypatch):
     record(items, '_tile_limit')
     record(items, '_video_options')
     record(TileQueue, 'admit')
-    record(served, 'PixelShare')
+    record(served, 'MemoryShare')
     return made
 
 
@@ -147,7 +155,7 @@ def test_every_decision_is_taken_once(model, processor, calls, video):
     assert len(of('_tile_limit')) == 2
     assert of('_video_options') == [({'fps': 30},)]
     assert [size for _, size in of('admit')[:-1]] == [13 + 3 + 3]
-    assert len(of('PixelShare')) == 1
+    assert len(of('MemoryShare')) == 1
 
     [(jobs, compression)] = model.stage.submitted
     assert compression == 0.5
@@ -171,7 +179,7 @@ def test_choices_share_their_place_and_decide_each_for_itself(model, processor, 
 
     first, *others = asyncio.run(ask())
     assert all(other['input_ids'] == first['input_ids'] for other in others)
-    assert [name for name, _ in calls].count('admit') == [name for name, _ in calls].count('PixelShare') == 1
+    assert [name for name, _ in calls].count('admit') == [name for name, _ in calls].count('MemoryShare') == 1
     assert [name for name, _ in calls].count('choose_grid') == 3
     assert len(model.stage.submitted) == 3
 

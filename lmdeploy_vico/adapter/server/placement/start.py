@@ -17,11 +17,15 @@ from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
 from lmdeploy_vico.adapter.server.placement.replicas import Replicas
 from lmdeploy_vico.adapter.server.placement.weights import open_weights
-from lmdeploy_vico.adapter.server.served import PixelBudget
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.kernels.implementation import use
+from lmdeploy_vico.media.decoder import MediaDecoder
+from lmdeploy_vico.media.fetch import Fetcher
+from lmdeploy_vico.media.loader import Files, MediaLoader
+from lmdeploy_vico.media.memory import MemoryBudget
+from lmdeploy_vico.media.options import PictureOptions
 from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.stage import VisionStage
@@ -38,14 +42,18 @@ class VisionSide:
     Attributes:
         stage: encodes images.
         rules: for requests; the model's context length is not among them, because it is not known yet.
-        pixels: memory for decoded pictures.
+        memory: for what clients send and have decoded.
+        loader: loads images and videos.
+        max_body_bytes: of a request.
         synthetic: makes visual tokens up; None where that is not allowed.
         media_store: keeps what clients name by ids.
     """
 
     stage: VisionStage
     rules: Rules
-    pixels: PixelBudget
+    memory: MemoryBudget
+    loader: MediaLoader
+    max_body_bytes: int
     synthetic: SyntheticEncoder | None
     media_store: MediaStore
 
@@ -89,7 +97,9 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
         return VisionSide(
             stage,
             _rules(config, options),
-            PixelBudget(options.max_decoded_bytes if limited else None),
+            MemoryBudget(options.max_decoded_bytes if limited else None),
+            media_loader(options, limited),
+            options.max_body_bytes,
             SyntheticEncoder(config.llm_hidden_size, dtype, options.max_tiles + 1)
             if options.synthetic_images
             else None,
@@ -111,6 +121,27 @@ def _rules(config: VicoConfig, options: Options) -> Rules:
         max_videos=options.max_videos,
         max_prompt_tiles=options.max_prompt_tiles,
     )
+
+
+def media_loader(options: Options, serves: bool) -> MediaLoader:
+    """What loads images and videos.
+
+    Args:
+        options: of the server.
+        serves: whether it is one. A pipeline's caller may name any file of this machine, and limits itself.
+    """
+    decoder = MediaDecoder(
+        options.decode_processes,
+        options.image_decode_seconds,
+        options.video_decode_seconds,
+        options.max_decoded_bytes if serves else None,
+        eager=serves,
+    )
+    root = options.allowed_local_media_path
+    files = Files(allowed=bool(root), root=Path(root).resolve() if root else None) if serves else Files(allowed=True)
+    pictures = PictureOptions(options.upright_images, options.white_background)
+    fetcher = Fetcher(options.max_media_bytes, options.fetch_seconds)
+    return MediaLoader(decoder, fetcher, files, options.max_media_bytes, pictures)
 
 
 def read_config(model_path: str, overrides: Mapping[str, Any] | None) -> VicoConfig:
@@ -142,10 +173,12 @@ def _log_start(
         *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
     )
     logger.info(
-        'preparation by %d threads, %s tiles queued at most, %s decoded images, cache of %.1f GiB',
+        'decoding by %d processes, preparation by %d threads, %s tiles queued at most, %s for what clients send, '
+        'cache of %.1f GiB',
+        options.decode_processes,
         options.preprocess_threads,
         options.max_queued_tiles if limited else 'any number of',
-        f'{options.max_decoded_bytes / GIB:.1f} GiB of' if limited else 'any number of',
+        f'{options.max_decoded_bytes / GIB:.1f} GiB' if limited else 'any memory',
         options.cache_bytes / GIB,
     )
     logger.info(

@@ -21,7 +21,7 @@ from lmdeploy_vico.choices import (
 )
 from lmdeploy_vico.host_memory import GIB, total_memory
 from lmdeploy_vico.kernels.choice import AUTO, CHOICES
-from lmdeploy_vico.media.decoder import default_processes
+from lmdeploy_vico.media.options import default_processes
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Callable
 
@@ -15,13 +14,6 @@ from lmdeploy_vico.media.workers.queue import FairQueue
 from lmdeploy_vico.media.workers.worker import Job, Worker
 
 logger = logging.getLogger(__name__)
-
-MOST_PROCESSES = 16
-
-
-def default_processes() -> int:
-    """As many as there are cores, but two, so that one file never holds up all others, and at most 16."""
-    return max(2, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
 
 
 def _nothing(width: int, height: int) -> int:

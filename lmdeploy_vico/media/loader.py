@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from lmdeploy_vico.media.decoder import MediaDecoder
+from lmdeploy_vico.media.decoding.videos import sampled
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.fetch import Fetcher
 from lmdeploy_vico.media.memory import MemoryShare
@@ -24,7 +25,6 @@ from lmdeploy_vico.media.sources import (
     parse_data_url,
     read_file,
 )
-from lmdeploy_vico.media.videos import sampled
 
 T = TypeVar('T')
 Keep = Callable[[bytes], None]

@@ -1,6 +1,14 @@
-"""What is asked of decoded pictures and videos."""
+"""What is asked of decoded pictures and videos, and of what decodes them. Imports nothing heavy."""
 
+import os
 from dataclasses import dataclass
+
+MOST_PROCESSES = 16
+
+
+def default_processes() -> int:
+    """As many as there are cores, but two, so that one file never holds up all others, and at most 16."""
+    return max(2, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from PIL import Image
 from waiting import HANG
 
 from lmdeploy_vico.media.decoder import MediaDecoder
+from lmdeploy_vico.media.decoding.pictures import DECODING
 from lmdeploy_vico.media.errors import MediaBusyError, MediaError
 from lmdeploy_vico.media.memory import MemoryBudget, MemoryShare
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
-from lmdeploy_vico.media.pictures import DECODING
 from lmdeploy_vico.media.workers.worker import KEPT, MODULE
 
 PICTURE = encoded(noise(), 'PNG')

@@ -80,7 +80,8 @@ async def cut(request):
 PAGES = {
     'whole': whole, 'redirect': redirect, 'around': around, 'inside': inside, 'to_a_file': to_a_file,
     'gzip': encoded('gzip', gzip.compress(DATA)), 'deflate': encoded('deflate', zlib.compress(DATA)),
-    'trailing': encoded('gzip', gzip.compress(DATA) + b'x' * 1000), 'zeros': encoded('gzip', gzip.compress(bytes(LIMIT))),
+    'trailing': encoded('gzip', gzip.compress(DATA) + b'x' * 1000),
+    'zeros': encoded('gzip', gzip.compress(bytes(LIMIT))),
     'bomb': encoded('gzip', gzip.compress(bytes(200 << 20))), 'brotli': encoded('br', b'xx'),
     'bad gzip': encoded('gzip', b'hello'), 'endless': endless, 'announced': announced, 'dripping': dripping, 'cut': cut,
 }  # fmt: skip
@@ -144,7 +145,8 @@ def test_a_redirect_to_where_nothing_is_fetched_from(internet, name):
 @pytest.mark.parametrize(
     'host',
     ['127.0.0.1', '10.1.2.3', '192.168.0.1', '169.254.169.254', '0.0.0.0', '224.0.0.1', '[::1]', '[fe80::1]', '[::]',
-     '[::ffff:10.0.0.1]', '[::ffff:127.0.0.1]', '[2002:7f00:1::]', '[64:ff9b::a00:1]', '[64:ff9b::7f00:1]', '100.64.0.1', '2130706433', '0x7f.1', 'localhost'],
+     '[::ffff:10.0.0.1]', '[::ffff:127.0.0.1]', '[2002:7f00:1::]', '[64:ff9b::a00:1]',
+     '[64:ff9b::7f00:1]', '100.64.0.1', '2130706433', '0x7f.1', 'localhost'],
 )  # fmt: skip
 def test_hosts_that_are_not_public(internet, host):
     with pytest.raises(MediaError, match='URL is blocked for security reasons: the host is not|resolution failed'):

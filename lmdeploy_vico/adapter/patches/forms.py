@@ -196,6 +196,7 @@ PATCHES = (
         why='LMDeploy counts the base64 of an image as text, a hundred times too much, and does not count tools.',
         until="LMDeploy counts visual tokens with the model's own preprocessing.",
         process='server',
+        uses={f'{_ANTHROPIC}.endpoints.validation:_validate_headers': '(raw_request)'},
     ),
     *(
         Patch(

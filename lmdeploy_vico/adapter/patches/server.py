@@ -215,8 +215,6 @@ PATCHES = (
         process='server',
         uses={
             f'{_PROCESSOR}.async_parse_multimodal_item': '(messages, media_io_kwargs=None, allowed_media_domains=None)',
-            f'{_PROCESSOR}._parse_multimodal_item': '(i, in_messages, out_messages, media_io_kwargs, '
-            'allowed_media_domains=None)',
         },
     ),
     Patch(

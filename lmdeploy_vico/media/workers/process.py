@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import Any
 
-from lmdeploy_vico.media import pictures, videos
+from lmdeploy_vico.media.decoding import pictures, videos
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
 from lmdeploy_vico.media.workers.channel import ChannelClosedError, anonymous_memory, receive, send

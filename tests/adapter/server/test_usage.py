@@ -10,8 +10,10 @@ CODE = """
 import asyncio
 from lmdeploy.serve.openai import protocol
 from lmdeploy_vico.adapter.handover import Span
+from lmdeploy_vico.adapter.server.body import Bounds
 from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware
 from lmdeploy_vico.adapter.server.usage import count_image_tokens
+from lmdeploy_vico.media.memory import MemoryBudget
 from lmdeploy_vico.patching import Trigger, register
 
 def answers():
@@ -21,6 +23,14 @@ def answers():
     streamed = protocol.ChatCompletionStreamResponse(**fixed).model_dump_json(exclude_none=True)
     print(whole, streamed, protocol.CompletionResponse(**{**fixed, 'usage': protocol.UsageInfo()}).model_dump_json())
 
+def client():
+    body = [{'type': 'http.request', 'body': b''}]
+
+    async def receive():
+        return body.pop() if body else await asyncio.Event().wait()
+
+    return receive
+
 async def app(scope, receive, send):
     async def choice():
         count_image_tokens([Span(None, 3, 5, 'a'), Span(None, 5, 8, 'b')])
@@ -28,7 +38,8 @@ async def app(scope, receive, send):
     answers()
 
 def serve():
-    asyncio.run(DisconnectMiddleware(app)({'type': 'http'}, None, None))
+    bounds = Bounds(MemoryBudget(None), 1)
+    asyncio.run(DisconnectMiddleware(app, bounds)({'type': 'http', 'headers': []}, client(), None))
 
 answers()
 serve()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from lmdeploy_vico.adapter.server.items import ImageItem, VideoItem
 from lmdeploy_vico.adapter.server.served import served_request
+from lmdeploy_vico.media.sources import is_data_url, is_web_url
 from lmdeploy_vico.media.store import MediaStore
 
 
@@ -29,9 +30,14 @@ class NamedMedia:
         return self._store.recall(_client(), item.uuid)
 
     def keep(self, item: ImageItem | VideoItem) -> Callable[[bytes], None] | None:
-        """What keeps the file of an item, once it has been decoded; None for an item that has no name."""
-        uuid, client = item.uuid, _client()
-        return None if uuid is None else lambda data: self._store.put(client, uuid, data)
+        """What keeps the file of an item, once it has been decoded; None for an item that has no name.
+
+        Files of the server are there anyway, and are not kept.
+        """
+        uuid, client, url = item.uuid, _client(), item.source
+        if uuid is None or not isinstance(url, str) or not (is_data_url(url) or is_web_url(url)):
+            return None
+        return lambda data: self._store.put(client, uuid, data)
 
 
 def _client() -> str:

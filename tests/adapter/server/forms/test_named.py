@@ -4,25 +4,32 @@ import asyncio
 import base64
 
 import pytest
-from lmdeploy.serve.processors.multimodal import MultimodalProcessor
 from parity.conversations import data_url
 from PIL import Image
 
-from lmdeploy_vico.adapter.server.forms import named
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.media import MediaParser
+from lmdeploy_vico.adapter.server.placement.start import media_loader
 from lmdeploy_vico.adapter.server.request import parse_request
 from lmdeploy_vico.adapter.server.served import ServedRequest, serving
 from lmdeploy_vico.media.store import MediaStore
+from lmdeploy_vico.options import Options
 from lmdeploy_vico.vision.tiling import Tiling
 
 RED, BLUE = (data_url(Image.new('RGB', (9, 7), colour)) for colour in ('red', 'blue'))
 RULES = Rules(Tiling(1, 12), 40, media_ids=True)
 
 
+@pytest.fixture(scope='module')
+def loader():
+    loader = media_loader(Options(decode_processes=1), serves=False)
+    yield loader
+    loader.close()
+
+
 @pytest.fixture
-def parser():
-    return MediaParser(MultimodalProcessor, MediaStore(2**20))
+def parser(loader):
+    return MediaParser(loader, MediaStore(2**20))
 
 
 def colours(parser, *items, key=''):
@@ -55,7 +62,7 @@ def test_of_another_client_nothing_is_found(parser):
 
 def test_what_cannot_be_decoded_is_not_kept(parser):
     colours(parser, item(RED))
-    with pytest.raises(ValueError, match='Unidentified|not an image'):
+    with pytest.raises(ValueError, match='image'):
         colours(parser, item('data:image/png;base64,' + base64.b64encode(b'hello').decode()))
     assert colours(parser, item()) == [(255, 0, 0)]
 
@@ -65,14 +72,14 @@ def test_an_item_without_a_name_is_not_kept(parser):
     assert parser._named._store.taken == 0
 
 
-def test_what_is_fetched_is_kept_as_it_was_then(parser, monkeypatch):
+def test_what_is_fetched_is_kept_as_it_was_then(loader, parser, monkeypatch):
     served = [RED, BLUE]
 
-    def fetch(url, media_io, allowed_media_domains):
-        assert url == 'HTTPS://example.com/cat.png' and allowed_media_domains is None
-        return media_io.load_bytes(base64.b64decode(served.pop(0).partition(',')[2]))
+    async def fetch(url, *_):
+        assert url == 'HTTPS://example.com/cat.png'
+        return base64.b64decode(served.pop(0).partition(',')[2])
 
-    monkeypatch.setattr(named, 'load_from_url', fetch)
+    monkeypatch.setattr(loader._fetcher, 'fetch', fetch)
     assert colours(parser, item('HTTPS://example.com/cat.png')) == [(255, 0, 0)]
     assert colours(parser, item()) == [(255, 0, 0)] and served == [BLUE]
 
@@ -83,8 +90,8 @@ def test_files_of_the_server_are_not_kept(parser, tmp_path):
     assert parser._named._store.taken == 0
 
 
-def test_what_was_not_used_for_longest_has_to_be_sent_again():
-    parser = MediaParser(MultimodalProcessor, MediaStore(2600))  # room for two
+def test_what_was_not_used_for_longest_has_to_be_sent_again(loader):
+    parser = MediaParser(loader, MediaStore(2600))  # room for two
     for name, url in (('cat', RED), ('dog', BLUE), ('cow', RED)):
         colours(parser, item(url, name))
     assert colours(parser, item(uuid='dog'), item(uuid='cow')) == [(0, 0, 255), (255, 0, 0)]

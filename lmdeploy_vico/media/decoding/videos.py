@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lmdeploy_vico.media.decoding.formats import FFMPEG_FORMATS, require_video
 from lmdeploy_vico.media.errors import MediaError
-from lmdeploy_vico.media.formats import FFMPEG_FORMATS, require_video
 from lmdeploy_vico.media.options import VideoOptions
 
 # Containers may announce a few frames more than they hold; when more than this share of a video's frames cannot be

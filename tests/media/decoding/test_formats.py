@@ -4,8 +4,8 @@ import pytest
 from media.files import FORMATS, encoded, noise
 from PIL import Image
 
+from lmdeploy_vico.media.decoding.formats import IMAGES, image_format, require_video
 from lmdeploy_vico.media.errors import MediaError
-from lmdeploy_vico.media.formats import IMAGES, image_format, require_video
 
 HEAD = 64
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from lmdeploy_vico.media.damage import jpeg_with_end, png_exif, without_bad_ancillary_chunks
+from lmdeploy_vico.media.decoding.damage import jpeg_with_end, png_exif, without_bad_ancillary_chunks
+from lmdeploy_vico.media.decoding.formats import image_format
 from lmdeploy_vico.media.errors import MediaError
-from lmdeploy_vico.media.formats import image_format
 from lmdeploy_vico.media.options import PictureOptions
 
 STRIP = 1 << 18  # pixels that are converted at a time

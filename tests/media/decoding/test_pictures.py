@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from media.files import FORMATS, encoded, noise, pillow
 from PIL import Image, ImageFile, ImageOps
 
+from lmdeploy_vico.media.decoding.pictures import Picture
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions
-from lmdeploy_vico.media.pictures import Picture
 
 pytestmark = pytest.mark.usefixtures('strict')
 PLAIN = PictureOptions(upright=False, on_white=False)

@@ -11,10 +11,10 @@ from media.files import encoded, noise
 from parity.videos import moving_crops, write_video
 from PIL import Image
 
-from lmdeploy_vico.media import videos
+from lmdeploy_vico.media.decoding import videos
+from lmdeploy_vico.media.decoding.videos import Video, sampled
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import VideoOptions
-from lmdeploy_vico.media.videos import Video, sampled
 from lmdeploy_vico.vision.tiling import cut_tiles
 
 SIDE = 448
@@ -90,7 +90,7 @@ def test_ffmpegs_own_list_refuses_what_ours_lets_through():
     """A file may look like a container to us and like something else to FFmpeg, which looks at more of it."""
     sdp = 'v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 24900 RTP/AVP 96\n'
     program = (
-        'import sys; from lmdeploy_vico.media import videos; videos.prepare(); '
+        'import sys; from lmdeploy_vico.media.decoding import videos; videos.prepare(); '
         'videos.require_video = lambda data: None\n'
         'from lmdeploy_vico.media.options import VideoOptions\n'
         'try: videos.Video(sys.stdin.buffer.read(), VideoOptions())\n'

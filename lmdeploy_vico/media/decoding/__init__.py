@@ -1,0 +1,1 @@
+"""Files to pixels: which files, and how. Runs in processes of its own, which load nothing heavy."""

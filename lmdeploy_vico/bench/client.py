@@ -125,7 +125,7 @@ class Client:
         try:
             async with self._session.post(f'{self.url}/v1/chat/completions', data=body, headers=headers) as response:
                 if response.status != 200:
-                    return Outcome(error=_message(await response.text(), response.status), status=response.status)
+                    return Outcome(error=error_sentence(await response.text(), response.status), status=response.status)
                 return await _read(response, began)
         except asyncio.TimeoutError:  # Python 3.10 has another of that name
             return Outcome(error='The server did not answer in time.')
@@ -175,7 +175,7 @@ async def _read(response: aiohttp.ClientResponse, began: float) -> Outcome:
             ttft = time.perf_counter() - began if math.isnan(ttft) else ttft
             if choice.get('finish_reason') not in (None, 'length', 'stop'):
                 error = f'The answer ended with finish_reason "{choice["finish_reason"]}".'
-        error = error or (_message(line[len(PREFIX) :].decode(), 200) if 'error' in event else None)
+        error = error or (error_sentence(line[len(PREFIX) :].decode(), 200) if 'error' in event else None)
         usage = event.get('usage') or usage
     if error or usage is None or math.isnan(ttft):
         return Outcome(error=error or 'The answer ended before it was complete.', status=200)
@@ -189,7 +189,7 @@ async def _read(response: aiohttp.ClientResponse, began: float) -> Outcome:
     )
 
 
-def _message(text: str, status: int) -> str:
+def error_sentence(text: str, status: int) -> str:
     """The sentence in an error's body."""
     try:
         answer = json.loads(text)

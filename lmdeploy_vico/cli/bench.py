@@ -24,11 +24,11 @@ def add_parser(commands: 'Commands') -> None:
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the command's own arguments and the server's, which follow ``--`` after ``bench``.
+    """Split a command line into the command's own arguments and the server's, which follow ``--``.
 
     Argparse would give the server's arguments to options that take several values.
     """
-    if argv[:1] != ['bench'] or '--' not in argv:
+    if argv[:1] not in (['bench'], ['eval']) or '--' not in argv:
         return argv, []
     end = argv.index('--')
     return argv[:end], argv[end + 1 :]

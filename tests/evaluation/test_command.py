@@ -1,0 +1,171 @@
+"""The command against a server that knows what it answers."""
+
+import json
+
+import pytest
+
+from lmdeploy_vico import cli
+
+COUNT = 12
+MODES = ['none', 'auto', 'all']
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """``evaluate(*arguments)``: exit status, what was printed, and the JSON if there is one."""
+    path = tmp_path / 'results.json'
+
+    def run(*arguments) -> tuple[int, str, dict | None]:
+        status = cli.main(['eval', '--output-file', str(path), *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def right(question, compression):
+    """Right without compression; of every third question's number nothing is left with it."""
+    number = int(question.split()[-1])
+    return 'nothing' if compression == 'all' and number % 3 == 0 else str(number)
+
+
+def lines(results):
+    return {(line['category'], line['compression']): line for line in results['results']}
+
+
+def test_scores_shares_and_what_is_asked(stand_in, data_file, evaluate):
+    server = stand_in(right)
+    status, printed, results = evaluate('--base-url', server.url, '--data', data_file(COUNT), '--max-tiles', 6)
+    assert status == 0
+    found = lines(results)
+    assert found[None, 'none']['score'] == found[None, 'auto']['score'] == 100
+    assert found[None, 'all']['score'] == pytest.approx(100 * 8 / 12)
+    assert found['even', 'all']['correct'] == found['odd', 'all']['correct'] == 4
+    assert found[None, 'all']['retention_low'] < 100 * 8 / 12 < found[None, 'all']['retention_high']
+    assert [found[None, mode]['compressed_tiles'] for mode in MODES] == [0, COUNT, 2 * COUNT]
+    assert found[None, 'all']['tiles'] == 2 * COUNT
+    assert found[None, 'auto']['mean_prompt_tokens'] == 256 + 64 + 10
+    assert len(server.bodies) == 3 * COUNT
+    body = server.bodies[0]
+    assert body['temperature'] == 0 and body['messages'][0]['content'][0]['image_url']['max_dynamic_patch'] == 6
+    assert 'even' in printed and '66.7' in printed and f'{3 * COUNT} of {3 * COUNT} questions asked' in printed
+
+
+def test_none_is_always_asked(stand_in, data_file, evaluate):
+    server = stand_in(right)
+    _, _, results = evaluate('--base-url', server.url, '--data', data_file(3), '--compression', '0.5')
+    assert {line['compression'] for line in results['results']} == {'none', '0.5'}
+    assert {body['mm_processor_kwargs']['image']['compression'] for body in server.bodies} == {'none', 0.5}
+
+
+def test_so_many_at_a_time(stand_in, data_file, evaluate):
+    server = stand_in(right, hold=5)
+    status, _, _ = evaluate('--base-url', server.url, '--data', data_file(COUNT), '--max-concurrency', 5)
+    assert status == 0 and server.most_running == 5
+
+
+def test_goes_on_after_it_was_killed(stand_in, data_file, evaluate, tmp_path):
+    path = data_file(COUNT)
+    server = stand_in(right)
+    _, _, whole = evaluate('--base-url', server.url, '--data', path)
+    kept = tmp_path / 'results.json.answers.jsonl'
+    settings, *answers = kept.read_text().splitlines()
+    # As it is when the process is killed while it writes its 21st answer.
+    kept.write_text('\n'.join([settings, *answers[:20], answers[20][:30]]))
+    asked = len(server.bodies)
+    status, printed, again = evaluate('--base-url', server.url, '--data', path)
+    assert status == 0
+    assert len(server.bodies) - asked == 3 * COUNT - 20
+    assert '20 answers are in' in printed
+    assert again['results'] == whole['results']
+
+
+def test_answers_of_another_evaluation_are_not_taken(stand_in, data_file, evaluate):
+    server, path = stand_in(right), data_file(3)
+    evaluate('--base-url', server.url, '--data', path)
+    status, printed, _ = evaluate('--base-url', server.url, '--data', path, '--max-tokens', 5)
+    assert status == 1
+    assert 'holds answers of another evaluation (max_tokens differ)' in printed
+
+
+def test_failures_are_named_counted_and_asked_again(stand_in, data_file, evaluate):
+    faults = {('question 4', 'all'), ('question 7', 'none')}
+    server = stand_in(lambda question, mode: 400 if (question, mode) in faults else right(question, mode))
+    arguments = '--base-url', server.url, '--data', data_file(COUNT)
+    status, printed, results = evaluate(*arguments)
+    assert status == 1
+    assert '2 requests failed' in printed and '2 x HTTP 400: It is not to be.' in printed
+    assert {line['total'] for line in results['results'] if line['category'] is None} == {COUNT - 2}
+    assert {(one['index'], one['compression']) for one in results['failed']} == {('4', 'all'), ('7', 'none')}
+    faults.clear()
+    asked = len(server.bodies)
+    status, _, results = evaluate(*arguments)
+    assert status == 0 and len(server.bodies) - asked == 2
+    assert results['failed'] == [] and lines(results)[None, 'all']['total'] == COUNT
+
+
+def test_a_busy_server_is_asked_again(stand_in, data_file, evaluate):
+    busy = {f'question {number}' for number in range(3)}
+
+    def answer(question, mode):
+        if question in busy:
+            busy.remove(question)
+            return 503
+        return right(question, mode)
+
+    status, _, _ = evaluate('--base-url', stand_in(answer).url, '--data', data_file(COUNT))
+    assert status == 0 and not busy
+
+
+def test_a_server_that_answers_nothing_is_given_up(stand_in, data_file, evaluate):
+    server = stand_in(lambda question, mode: 500)
+    status, printed, _ = evaluate('--base-url', server.url, '--data', data_file(200), '--max-concurrency', 4)
+    assert status == 1
+    assert 'requests in a row failed, the last with: HTTP 500' in printed
+    assert len(server.bodies) < 40
+
+
+def test_no_server(data_file, evaluate, unused_url):
+    status, printed, _ = evaluate('--base-url', unused_url, '--data', data_file(2))
+    assert status == 1 and 'No OpenAI server answers at' in printed
+
+
+@pytest.fixture
+def unused_url():
+    from lmdeploy_vico.ports import hold_port
+
+    with hold_port('127.0.0.1') as holder:
+        yield f'http://127.0.0.1:{holder.getsockname()[1]}'
+
+
+def test_bad_arguments(data_file, evaluate, capsys):
+    path = data_file(2)
+    with pytest.raises(SystemExit):
+        evaluate('--base-url', 'x', '--data', path, '--compression', 'most')
+    assert 'must be "auto", "none", "all"' in capsys.readouterr().err
+    status, printed, _ = evaluate('--base-url', 'http://x', '--data', path, path)
+    assert status == 1 and 'Two data sets are called data' in printed
+    status, printed, _ = evaluate('--base-url', 'http://x', '--data', path, '--', '--tp', '2')
+    assert status == 1 and 'Arguments after -- are for a server that is started here' in printed
+
+
+def test_plot(stand_in, data_file, evaluate, tmp_path):
+    measured = tmp_path / 'bench.json'
+    cells = [(0.0, 1.0), (0.375, 1.5), (0.75, 2.5)]
+    measured.write_text(
+        json.dumps(
+            {
+                'results': [
+                    {'server': 'none', 'mode': 'image', 'achieved_token_compression': share, 'speedup': gain}
+                    for share, gain in cells
+                ]
+            }
+        )
+    )
+    picture = tmp_path / 'plot.png'
+    arguments = '--data', data_file(COUNT), '--plot', picture, '--bench-results', measured
+    status, printed, _ = evaluate('--base-url', stand_in(right).url, *arguments)
+    assert status == 0 and picture.read_bytes().startswith(b'\x89PNG')
+    measured.write_text('{}')
+    status, printed, _ = evaluate('--base-url', 'http://x', *arguments)
+    assert status == 1 and 'does not hold results of `lmdeploy-vico bench`' in printed

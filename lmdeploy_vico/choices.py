@@ -1,14 +1,34 @@
 """What operators and clients may choose about the vision side. Imports nothing heavy: the options are made of these."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from lmdeploy_vico.wording import shown
 
-Compression: TypeAlias = Literal['auto', 'none', 'all'] | float
+
+@dataclass(frozen=True)
+class Experiment:
+    """A way to choose tiles that is there to be compared with the router's: the ablations of the paper's section 4.
+
+    Attributes:
+        kind: ``random`` compresses a share of the tiles, whatever they show; ``image`` compresses an image whole, where
+            the mean of its tiles' scores is high enough.
+        value: the share, or the least mean score, from 0 to 1.
+    """
+
+    kind: Literal['random', 'image']
+    value: float
+
+    def __str__(self) -> str:
+        return f'{self.kind}:{self.value:g}'
+
+
+Compression: TypeAlias = Literal['auto', 'none', 'all'] | float | Experiment
 
 COMPRESSIONS = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
+EXPERIMENT = re.compile(r'(random|image):(\d*\.?\d+)')
 
 
 def parse_compression(value: object, source: str = 'compression') -> Compression:
@@ -17,8 +37,14 @@ def parse_compression(value: object, source: str = 'compression') -> Compression
     Raises:
         ValueError: naming ``source`` and the accepted values.
     """
-    if value in ('auto', 'none', 'all') and isinstance(value, str):
+    if isinstance(value, Experiment):
         return value
+    if isinstance(value, str):
+        named = EXPERIMENT.fullmatch(value)
+        if named and float(named[2]) <= 1:
+            return Experiment(cast(Literal['random', 'image'], named[1]), float(named[2]))
+        if value in ('auto', 'none', 'all'):
+            return cast(Literal['auto', 'none', 'all'], value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
     raise ValueError(f'{source} must be {COMPRESSIONS}, not {shown(value)}.')

@@ -112,7 +112,9 @@ class Work:
         images = [image for image in prompt.images if image is not None]
         tiles = prompt.tiles
         features = TileFeatures(
-            [tile.patches for tile in tiles if tile.patches is not None], torch.tensor([tile.score for tile in tiles])
+            [tile.patches for tile in tiles if tile.patches is not None],
+            torch.tensor([tile.score for tile in tiles]),
+            [tile.digest for tile in tiles],
         )
         tokens = encoder.visual_tokens(features, [len(image) for image in images], prompt.groups, self._output_dtype)
         encoded = [

@@ -23,10 +23,12 @@ class TileFeatures:
     Attributes:
         patches: ``[1024, D]`` for each tile, in the encoder's dtype; each with memory of its own.
         scores: float32 ``[n]``, the router's p[0] of each tile.
+        digests: of the tiles' pixels, where they are routed; see :func:`~lmdeploy_vico.vision.tiling.tile_digests`.
     """
 
     patches: list[torch.Tensor]
     scores: torch.Tensor
+    digests: Sequence[bytes] = ()
 
 
 class RunningBatch:

@@ -1,15 +1,18 @@
 """The routing rule: which tiles of a prompt are compressed to 64 visual tokens."""
 
+import hashlib
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import TypeAlias
 
 import torch
 
-from lmdeploy_vico.choices import Compression
+from lmdeploy_vico.choices import Compression, Experiment
 
 # Images of a prompt, by their indices, that are routed together, and what they are routed by.
 RoutingGroup: TypeAlias = tuple[Sequence[int], Compression]
+
+SEED = b'random'
 
 
 def route(
@@ -17,15 +20,17 @@ def route(
     compression: Compression,
     relative_threshold: float,
     absolute_threshold: float,
+    digests: Sequence[bytes] = (),
 ) -> torch.Tensor:
     """Decide for the tiles of one prompt; the quantile must never see another prompt's tiles.
 
     ``auto`` compresses tile i when ``s_i > quantile(s, relative_threshold)`` (linear interpolation, strict) and
     ``s_i >= absolute_threshold``. A fraction f compresses the round-half-up(f * n) tiles with the highest scores, ties
-    going to the lower index.
+    going to the lower index. ``random:f`` compresses as many, those that :func:`_drawn` puts first.
 
     Args:
-        scores: p[0] of each tile, float32 ``[n]``: the probability that compressing it loses nothing (paper, Eq. 4).
+        scores: p[0] of each tile, float32 ``[n]``: the probability that compression loses nothing (paper, Eq. 4).
+        digests: of each tile's pixels; needed for ``random``.
 
     Returns:
         bool ``[n]`` on the scores' device, true where the tile gets 64 tokens.
@@ -37,14 +42,20 @@ def route(
     if compression == 'auto':
         quantile = torch.quantile(scores.float(), relative_threshold)
         return (scores > quantile) & (scores >= absolute_threshold)
+    if isinstance(compression, Experiment):
+        if compression.kind == 'image':
+            return (scores.mean() >= compression.value).expand(scores.shape)
+        order, fraction = _drawn(digests), compression.value
+    else:
+        order, fraction = torch.argsort(scores, descending=True, stable=True), float(compression)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    order = torch.argsort(scores, descending=True, stable=True)
-    chosen[order[: _round_half_up(float(compression), scores.numel())]] = True
+    chosen[order[: _round_half_up(fraction, scores.numel())]] = True
     return chosen
 
 
 def route_prompt(
     scores: torch.Tensor,
+    digests: Sequence[bytes],
     counts: Sequence[int],
     groups: Sequence[RoutingGroup],
     relative_threshold: float,
@@ -54,6 +65,7 @@ def route_prompt(
 
     Args:
         scores: of all tiles, image after image.
+        digests: of all tiles' pixels.
         counts: tiles of each image.
         groups: each image stands in one of them.
 
@@ -63,9 +75,21 @@ def route_prompt(
     compressed = torch.zeros(scores.shape, dtype=torch.bool)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     for images, compression in groups:
-        chosen = torch.isin(owner, torch.tensor(list(images), dtype=owner.dtype))
-        compressed[chosen] = route(scores[chosen], compression, relative_threshold, absolute_threshold)
+        whole = isinstance(compression, Experiment) and compression.kind == 'image'
+        for together in [[image] for image in images] if whole else [list(images)]:
+            [chosen] = torch.isin(owner, torch.tensor(together, dtype=owner.dtype)).nonzero(as_tuple=True)
+            of_these = [digests[index] for index in chosen.tolist()] if digests else ()
+            compressed[chosen] = route(scores[chosen], compression, relative_threshold, absolute_threshold, of_these)
     return compressed
+
+
+def _drawn(digests: Sequence[bytes]) -> torch.Tensor:
+    """The indices of tiles in an order that depends on nothing but their pixels: by SHA-256 of a seed and their digest.
+
+    Tiles with the same pixels keep their order.
+    """
+    drawn = [hashlib.sha256(SEED + digest).digest() for digest in digests]
+    return torch.tensor(sorted(range(len(drawn)), key=drawn.__getitem__), dtype=torch.long)
 
 
 def _round_half_up(fraction: float, tiles: int) -> int:

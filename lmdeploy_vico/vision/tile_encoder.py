@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from lmdeploy_vico.vision.model.speedups import require_speedups
 from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.projection import Projection, VisualTokens
 from lmdeploy_vico.vision.routing import RoutingGroup, route_prompt
-from lmdeploy_vico.vision.tiling import TILE_SHAPE
+from lmdeploy_vico.vision.tiling import TILE_SHAPE, tile_digests
 
 # Tiles per device batch, by ViT width: enough to fill the device, small enough that padding one tile is cheap. On a
 # CPU a single tile already keeps every core busy.
@@ -161,7 +162,9 @@ class TileEncoder:
         if not tiles:
             return []
         groups = [(range(len(tiles)), parse_compression(compression))]
-        return self.visual_tokens(self.features(np.concatenate(tiles)), [len(image) for image in tiles], groups)
+        together = np.concatenate(tiles)
+        features = replace(self.features(together), digests=tile_digests(together))
+        return self.visual_tokens(features, [len(image) for image in tiles], groups)
 
     def features(self, tiles: np.ndarray) -> TileFeatures:
         """Encode and score uint8 tiles ``[n, 448, 448, 3]`` in fixed batches."""
@@ -197,7 +200,7 @@ class TileEncoder:
         """
         config = self.config
         thresholds = config.relative_threshold, config.absolute_threshold
-        compressed = route_prompt(features.scores, counts, groups, *thresholds)
+        compressed = route_prompt(features.scores, features.digests, counts, groups, *thresholds)
         return self.projection.by_image(features, counts, compressed, dtype or self.dtype)
 
 

@@ -8,6 +8,7 @@ from this by its rounding alone, which is what :class:`Judgement` measures in st
 whose token is only the second best by 0.01 is a near tie, one that is 0.5 behind is a mistake.
 """
 
+import hashlib
 import json
 import math
 import tempfile
@@ -215,8 +216,26 @@ class Vision(nn.Module):
             self.gating = Gating(width)
 
 
-def route(scores: Sequence[float], compression: str | float, relative: float, absolute: float) -> list[bool]:
-    """Tell for every tile of one prompt whether it is compressed to 64 tokens."""
+def route(
+    scores: Sequence[float],
+    compression: str | float,
+    relative: float,
+    absolute: float,
+    tiles: Sequence[np.ndarray] = (),
+) -> list[bool]:
+    """Tell for every tile of one prompt whether it is compressed to 64 tokens.
+
+    Args:
+        tiles: their pixels, for ``random:f``. For ``image:t`` the tiles are those of one image.
+    """
+    kind, _, value = str(compression).partition(':')
+    if kind == 'image':
+        return [bool(torch.tensor(scores).mean() >= float(value))] * len(scores)
+    if kind == 'random':
+        digests = [hashlib.sha256(tile.tobytes()).digest()[:16] for tile in tiles]
+        drawn = [(hashlib.sha256(b'random' + digest).digest(), i) for i, digest in enumerate(digests)]
+        count = math.floor(float(value) * len(scores) + 0.5)
+        return [pair in sorted(drawn)[:count] for pair in drawn]
     if compression in ('none', 'all'):
         return [compression == 'all'] * len(scores)
     if compression == 'auto':
@@ -312,7 +331,8 @@ class Reference:
         """
         own = list(per_image or [None] * len(images))
         limits = max_tiles or [None] * len(images)
-        features = [self.features(self.tile(image, limit)) for image, limit in zip(images, limits, strict=True)]
+        pixels = [self.tile(image, limit) for image, limit in zip(images, limits, strict=True)]
+        features = [self.features(tiles) for tiles in pixels]
         scores = [self.scores(x) for x in features]
         members: dict[object, list[int]] = {}
         for i, (value, video) in enumerate(zip(own, videos or [None] * len(images), strict=True)):
@@ -321,9 +341,11 @@ class Reference:
         routes: list[list[bool]] = [[]] * len(images)
         for indices in members.values():
             wanted = compression if own[indices[0]] is None else own[indices[0]]
-            routed = iter(self._route([s for i in indices for s in scores[i]], wanted))
-            for i in indices:
-                routes[i] = [next(routed) for _ in scores[i]]
+            for together in [[i] for i in indices] if str(wanted).startswith('image:') else [indices]:
+                tiles = [tile for i in together for tile in pixels[i]]
+                routed = iter(self._route([s for i in together for s in scores[i]], wanted, tiles))
+                for i in together:
+                    routes[i] = [next(routed) for _ in scores[i]]
         return [
             Encoded(
                 torch.cat([self.project(t, c) for t, c in zip(tiles, compressed, strict=True)]),
@@ -333,13 +355,13 @@ class Reference:
             for tiles, compressed, s in zip(features, routes, scores, strict=True)
         ]
 
-    def _route(self, scores: list[float], compression: str | float) -> list[bool]:
+    def _route(self, scores: list[float], compression: str | float, tiles: Sequence[np.ndarray]) -> list[bool]:
         if not scores:
             return []
         if not self.flash:
             return [False] * len(scores)
         relative, absolute = self.config['flash_relative_threshold'], self.config['flash_absolute_threshold']
-        return route(scores, compression, relative, absolute)
+        return route(scores, compression, relative, absolute, tiles)
 
     @torch.no_grad()
     def prompt(self, segments: Sequence[Segment], compression: str | float = 'auto') -> tuple[list[int], Tensor]:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy_vico.vision.routing import route
+from lmdeploy_vico.choices import Experiment
+from lmdeploy_vico.vision.routing import route, route_prompt
 
 THRESHOLDS = {'relative_threshold': 0.5, 'absolute_threshold': 0.5}
 
@@ -53,3 +54,54 @@ def test_fraction_rounds_half_up(fraction, tiles, expected):
 def test_fraction_takes_the_highest_scores_and_the_lower_index_on_ties():
     assert chosen([0.1, 0.7, 0.7, 0.9], 0.5) == [False, True, False, True]
     assert chosen([0.7] * 4, 0.5) == [True, True, False, False]
+
+
+# --- experiments -----------------------------------------------------------------------------------------------------
+
+
+def drawn(digests, share, scores=None):
+    scores = torch.zeros(len(digests)) if scores is None else scores
+    return route(scores, Experiment('random', share), digests=digests, **THRESHOLDS).tolist()
+
+
+@pytest.mark.parametrize(
+    'share, tiles, expected', [(0.0, 7, 0), (1.0, 7, 7), (0.5, 7, 4), (0.29, 50, 15), (0.05, 10, 1)]
+)
+def test_as_many_tiles_at_random_as_by_score(share, tiles, expected):
+    digests = [bytes([index]) * 16 for index in range(tiles)]
+    assert sum(drawn(digests, share)) == expected == sum(chosen([0.5] * tiles, share))
+
+
+def test_tiles_at_random_depend_on_their_pixels_alone():
+    digests = [bytes([index]) * 16 for index in range(20)]
+    first = dict(zip(digests, drawn(digests, 0.5), strict=True))
+    order = np.random.default_rng(0).permutation(20)
+    assert drawn([digests[i] for i in order], 0.5, torch.rand(20)) == [first[digests[i]] for i in order]
+    more = dict(zip(digests, drawn(digests, 0.75), strict=True))
+    assert all(more[digest] for digest in digests if first[digest])  # a larger share compresses others in addition
+
+
+def test_tiles_with_the_same_pixels_are_drawn_by_their_place():
+    assert drawn([b'same'] * 4, 0.5) == [True, True, False, False]
+
+
+def test_random_shares_are_near_what_they_say_for_each_tile():
+    """No tile is preferred by its place: each is compressed in about a third of many prompts."""
+    counts = np.zeros(6)
+    for prompt in range(600):
+        counts += drawn([bytes([prompt % 256, prompt // 256, index]) for index in range(6)], 1 / 3)
+    assert counts.min() > 150 and counts.max() < 250
+
+
+def test_whole_images_by_the_mean_of_their_scores():
+    scores = torch.tensor([0.9, 0.5, 0.2, 0.9, 0.7, 0.7])
+    mode = Experiment('image', 0.7)
+    compressed = route_prompt(scores, [], [2, 2, 1, 1], [([0, 1, 2, 3], mode)], *THRESHOLDS.values())
+    assert compressed.tolist() == [True, True, False, False, True, True]
+
+
+def test_groups_with_experiments_of_their_own():
+    scores, digests = torch.tensor([0.9, 0.1, 0.9, 0.1]), [bytes([index]) for index in range(4)]
+    groups = [([0], Experiment('image', 0.6)), ([1], Experiment('random', 0.5))]
+    compressed = route_prompt(scores, digests, [2, 2], groups, *THRESHOLDS.values())
+    assert compressed.tolist() == [False, False, *drawn(digests[2:], 0.5)]

@@ -61,6 +61,23 @@ def check_whole_bodies(target: Target) -> None:
     target.replace(body.checking_bodies(target.value, getattr(body, _BY_NAME[target.owner.__name__])))
 
 
+async def tokenize_texts_in_threads(call: Call) -> Any:
+    """Render and tokenize a prompt without images in a thread."""
+    from lmdeploy_vico.adapter.patches.server import vico_model
+
+    model = vico_model(call.instance)
+    return await (call.proceed() if model is None else model.in_thread(call.proceed))
+
+
+def encode_texts_in_threads(call: Call) -> None:
+    """Tokenize the texts of ``/v1/encode`` in threads."""
+    call.proceed()
+    if register.reached(Trigger.MODEL):
+        from lmdeploy_vico.adapter.server.forms.texts import encode_in_threads
+
+        encode_in_threads(call['router'])
+
+
 def tell_ids_from_texts(call: Call) -> Any:
     """Mark the ``input_ids`` of a request, which LMDeploy puts in the place of a text if there are images."""
     from lmdeploy_vico.adapter.server.forms.ids import mark_ids
@@ -142,6 +159,23 @@ PATCHES = (
             f'{_PROCESSOR}._get_multimodal_prompt_input': '(self, messages, do_preprocess, adapter_name, tools=None, '
             'chat_template_kwargs=None, media_io_kwargs=None, mm_processor_kwargs=None, **kwargs)'
         },
+    ),
+    Patch(
+        tokenize_texts_in_threads,
+        f'{_PROCESSOR}._get_text_prompt_input',
+        '(self, prompt, do_preprocess, adapter_name, tools=None, reasoning_effort=None, chat_template_kwargs=None, '
+        '**kwargs)',
+        why='LMDeploy tokenizes in the event loop: a long text holds up every other request, and the health check.',
+        until='LMDeploy tokenizes in a thread.',
+        process='server',
+    ),
+    Patch(
+        encode_texts_in_threads,
+        'lmdeploy.serve.openai.endpoints.auxiliary:register',
+        '(router, server_context)',
+        why='LMDeploy tokenizes the texts of /v1/encode in the event loop, as many and as long as they come.',
+        until='LMDeploy tokenizes in a thread.',
+        process='server',
     ),
     *(
         Patch(

@@ -5,7 +5,7 @@ What no endpoint checks ends the engine for all clients, so it is checked where 
 
 from typing import Any
 
-from lmdeploy_vico.adapter.patches.server import _vico_model
+from lmdeploy_vico.adapter.patches.server import vico_model
 from lmdeploy_vico.patching import Call, Patch, Trigger, register
 
 _ENGINE = 'lmdeploy.serve.core.vl_async_engine:VLAsyncEngine'
@@ -17,7 +17,7 @@ def start_generation(call: Call) -> None:
     """Have a ViCO model's engine check its requests, its tokenizer give whole characters, and its control be closed."""
     call.proceed()
     engine = call.instance
-    model = _vico_model(engine)
+    model = vico_model(engine)
     if model is not None:
         from lmdeploy_vico.adapter.server.generation.service import Generation
 
@@ -133,7 +133,7 @@ def answer_errors_of_endpoints(call: Call) -> None:
 
 async def check_ids_of_perplexity(call: Call) -> Any:
     """Refuse token ids outside the vocabulary, and more of them than fit the context."""
-    model, ids, context = _vico_model(call.instance), call['input_ids'], call.instance.session_len
+    model, ids, context = vico_model(call.instance), call['input_ids'], call.instance.session_len
     if model is not None:
         model.check_ids(ids)
         if len(ids) >= context:

@@ -63,7 +63,7 @@ def decode_side_by_side(call: Call) -> None:
     """Decode the images and videos of a message in parallel, where our VisionModel serves."""
     call.proceed()
     processor = call.instance
-    model = _vico_model(processor)
+    model = vico_model(processor)
     if model is not None:
         from lmdeploy_vico.adapter.server.media import MediaParser
 
@@ -73,7 +73,7 @@ def decode_side_by_side(call: Call) -> None:
 
 async def admit_before_decoding(call: Call) -> Any:
     """Have a request ask for a place in the vision stage before its images are fetched and decoded."""
-    model = _vico_model(call.instance)
+    model = vico_model(call.instance)
     if model is None:
         return await call.proceed()
     from lmdeploy_vico.adapter.server.disconnect import while_client_waits
@@ -84,7 +84,7 @@ async def admit_before_decoding(call: Call) -> Any:
 
 def refuse_unknown_ids(call: Call) -> Any:
     """Refuse token ids outside the vocabulary, and options beside ids that are none."""
-    model, ids = _vico_model(call.instance), call['input_ids']
+    model, ids = vico_model(call.instance), call['input_ids']
     if model is not None and ids is not None:
         try:
             model.parse(None, call['media_io_kwargs'], call['mm_processor_kwargs'])
@@ -100,7 +100,7 @@ def refuse_unknown_ids(call: Call) -> Any:
 
 def close_vision_model(call: Call) -> Any:
     """Stop the threads of our VisionModel when the engine is closed."""
-    model = _vico_model(call.instance)
+    model = vico_model(call.instance)
     if model is not None:
         model.close()
     return call.proceed()
@@ -149,7 +149,7 @@ def show_image_tokens(target: Target) -> None:
         model.model_rebuild(force=True)
 
 
-def _vico_model(owner: Any) -> Any:
+def vico_model(owner: Any) -> Any:
     """The VisionModel of an engine or processor, if it is ours, else None."""
     from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
 

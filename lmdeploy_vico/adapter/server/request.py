@@ -85,6 +85,12 @@ class VicoRequest:
         return tuple(item for item in self.items if not isinstance(item, TextItem | ThoughtItem))
 
     @property
+    def characters(self) -> int:
+        """Of all its texts."""
+        plain = sum(len(message.content) for message in self.messages if isinstance(message.content, str))
+        return plain + sum(len(item.text) for item in self.items if isinstance(item, TextItem) and not item.is_ids)
+
+    @property
     def ids(self) -> list[Any] | None:
         """The token ids of a /generate request, which stand where a text would; None if it has none."""
         first = next(iter(self.items), None)

@@ -1,12 +1,12 @@
 """The VisionModel of ViCO checkpoints: how LMDeploy calls the vision side, from a request to its prompt."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
@@ -16,6 +16,7 @@ from lmdeploy.vl.model.base import VisionModel
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 from lmdeploy_vico.adapter.server.body import Bounds
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
+from lmdeploy_vico.adapter.server.forms.texts import TextBound, in_thread
 from lmdeploy_vico.adapter.server.items import parse_media_io_kwargs
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
@@ -31,6 +32,7 @@ from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.wording import shown
 
+T = TypeVar('T')
 ASSEMBLY_THREADS = 2  # tokenizing and copying, a few milliseconds a prompt
 
 
@@ -62,6 +64,7 @@ class VicoVisionModel(VisionModel):
             raise UnsupportedCheckpointError('Quantising a ViCO checkpoint is not supported.')
         self.tokenizer = Tokenizer(self.model_path, trust_remote_code=trust_remote_code)
         self.image_token_id = _token_id(self.tokenizer, IMAGE_CONTEXT)
+        self._texts = TextBound(self.tokenizer.model.model.get_vocab())
 
     def start(self, backend_config: Any) -> None:
         """Load the vision side; called once, when LMDeploy has chosen the data type and the engine's config.
@@ -112,11 +115,14 @@ class VicoVisionModel(VisionModel):
         if isinstance(prompt, list):
             served = served_request()
             salt = served.cache_salt if served else ''
-            return parse_request(prompt, media_io_kwargs, mm_processor_kwargs, rules, raw=raw, salt=salt)
+            request = parse_request(prompt, media_io_kwargs, mm_processor_kwargs, rules, raw=raw, salt=salt)
+            self._texts.require_room(request.characters, rules.session_len)
+            return request
         parse_media_io_kwargs(media_io_kwargs)
         parse_processor_kwargs(mm_processor_kwargs, rules)
         if isinstance(prompt, str):
             require_text(prompt)
+            self._texts.require_room(len(prompt), rules.session_len)
         elif prompt is not None:
             raise ValueError(f'A prompt must be a text or a list of messages, not {shown(prompt)}.')
         return None
@@ -147,6 +153,10 @@ class VicoVisionModel(VisionModel):
         render = partial(chat_template.messages2prompt, tools=tools, **(chat_template_kwargs or {}))
         vocab_size = self.hf_config.llm_config.vocab_size
         return cut_at_images(messages, chat_template, render, self.image_token_id, vocab_size)
+
+    async def in_thread(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine function that tokenizes, and never waits, where it holds up no other request."""
+        return await in_thread(self._assembling, start)
 
     def check_ids(self, ids: Sequence[Any]) -> None:
         """Raise ValueError unless a client's ``ids`` are in the language model's vocabulary."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lmdeploy_vico.adapter.server import items, request, served
 from lmdeploy_vico.adapter.server.forms.ids import mark_ids, stand_for_ids
+from lmdeploy_vico.adapter.server.forms.texts import TextBound
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.served import ServedRequest, serving
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
@@ -73,6 +74,7 @@ def model():
     model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
     model._memory, model._synthetic, model._assembling = MemoryBudget(None), None, None
     decoder = MediaDecoder(2)
+    model._texts = TextBound({'x' * 8: 0})
     model.loader = MediaLoader(decoder, Fetcher(10**6, 10), Files(), 10**6, PictureOptions())
     yield model
     decoder.close()

@@ -1,6 +1,7 @@
 """The routing rule: which tiles of a prompt are compressed to 64 visual tokens."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import TypeAlias
@@ -77,8 +78,8 @@ def route_prompt(
     for images, compression in groups:
         whole = isinstance(compression, Experiment) and compression.kind == 'image'
         for together in [[image] for image in images] if whole else [list(images)]:
-            [chosen] = torch.isin(owner, torch.tensor(together, dtype=owner.dtype)).nonzero(as_tuple=True)
-            of_these = [digests[index] for index in chosen.tolist()] if digests else ()
+            chosen = torch.isin(owner, torch.tensor(together, dtype=owner.dtype))
+            of_these = list(itertools.compress(digests, chosen.tolist())) if isinstance(compression, Experiment) else ()
             compressed[chosen] = route(scores[chosen], compression, relative_threshold, absolute_threshold, of_these)
     return compressed
 

@@ -261,6 +261,19 @@ class Options:
         'whoever can reach it can run code on the server. With `--empty-init` they are always open.',
         '0',
     )
+    shutdown_grace: float = _option(
+        SECONDS,
+        10.0,
+        'Seconds that running requests have to end when the server is stopped by SIGTERM or SIGINT, or its engine has '
+        'died. Meanwhile new ones, and `/health`, get a 503.',
+    )
+    exit_on_engine_death: bool = _option(
+        FLAG,
+        True,
+        'End the server with status 1 when its engine has died, so that a supervisor starts it again. Otherwise it '
+        'stays, and answers 503.',
+        '1',
+    )
     kernels: str = _option(
         KERNELS,
         AUTO,

@@ -18,6 +18,7 @@ from lmdeploy_vico.adapter.server.body import Bounds
 from lmdeploy_vico.adapter.server.disconnect import watch_clients
 from lmdeploy_vico.adapter.server.forms.texts import TextBound, in_thread
 from lmdeploy_vico.adapter.server.items import parse_media_io_kwargs
+from lmdeploy_vico.adapter.server.lifecycle.state import set_lifecycle
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
@@ -80,6 +81,7 @@ class VicoVisionModel(VisionModel):
         self.stage, self.rules, self.loader, self._synthetic = side.stage, side.rules, side.loader, side.synthetic
         self._memory, self.media_store = side.memory, side.media_store
         watch_clients(Bounds(side.memory, side.max_body_bytes))
+        set_lifecycle(side.lifecycle)
         # Not the loop's default pool, where finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
 

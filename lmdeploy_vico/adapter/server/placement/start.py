@@ -12,6 +12,7 @@ import torch
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.lifecycle.state import Lifecycle
 from lmdeploy_vico.adapter.server.placement.devices import vision_devices
 from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
@@ -47,6 +48,7 @@ class VisionSide:
         max_body_bytes: of a request.
         synthetic: makes visual tokens up; None where that is not allowed.
         media_store: keeps what clients name by ids.
+        lifecycle: of the server; None for a pipeline.
     """
 
     stage: VisionStage
@@ -56,6 +58,7 @@ class VisionSide:
     max_body_bytes: int
     synthetic: SyntheticEncoder | None
     media_store: MediaStore
+    lifecycle: Lifecycle | None
 
 
 def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> VisionSide:
@@ -104,6 +107,7 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
             if options.synthetic_images
             else None,
             MediaStore(options.media_store_bytes),
+            Lifecycle(options.shutdown_grace, options.exit_on_engine_death) if limited else None,
         )
     except Exception:
         stage.close()

@@ -1,0 +1,124 @@
+"""Changes to what LMDeploy does when a process ends: its engine's, its server's."""
+
+from typing import Any
+
+from lmdeploy_vico.patching import Call, Patch
+
+_ZMQ = 'lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine'
+
+
+def end_when_the_engine_has_died(call: Call) -> None:
+    """Refuse requests from then on, and end the server, so that its supervisor starts another."""
+    from lmdeploy_vico.adapter.server.lifecycle.state import lifecycle
+
+    server = lifecycle()
+    if server is not None:
+        server.engine_died()
+    call.proceed()
+
+
+def name_the_dead_engine(call: Call) -> None:
+    """Make the errors of requests whose engine has died 503 instead of 500."""
+    from lmdeploy_vico.adapter.server.lifecycle.state import RETRY_AFTER, lifecycle
+
+    server, code = lifecycle(), call['code']
+    if server is not None and server.dead and code == code.INTERNAL_ERROR:
+        call.proceed(code=code.ENGINE_UNAVAILABLE, message=server.refusal())
+        call.instance.retry_after = RETRY_AFTER
+    else:
+        call.proceed()
+
+
+def answer_before_stopping(call: Call) -> None:
+    """Give running requests time to end when a signal stops the server, and refuse new ones meanwhile."""
+    from lmdeploy_vico.adapter.server.lifecycle.state import lifecycle
+
+    server = lifecycle()
+    if server is None:
+        call.proceed()
+    else:
+        server.stop(call.instance, call.proceed)
+
+
+def refuse_at_the_end(call: Call) -> None:
+    """Answer 503 while the server takes no requests.
+
+    Attached to a function that every server calls with its application, after its model has been started.
+    """
+    from lmdeploy_vico.adapter.server.lifecycle.state import lifecycle
+
+    call.proceed()
+    server = lifecycle()
+    if server is not None:
+        from lmdeploy_vico.adapter.server.lifecycle.middleware import LifecycleMiddleware
+
+        call['app'].add_middleware(LifecycleMiddleware, lifecycle=server)
+
+
+def end_with_the_server(call: Call) -> Any:
+    """End an engine's process when the one that started it has ended."""
+    from lmdeploy_vico.adapter.engine.parent import end_with_parent
+
+    end_with_parent()
+    return call.proceed()
+
+
+PATCHES = (
+    Patch(
+        end_when_the_engine_has_died,
+        f'{_ZMQ}._mark_backend_dead',
+        '(self)',
+        why='LMDeploy goes on without its engine: /health stays well for up to 12 s, and no supervisor notices.',
+        until='LMDeploy ends its server when its engine has died.',
+        process='server',
+    ),
+    Patch(
+        name_the_dead_engine,
+        'lmdeploy.serve.core.exceptions:RequestError.__init__',
+        '(self, code, message=None)',
+        why='LMDeploy answers 500 to requests whose engine has died under them, as if they were at fault.',
+        until='LMDeploy answers 503.',
+        process='server',
+    ),
+    Patch(
+        answer_before_stopping,
+        'uvicorn.server:Server.handle_exit',
+        '(self, sig, frame)',
+        why='Without it new connections are refused at once, /health cannot say that the server is about to end, and '
+        'requests may run for as long as they like.',
+        until='LMDeploy drains its server.',
+        process='server',
+    ),
+    Patch(
+        refuse_at_the_end,
+        'lmdeploy.serve.openai.api_server:mount_metrics',
+        '(app, backend_config)',
+        why='LMDeploy takes requests that nobody will answer.',
+        until='LMDeploy drains its server.',
+        process='server',
+    ),
+    *(
+        Patch(
+            end_with_the_server,
+            target,
+            signature,
+            why='When a server is killed, its engine and the processes of its tensor-parallel ranks stay, with the '
+            "device's memory.",
+            until='LMDeploy ends them.',
+            process='engine',
+        )
+        for target, signature in (
+            (
+                f'{_ZMQ}._mp_proc',
+                "(shared_dict, condition, model_path, engine_config=None, log_level='WARNING', "
+                'speculative_config=None, **kwargs)',
+            ),
+            (
+                'lmdeploy.pytorch.engine.executor.mp_executor:ExecutorProc._main_loop',
+                '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
+                'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
+                "device_type='cuda', log_level=30, trust_remote_code=False)",
+            ),
+        )
+    ),
+)

@@ -1,0 +1,1 @@
+"""The end of a server: its engine dies, or it is told to stop."""

@@ -1,0 +1,115 @@
+"""How servers end: every client is told, and no process is left."""
+
+import json
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+from waiting import HANG
+
+MANY = 4000  # tokens, which take longer than anything here
+
+
+def body(stream=True, tokens=MANY):
+    messages = [{'role': 'user', 'content': 'hello'}]
+    return {'model': 'vico', 'messages': messages, 'max_tokens': tokens, 'ignore_eos': True, 'stream': stream}
+
+
+def ask(server, path='/v1/chat/completions', sent=None):
+    """Status, headers and what was answered, of a server that may be about to end."""
+    data = None if path == '/health' else json.dumps(sent or body()).encode()
+    request = urllib.request.Request(server.url + path, data, {'Content-Type': 'application/json'})
+    try:
+        with urllib.request.urlopen(request, timeout=HANG) as response:
+            return response.status, response.headers, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+class Asked(threading.Thread):
+    """A client that waits for its answer; ``begun`` once the server has sent something."""
+
+    def __init__(self, server, sent):
+        super().__init__(daemon=True)
+        self.server, self.sent, self.begun, self.text, self.status = server, sent, threading.Event(), '', 0
+        self.start()
+
+    def run(self):
+        data = json.dumps(self.sent).encode()
+        request = urllib.request.Request(
+            f'{self.server.url}/v1/chat/completions', data, {'Content-Type': 'application/json'}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=HANG) as response:
+                self.status = response.status
+                for line in response:
+                    self.begun.set()
+                    self.text += line.decode()
+        except urllib.error.HTTPError as error:
+            self.status, self.text = error.code, error.read().decode()
+
+
+@pytest.fixture
+def started(serve, make_checkpoint):
+    """``started(**environment)``: a server, its processes and its engine's process."""
+
+    def start(**environment):
+        server = serve(make_checkpoint(), '--model-name', 'vico', **environment)
+        children = psutil.Process(server.pid).children(recursive=True)
+        [engine] = [child for child in children if 'ZMQMPEngine' in child.name()]
+        return server, children, engine
+
+    return start
+
+
+def test_the_engine_is_killed(started):
+    server, children, engine = started()
+    streaming, waiting = Asked(server, body()), Asked(server, body(stream=False))
+    assert streaming.begun.wait(HANG)
+    engine.kill()
+    for client in (streaming, waiting):
+        client.join(HANG)
+    assert waiting.status == 503 and 'The inference engine has ended' in waiting.text
+    assert streaming.status == 200 and '"code": 503' in streaming.text and streaming.text.rstrip().endswith('[DONE]')
+    assert server.wait_until_ended() == 1
+    assert psutil.wait_procs(children, HANG)[1] == []
+
+
+def test_the_engine_is_killed_and_the_server_stays(started):
+    server, _, engine = started(LMDEPLOY_VICO_EXIT_ON_ENGINE_DEATH='0')
+    engine.kill()
+    deadline = time.monotonic() + HANG
+    while ask(server, '/health')[0] == 200:
+        assert time.monotonic() < deadline
+    for path in ('/health', '/v1/chat/completions'):
+        status, headers, text = ask(server, path)
+        assert status == 503 and headers['Retry-After'] == '5' and 'has to be restarted' in text
+    assert server.alive()
+
+
+def test_a_server_is_told_to_stop(started):
+    server, children, _ = started(LMDEPLOY_VICO_SHUTDOWN_GRACE=str(HANG))
+    running = Asked(server, body(tokens=600))
+    assert running.begun.wait(HANG)
+    os.kill(server.pid, signal.SIGTERM)
+    for path in ('/health', '/v1/chat/completions'):
+        status, headers, text = ask(server, path)
+        assert status == 503 and headers['Retry-After'] == '5' and 'shutting down' in text
+    running.join(HANG)
+    assert '"finish_reason": "length"' in running.text and running.text.rstrip().endswith('[DONE]')
+    assert server.wait_until_ended() in (0, -signal.SIGTERM)
+    assert psutil.wait_procs(children, HANG)[1] == []
+
+
+def test_a_server_is_killed(started):
+    server, children, _ = started()
+    running = Asked(server, body())
+    assert running.begun.wait(HANG)
+    os.kill(server.pid, signal.SIGKILL)
+    server.wait_until_ended()
+    assert psutil.wait_procs(children, HANG)[1] == []

@@ -77,6 +77,39 @@ def test_what_nobody_would_give_back_is_not_taken():
         MemoryShare(MemoryBudget(10)).take(1)
 
 
+def test_shares_of_one_request_have_to_fit_together():
+    budget = MemoryBudget(100)
+    body = MemoryShare(budget)
+    pixels = MemoryShare(budget, body)
+    with body.in_use(), pixels.in_use():
+        body.take(30)
+        with pytest.raises(MediaError, match='at least 101 bytes'):
+            pixels.take(71)
+
+
+@pytest.mark.busy
+def test_a_request_waits_for_what_it_gives_back_itself():
+    """Pictures of one request that are decoded side by side take more than one after the other."""
+    budget = MemoryBudget(100)
+    share, other = MemoryShare(budget), MemoryShare(budget)
+    with share.in_use(), other.in_use(), ThreadPoolExecutor(1) as thread:
+        other.take(10)
+        share.take(60, passing=40)
+        with pytest.raises(MediaBusyError):  # of what others give back nothing is known
+            other.take(60, wait=True)
+        waiting = thread.submit(share.take, 60, passing=40, wait=True)
+        with pytest.raises(MediaBusyError):
+            share.take(40)  # who does not want to wait does not
+        assert not waiting.done()
+        share.give_back(40, 40)
+        waiting.result(60)
+        assert budget.taken == 10 + 20 + 60
+        with pytest.raises(MediaError):  # it would not fit with everything given back
+            share.give_back(40, 40)
+            share.take(90, wait=True)
+    assert budget.taken == 0
+
+
 @pytest.mark.busy
 def test_many_threads():
     budget = MemoryBudget(1000)

@@ -86,8 +86,8 @@ class DisconnectMiddleware:
             await self.app(scope, receive, send)
             return
         # Always a new one: the task of one request may start that of the next on the same connection.
-        request = ServedRequest(client=client_of(scope))
         share = MemoryShare(self._bounds.memory)
+        request = ServedRequest(client=client_of(scope), body=share)
         with share.in_use():  # the body is kept until the answer has been sent
             try:
                 body = await read_body(scope['headers'], receive, share, self._bounds.max_body_bytes)

@@ -35,6 +35,7 @@ class ServedRequest:
         admission: the place in the vision stage that is held while the request is prepared.
         preparing: how many of its choices are being prepared.
         pixels: what its pictures take of the server's memory for what clients send.
+        body: what its body takes of the same.
         cache_salt: what keeps its images apart in all caches; empty for requests that share theirs.
         key: names the API key that it came with; empty without one.
     """
@@ -46,6 +47,7 @@ class ServedRequest:
     admission: Admission | None = None
     preparing: int = 0
     pixels: MemoryShare | None = None
+    body: MemoryShare | None = None
     cache_salt: str = ''
     key: str = ''
 
@@ -94,7 +96,7 @@ async def admitted(stage: 'VisionStage', tiles: int, budget: MemoryBudget) -> As
         admission = request.admission = request.admission or stage.admit(tiles)
     except StageBusyError as error:
         raise OverloadError(str(error)) from error
-    share = request.pixels = request.pixels or MemoryShare(budget)
+    share = request.pixels = request.pixels or MemoryShare(budget, request.body)
     request.preparing += 1
     try:
         with serving(request), share.in_use():

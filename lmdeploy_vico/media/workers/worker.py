@@ -147,22 +147,23 @@ class Worker:
         header = self._answer()[0]
         (width, height), count = header['size'], header['count']
         kept = count * width * height * KEPT
-        taken = max(header['memory'], kept) + job.extra(width, height)
+        passing = max(header['memory'] - kept, 0)
         try:
             if job.share is not None:
-                job.share.take(taken)
+                job.share.take(kept + passing + job.extra(width, height), passing, wait=True)
         except BaseException:
             send(self._channel, {'go': False})
             raise
-        send(self._channel, {'go': True})
-        found, [pixels] = self._answer()
         try:
-            images = _images(pixels, width, height, found['count'])
+            send(self._channel, {'go': True})
+            found, [pixels] = self._answer()
+            try:
+                return _images(pixels, width, height, found['count'])
+            finally:
+                os.close(pixels)
         finally:
-            os.close(pixels)
-        if job.share is not None:
-            job.share.give_back(max(header['memory'], kept) - kept)
-        return images
+            if job.share is not None:
+                job.share.give_back(passing, passing)
 
     def _answer(self) -> tuple[dict[str, Any], list[int]]:
         assert self._channel is not None

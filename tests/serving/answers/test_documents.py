@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from parity.conversations import data_url
+from parity.conversations import data_url, video_url
 from parity.videos import moving_crops, write_video
 from serving.configurations import DEFAULT
 
@@ -22,8 +22,8 @@ def example(client, pictures, tmp_path):
         'http://localhost:23333': client.server.url,
         'https://example.com/photograph.jpg': data_url(pictures['coffee']),
         'https://example.com/scan.png': data_url(pictures['page']),
-        'https://example.com/match.mp4': video.as_uri(),
-        'messages=[': 'max_tokens=4, messages=[',  # random weights never end an answer
+        'https://example.com/match.mp4': video_url(video),
+        'max_tokens=64': 'max_tokens=4',
     }
 
     def program(document):

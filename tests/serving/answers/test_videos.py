@@ -165,10 +165,10 @@ def bad(url='data:video/mp4;base64,AAAA', **params):
 
 JPEG = data_url(Image.new('RGB', (64, 48), (200, 30, 30)), 'JPEG').replace('image', 'video', 1)
 BAD_VIDEOS = {
-    'not a video': (bad(), 'The data is not a video that can be read, or it is damaged'),
+    'not a video': (bad(), 'The data is not a video that can be read: MP4, MOV'),
     'zero bytes': (bad('data:video/mp4;base64,'), 'Invalid data URL'),
-    'not base64': (bad('data:video/mp4;base64,€€€'), 'not a video that can be read'),
-    'missing file': (bad('file:///nothing/here.mp4'), 'The video file does not exist'),
+    'not base64': (bad('data:video/mp4;base64,€€€'), 'base64 of a data URL is damaged'),
+    'a file of the server': (bad('file:///nothing/here.mp4'), 'must be an http, https or data URL'),
     'a number': (bad(5), 'A video item must have a string "url"'),
     'cut in the middle': (bad(JPEG[: len(JPEG) // 2]), 'A frame of the video cannot be read'),
     'no frames': (bad(JPEG, num_frames=0), 'must be a positive integer, or -1 for all frames, not 0'),
@@ -211,7 +211,7 @@ def test_a_sequence_of_huge_frames(client):
     memory = PeakMemory(client)
     status, body = chat(client, bad('data:video/jpeg;base64,' + ','.join([frame] * 100)))
     assert status == 400, body
-    assert re.search(rf'take at least \d+ bytes of memory, more than the limit of {MEMORY} ', body['message'])
+    assert re.search(rf'takes at least \d+ bytes of memory, more than the limit of {MEMORY} ', body['message'])
     assert memory.growth() < 3 * MEMORY
 
 

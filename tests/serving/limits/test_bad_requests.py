@@ -34,7 +34,7 @@ BAD_IMAGES = {
     'not an image': (image_item(png(b'hello, this is text')), 'not an image in a format that can be read'),
     'zero bytes': (image_item(png()), 'Invalid data URL'),
     'base64 cut in the middle': (image_item(SMALL[: len(SMALL) * 2 // 3]), 'damaged or truncated'),
-    'not base64': (image_item('data:image/png;base64,€€€'), 'The image is damaged or truncated'),
+    'not base64': (image_item('data:image/png;base64,€€€'), 'base64 of a data URL is damaged or truncated'),
     'a million tiles': (
         image_item(SMALL, max_dynamic_patch=10**6),
         'max_dynamic_patch must be an integer from 1 to 40',
@@ -89,7 +89,7 @@ def test_many_large_pictures_in_small_files(client):
     status, body = chat(client, *[large_picture(4000)] * 200)  # 64 MB of pixels each
     assert status == 400, body
     assert re.search(
-        r'take at least \d+ bytes of memory, more than the limit of \d+ \(option max_decod', body['message']
+        r'takes at least \d+ bytes of memory, more than the limit of \d+ \(option max_decod', body['message']
     )
     assert f'the limit of {MEMORY} ' in body['message']
     assert memory.growth() < 3 * MEMORY
@@ -104,7 +104,7 @@ def test_large_pictures_of_many_requests(client, judge):
     assert refused and len(refused) < len(answers)
     for error in refused:
         assert error.status_code == 503 and error.response.headers['Retry-After'] == '1'
-        assert 'Decoded images and videos take' in error.message and 'Try again later' in error.message
+        assert 'bytes of memory' in error.message and 'Try again later' in error.message
     answers += asyncio.run(ask_together(client.server, messages, 2, max_retries=20))
     shown = [{'role': 'user', 'content': [image_item(Image.new('RGB', (4500, 4500)), max_dynamic_patch=1)]}]
     for answer in answers:

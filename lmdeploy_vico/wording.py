@@ -26,6 +26,8 @@ def _shown(value: object) -> str:
         return ('{...}' if isinstance(value, dict) else '[...]') if value else repr(value)
     if isinstance(value, str | bytes) and len(value) > SHOWN:
         return f'{value[:SHOWN]!r}... ({len(value)} {"bytes" if isinstance(value, bytes) else "characters"})'
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return f'an integer of {value.bit_length()} bits'  # Python refuses to write very large ones
     return shortened(repr(value), SHOWN * 2)
 
 

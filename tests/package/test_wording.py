@@ -36,9 +36,10 @@ def nested(depth):
         nested(900),
         [[['a' * 10**6]]],
         10**4000,
+        10**5000,
         '🙂' * 10**5,
     ],
-    ids=['text', 'texts', 'object', 'deep', 'nested', 'number', 'characters'],
+    ids=['text', 'texts', 'object', 'deep', 'nested', 'number', 'unwritable number', 'characters'],
 )
 def test_nothing_is_repeated_at_length(value):
     assert len(shown(value).encode()) < 2000

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from lmdeploy_vico.adapter.server.generation.errors import ParameterError, shown
+from lmdeploy_vico.adapter.server.generation.errors import ParameterError
+from lmdeploy_vico.wording import shown
 
 LARGEST = 100.0  # as in OpenAI's API: at this value a token is as good as forced, or banned
 MOST = 1024  # tokens of a request

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from lmdeploy_vico.adapter.server.generation.bias import LogitBias
-from lmdeploy_vico.adapter.server.generation.errors import ParameterError, shown
+from lmdeploy_vico.adapter.server.generation.errors import ParameterError
 from lmdeploy_vico.adapter.server.generation.rules import (
     Limits,
     Rule,
@@ -19,6 +19,7 @@ from lmdeploy_vico.adapter.server.generation.rules import (
     optional,
     word,
 )
+from lmdeploy_vico.wording import shown
 
 Config = TypeVar('Config')
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from lmdeploy_vico.adapter.server.generation.errors import ParameterError, shown
+from lmdeploy_vico.adapter.server.generation.errors import ParameterError
+from lmdeploy_vico.wording import shown
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from lmdeploy.pytorch.disagg.config import EngineRole
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
 from lmdeploy_vico.adapter.server.generation.control import close_control
-from lmdeploy_vico.adapter.server.generation.errors import ParameterError, shown
+from lmdeploy_vico.adapter.server.generation.errors import ParameterError
 from lmdeploy_vico.adapter.server.generation.grammar import GrammarCheck, compiler_of
 from lmdeploy_vico.adapter.server.generation.parameters import check_tokens, fit, fit_values
 from lmdeploy_vico.adapter.server.generation.rules import Limits
 from lmdeploy_vico.adapter.server.generation.stops import stop_token_finder
 from lmdeploy_vico.adapter.server.generation.text import Detokenizer, is_byte_level
 from lmdeploy_vico.options import Options
+from lmdeploy_vico.wording import shown
 
 _WIDE = Limits(vocabulary=2**31 - 1, context=2**31 - 1, disaggregated=True)
 

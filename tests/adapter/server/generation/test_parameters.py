@@ -180,7 +180,7 @@ def test_clamped(asked, given):
         ({'top_p': 10**400}, 'top_p must be a number from 0 to 1, not an integer of 1329 bits.'),
         (
             {'bad_token_ids': 'x' * 100},
-            "bad_token_ids must be a list, not 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx....",
+            f"bad_token_ids must be a list, not '{'x' * 80}'... (100 characters).",
         ),
         (
             {'repetition_ngram_size': 2, 'repetition_ngram_threshold': 2, 'ignore_eos': True},

@@ -1,0 +1,1 @@
+"""Hostile requests against one tiny server: broken pictures and bodies, with known good requests between them."""

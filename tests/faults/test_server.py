@@ -22,6 +22,7 @@ COUNT = int(os.environ.get('VICO_FAULTS', '100'))
 CLIENTS = 8  # hostile requests at once
 TIMEOUT = 60  # seconds for any answer: a longer one is a hang
 LONGEST_REPORT = 300  # characters of an answer in the list of faults
+SESSION_LEN = '2048'  # tokens: a request for as many as there is room for ends soon
 BETWEEN = 100  # hostile requests between two known good ones
 PATH = '/v1/chat/completions'
 
@@ -102,7 +103,7 @@ def processes(server: ApiServer) -> set[int]:
 def server(make_checkpoint, tmp_path_factory):
     log = Path(tmp_path_factory.mktemp('faults')) / 'server.log'
     environment = {'LMDEPLOY_VICO_MAX_DECODED_BYTES': str(2**29)}
-    with ApiServer(make_checkpoint(), log=log, environment=environment) as started:
+    with ApiServer(make_checkpoint(), '--session-len', SESSION_LEN, log=log, environment=environment) as started:
         yield started
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from faults.bodies import hostile_bodies
 from faults.mutations import mutated, originals
+from faults.schema import schema_bodies
 from lmdeploy_vico.launch import ApiServer
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
@@ -48,9 +49,9 @@ class Attack:
         self.faults: list[str] = []
         self.statuses: Counter[int] = Counter()
 
-    async def ask(self, body: bytes) -> tuple[int, str]:
-        headers = {'Content-Type': 'application/json'}
-        async with self.session.post(PATH, data=body, headers=headers) as answer:
+    async def ask(self, body: bytes, path: str = PATH) -> tuple[int, str]:
+        headers = {'Content-Type': 'application/json', 'anthropic-version': '2023-06-01'}
+        async with self.session.post(path, data=body, headers=headers) as answer:
             return answer.status, await answer.text(errors='replace')
 
     async def good_answers(self) -> list[str]:
@@ -62,9 +63,9 @@ class Attack:
             messages.append(json.dumps(json.loads(text)['choices']))
         return messages
 
-    async def _hostile(self, name: str, body: bytes) -> None:
+    async def _hostile(self, name: str, body: bytes, path: str = PATH) -> None:
         try:
-            status, text = await self.ask(body)
+            status, text = await self.ask(body, path)
         except (aiohttp.ClientError, TimeoutError) as error:
             self.faults.append(f'{name}: {type(error).__name__} {error}')
             return
@@ -72,14 +73,14 @@ class Attack:
         if status != 503 and status >= 500:
             self.faults.append(f'{name}: {status} {text[:LONGEST_REPORT]}')
 
-    async def run(self, hostile: list[tuple[str, bytes]]) -> None:
+    async def run(self, hostile: list[tuple]) -> None:
         first = await self.good_answers()
         for start in range(0, len(hostile), BETWEEN):
             batch = iter(hostile[start : start + BETWEEN])
 
             async def client(batch=batch) -> None:
-                for name, body in batch:
-                    await self._hostile(name, body)
+                for request in batch:
+                    await self._hostile(*request)
 
             await asyncio.gather(*(client() for _ in range(CLIENTS)))
             assert await self.good_answers() == first, f'Another answer after {start + BETWEEN} hostile requests'
@@ -112,11 +113,13 @@ def files(pictures):
     return originals(pictures['coffee'].resize((96, 64)))
 
 
-@pytest.mark.parametrize('kind', ['pictures', 'bodies'])
+@pytest.mark.parametrize('kind', ['pictures', 'bodies', 'schema'])
 def test_hostile_requests_do_no_harm(server, files, kind):
     def hostile(model: str):
         if kind == 'bodies':
             return hostile_bodies(model, COUNT, seed=12)
+        if kind == 'schema':
+            return schema_bodies(server.url, model, COUNT)
         return ((name, with_picture(model, data)) for name, data in mutated(files, COUNT, seed=12))
 
     start = time.monotonic()

@@ -8,6 +8,8 @@ from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
 from lmdeploy_vico.checkpoints.random.configuration import SIZES
 from lmdeploy_vico.checkpoints.random.published import VOCABULARY, Model
 
+# Memory for the logits of a prefill is set aside: 150,000 of each token, however small the model.
+FEW = ('--max-prefill-token-num', '512')
 OVERRIDES = ('--hf-overrides', '{"vico": {"dummy_weights": true}}')
 SMALL = {
     'dense': (Model(SIZES['tiny']), (), {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '1'}),
@@ -19,7 +21,7 @@ SMALL = {
 def test_images_are_answered(serve, prompts, tmp_path, name):
     model, arguments, environment = SMALL[name]
     path = make_checkpoint_without_weights(tmp_path / name, model)
-    client = Client(serve(path, *arguments, **environment))
+    client = Client(serve(path, *FEW, *arguments, **environment))
     options = {'model': client.model, 'messages': on_the_wire(prompts['one photograph']), 'max_tokens': 8}
 
     def ask(compression):

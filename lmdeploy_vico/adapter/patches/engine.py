@@ -1,8 +1,10 @@
 """Changes to LMDeploy's engine process. None of them has an effect on a model that is not a ViCO checkpoint.
 
-But one, which changes nothing where LMDeploy's own code does not fail: see ``spare_answers_without_stop_words``.
+But two, which change nothing where LMDeploy's own code does not fail: ``spare_answers_without_stop_words`` and
+``end_abandoned_streams_quietly``.
 """
 
+import asyncio
 from typing import Any
 
 from lmdeploy_vico.patching import Call, Patch, Target
@@ -59,6 +61,13 @@ def spare_answers_without_stop_words(call: Call) -> Any:
     return call.proceed(stop_words=stop_words if stop_words is None else stop_words.clamp(min=0))
 
 
+def end_abandoned_streams_quietly(call: Call) -> None:
+    """Let what makes an answer end as cancelled if it has something more to say after its client has left."""
+    if call.instance.done:
+        raise asyncio.CancelledError
+    call.proceed()
+
+
 PATCHES = (
     Patch(
         name_chat_models,
@@ -112,6 +121,14 @@ PATCHES = (
         why='repetition_ngram_size of one request indexes the vocabulary with -1 if another one in the batch ignores '
         'its end token, and the engine ends for all.',
         until='LMDeploy masks the stop words that it fills up.',
+        process='engine',
+    ),
+    Patch(
+        end_abandoned_streams_quietly,
+        'lmdeploy.pytorch.engine.mp_engine.base_worker:StreamMailbox.publish',
+        '(self, output)',
+        why='LMDeploy logs a traceback for a client that leaves while its next token is on the way.',
+        until='LMDeploy ends such a stream without an error.',
         process='engine',
     ),
 )

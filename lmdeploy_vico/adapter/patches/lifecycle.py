@@ -5,6 +5,7 @@ from typing import Any
 from lmdeploy_vico.patching import Call, Patch
 
 _ZMQ = 'lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine'
+_RANK = 'lmdeploy.pytorch.engine.executor.mp_executor:ExecutorProc'
 
 
 def end_when_the_engine_has_died(call: Call) -> None:
@@ -63,6 +64,35 @@ def end_with_the_server(call: Call) -> Any:
     return call.proceed()
 
 
+def end_with_each_rank(call: Call) -> None:
+    """End the engine of a ViCO model when the process of one of its tensor-parallel ranks has ended by itself."""
+    from lmdeploy_vico.adapter.engine.ranks import watch_rank
+
+    call.proceed()
+    watch_rank(call.instance, call['kwargs'].get('model_config'))
+
+
+def let_ranks_end(call: Call) -> None:
+    """Note that a rank is meant to end."""
+    from lmdeploy_vico.adapter.engine.ranks import rank_may_end
+
+    rank_may_end(call.instance)
+    call.proceed()
+
+
+def bound_the_connections(call: Call) -> None:
+    """Take as many connections as there are file descriptors for, and no more."""
+    from lmdeploy_vico.adapter.server.lifecycle.state import lifecycle
+
+    call.proceed()
+    if lifecycle() is not None:
+        from lmdeploy_vico.adapter.server.lifecycle.connections import bound_of_this_process, bounded
+
+        config, bound = call.instance, bound_of_this_process()
+        config.backlog = min(config.backlog, bound.backlog)
+        config.http_protocol_class = bounded(config.http_protocol_class, bound)
+
+
 PATCHES = (
     Patch(
         end_when_the_engine_has_died,
@@ -71,6 +101,7 @@ PATCHES = (
         why='LMDeploy goes on without its engine: /health stays well for up to 12 s, and no supervisor notices.',
         until='LMDeploy ends its server when its engine has died.',
         process='server',
+        uses={'lmdeploy.pytorch.engine.mp_engine.zmq_rpc:RPCServerDeadError': None},
     ),
     Patch(
         name_the_dead_engine,
@@ -97,6 +128,31 @@ PATCHES = (
         until='LMDeploy drains its server.',
         process='server',
     ),
+    Patch(
+        bound_the_connections,
+        'uvicorn.config:Config.load',
+        '(self)',
+        why='Without descriptors the server accepts nobody, and asyncio logs 5 MB of tracebacks a second.',
+        until='uvicorn bounds its connections, and LMDeploy sets the bound.',
+        process='server',
+    ),
+    Patch(
+        end_with_each_rank,
+        f'{_RANK}.start',
+        '(self, **kwargs)',
+        why='Without one of its ranks the engine waits for ever, and /health stays well.',
+        until='LMDeploy watches the processes of its executor.',
+        process='engine',
+        uses={f'{_RANK}.__init__': '(self, proc_id, mp_ctx)'},
+    ),
+    Patch(
+        let_ranks_end,
+        f'{_RANK}.close',
+        '(self)',
+        why='A rank that LMDeploy ends itself is no reason to end the engine.',
+        until='as the one before',
+        process='engine',
+    ),
     *(
         Patch(
             end_with_the_server,
@@ -114,7 +170,7 @@ PATCHES = (
                 'speculative_config=None, **kwargs)',
             ),
             (
-                'lmdeploy.pytorch.engine.executor.mp_executor:ExecutorProc._main_loop',
+                f'{_RANK}._main_loop',
                 '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
                 'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
                 "device_type='cuda', log_level=30, trust_remote_code=False)",

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -11,6 +13,8 @@ import urllib.request
 import psutil
 import pytest
 from waiting import HANG
+
+from lmdeploy_vico.launch import ApiServer
 
 MANY = 4000  # tokens, which take longer than anything here
 
@@ -29,6 +33,14 @@ def ask(server, path='/v1/chat/completions', sent=None):
             return response.status, response.headers, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
+
+
+def ask_until(server, status):
+    """Ask for the health until it is what is waited for, and return what was answered then."""
+    deadline = time.monotonic() + HANG
+    while (answer := ask(server, '/health'))[0] != status:
+        assert time.monotonic() < deadline
+    return answer
 
 
 class Asked(threading.Thread):
@@ -56,10 +68,10 @@ class Asked(threading.Thread):
 
 @pytest.fixture
 def started(serve, make_checkpoint):
-    """``started(**environment)``: a server, its processes and its engine's process."""
+    """``started(*arguments, **environment)``: a server, its processes and its engine's process."""
 
-    def start(**environment):
-        server = serve(make_checkpoint(), '--model-name', 'vico', **environment)
+    def start(*arguments, **environment):
+        server = serve(make_checkpoint(), '--model-name', 'vico', *arguments, **environment)
         children = psutil.Process(server.pid).children(recursive=True)
         [engine] = [child for child in children if 'ZMQMPEngine' in child.name()]
         return server, children, engine
@@ -78,14 +90,13 @@ def test_the_engine_is_killed(started):
     assert streaming.status == 200 and '"code": 503' in streaming.text and streaming.text.rstrip().endswith('[DONE]')
     assert server.wait_until_ended() == 1
     assert psutil.wait_procs(children, HANG)[1] == []
+    assert 'Traceback' not in server.log_text()
 
 
 def test_the_engine_is_killed_and_the_server_stays(started):
     server, _, engine = started(LMDEPLOY_VICO_EXIT_ON_ENGINE_DEATH='0')
     engine.kill()
-    deadline = time.monotonic() + HANG
-    while ask(server, '/health')[0] == 200:
-        assert time.monotonic() < deadline
+    ask_until(server, 503)
     for path in ('/health', '/v1/chat/completions'):
         status, headers, text = ask(server, path)
         assert status == 503 and headers['Retry-After'] == '5' and 'has to be restarted' in text
@@ -113,3 +124,46 @@ def test_a_server_is_killed(started):
     os.kill(server.pid, signal.SIGKILL)
     server.wait_until_ended()
     assert psutil.wait_procs(children, HANG)[1] == []
+
+
+def test_the_engine_is_stopped(started):
+    server, _, engine = started()
+    engine.suspend()
+    status, headers, text = ask_until(server, 503)
+    assert headers['Retry-After'] == '5' and 'SIGCONT' in text
+    engine.resume()
+    ask_until(server, 200)
+    assert ask(server, sent=body(stream=False, tokens=4))[0] == 200
+
+
+def test_a_rank_is_killed(started):
+    server, children, engine = started('--tp', '2')
+    waiting = Asked(server, body())
+    assert waiting.begun.wait(HANG)
+    max(engine.children(), key=lambda child: child.memory_info().rss).kill()
+    waiting.join(HANG)
+    assert '"code": 503' in waiting.text and waiting.text.rstrip().endswith('[DONE]')
+    assert server.wait_until_ended() == 1
+    assert psutil.wait_procs(children, HANG)[1] == []
+    log = server.log_text()
+    assert 'has ended: the engine cannot go on' in log and 'Traceback' not in log
+
+
+FEW_FILES = (
+    'import os, resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); '
+    'sys.argv[0] = "lmdeploy"; runpy.run_module("lmdeploy", run_name="__main__", alter_sys=True)'
+)
+
+
+def test_a_server_with_few_descriptors_refuses_connections(make_checkpoint, tmp_path):
+    program = [sys.executable, '-c', FEW_FILES]
+    with ApiServer(make_checkpoint(), '--model-name', 'vico', log=tmp_path / 'log', program=program) as server:
+        clients = [socket.create_connection(('127.0.0.1', server.port), timeout=HANG) for _ in range(150)]
+        try:
+            assert clients[-1].recv(1000).startswith(b'HTTP/1.1 503 ')
+        finally:
+            for client in clients:
+                client.close()
+        ask_until(server, 200)
+        log = server.log_text()
+    assert 'connections refused' in log and 'Traceback' not in log and log.count('\n') < 100

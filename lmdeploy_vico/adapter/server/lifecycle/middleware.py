@@ -29,6 +29,8 @@ class LifecycleMiddleware:
             await self.app(scope, receive, send)
             return
         refusal = self._lifecycle.refusal()
+        if refusal is None and scope['path'] == HEALTH:
+            refusal = self._lifecycle.illness()
         if refusal is not None:
             error = OverloadError(refusal)
             error.retry_after = RETRY_AFTER

@@ -2,16 +2,22 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import psutil
+from lmdeploy.pytorch.engine.mp_engine.zmq_rpc import RPCServerDeadError
 
 logger = logging.getLogger(__name__)
 
 ENGINE_DIED = 'The inference engine has ended, and the server is about to end, too. Try again later.'
 ENGINE_DIED_STAYS = 'The inference engine has ended. The server has to be restarted.'
 STOPPING = 'The server is shutting down. Try again later.'
+ENGINE_STOPPED = 'The process of the inference engine has been stopped (SIGSTOP). It goes on after SIGCONT.'
+ENGINE_PROCESS = 'mp_engine_proc'  # what LMDeploy calls it
 EXIT_STATUS = 1  # not that of a signal: supervisors take SIGTERM for a wanted end
 RETRY_AFTER = 5  # seconds, in which a supervisor may have started another server
 LAST_WORDS = 0.2  # seconds for what has been sent to leave
@@ -48,6 +54,13 @@ class Lifecycle:
             return ENGINE_DIED if self._exits else ENGINE_DIED_STAYS
         return None
 
+    def illness(self) -> str | None:
+        """Why the server is not well, though its requests are taken; None while it is."""
+        for child in multiprocessing.active_children():
+            if child.name == ENGINE_PROCESS and _is_stopped(child.pid):
+                return ENGINE_STOPPED
+        return None
+
     @contextmanager
     def request(self) -> Iterator[None]:
         """A request runs inside."""
@@ -67,6 +80,7 @@ class Lifecycle:
             return
         self.dead = True
         logger.critical('the engine process has ended')
+        logging.getLogger('lmdeploy').addFilter(_is_news)
         if self._exits and self._loop is not None:
             self._ending = self._loop.create_task(self._end())
 
@@ -109,6 +123,19 @@ class Lifecycle:
         except asyncio.TimeoutError:  # Python 3.10 has another of that name
             return False
         return True
+
+
+def _is_stopped(pid: int | None) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Leave out the tracebacks, some three for each request, that say again that the engine has died."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, RPCServerDeadError) or isinstance(getattr(error, '__cause__', None), RPCServerDeadError))
 
 
 _current: Lifecycle | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from lmdeploy.messages import ResponseType
 
-from lmdeploy_vico.adapter.hf_config import VicoChatConfig
+from lmdeploy_vico.adapter.engine.ranks import runs_vico
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _explained: set[str] = set()  # errors that have been logged with their tracebac
 
 def serves_vico(engine: Any) -> bool:
     """Return whether an engine of LMDeploy's runs the language model of a ViCO checkpoint."""
-    return isinstance(getattr(engine.executor.model_config, 'hf_config', None), VicoChatConfig)
+    return runs_vico(engine.executor.model_config)
 
 
 def add_each(engine: Any, requests: Sequence[Any], add: Callable[[list[Any]], None]) -> None:

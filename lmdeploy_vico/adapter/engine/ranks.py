@@ -1,14 +1,16 @@
-"""Ends an engine when the process of one of its tensor-parallel ranks has ended by itself.
+"""The processes of tensor-parallel ranks: they have their shared memory, and the engine ends when one of them does.
 
-The other ranks, and every request, would wait for it for ever.
+Without it the other ranks, and every request, would wait for it for ever.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
 import threading
 import weakref
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
@@ -16,18 +18,45 @@ from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 1
+SHARED_MEMORY = Path('/dev/shm')
 _closed: 'weakref.WeakSet[Any]' = weakref.WeakSet()  # those that are meant to end
 
 
-def watch_rank(rank: Any, model_config: Any) -> None:
-    """Watch a rank's process, which has been started, in a thread of its own, if it runs a ViCO model.
+def runs_vico(model_config: Any) -> bool:
+    """Return whether LMDeploy's model config is that of a ViCO checkpoint's language model."""
+    return isinstance(getattr(model_config, 'hf_config', None), VicoChatConfig)
+
+
+def reserve_buffers(*names: str) -> None:
+    """Take the shared memory of LMDeploy's buffers now: a page that is missing later ends whoever writes to it.
+
+    Raises:
+        OSError: there is no room; the text says what to do.
+    """
+    for name in names:
+        file = os.open(SHARED_MEMORY / name, os.O_RDWR)
+        try:
+            size = os.fstat(file).st_size
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            text = (
+                f'{SHARED_MEMORY} is full: each tensor-parallel rank needs {size >> 20} MiB of it, and the engine as '
+                'much again. Make it larger (docker run --shm-size).'
+            )
+            logger.critical(text)
+            raise OSError(error.errno, text) from None
+        finally:
+            os.close(file)
+
+
+def watch_rank(rank: Any) -> None:
+    """Watch a rank's process, which has been started, in a thread of its own.
 
     Args:
         rank: LMDeploy's ``ExecutorProc``.
-        model_config: LMDeploy's, which the rank was started with.
     """
-    if not isinstance(getattr(model_config, 'hf_config', None), VicoChatConfig):
-        return
     process = rank._proc
 
     def watch() -> None:

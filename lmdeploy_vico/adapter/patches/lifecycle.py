@@ -65,11 +65,16 @@ def end_with_the_server(call: Call) -> Any:
 
 
 def end_with_each_rank(call: Call) -> None:
-    """End the engine of a ViCO model when the process of one of its tensor-parallel ranks has ended by itself."""
-    from lmdeploy_vico.adapter.engine.ranks import watch_rank
+    """Reserve the shared memory of a ViCO model's tensor-parallel rank, and end the engine when it ends by itself."""
+    from lmdeploy_vico.adapter.engine.ranks import reserve_buffers, runs_vico, watch_rank
 
+    passed = call['kwargs']
+    if not runs_vico(passed['model_config']):
+        call.proceed()
+        return
+    reserve_buffers(passed['comm_buf_name'], passed['ret_buf_name'])
     call.proceed()
-    watch_rank(call.instance, call['kwargs'].get('model_config'))
+    watch_rank(call.instance)
 
 
 def let_ranks_end(call: Call) -> None:
@@ -140,8 +145,9 @@ PATCHES = (
         end_with_each_rank,
         f'{_RANK}.start',
         '(self, **kwargs)',
-        why='Without one of its ranks the engine waits for ever, and /health stays well.',
-        until='LMDeploy watches the processes of its executor.',
+        why='Without one of its ranks the engine waits for ever, and /health stays well. A full /dev/shm, which '
+        'containers have by default, ends a rank at its first large message.',
+        until='LMDeploy watches the processes of its executor, and reserves their buffers.',
         process='engine',
         uses={f'{_RANK}.__init__': '(self, proc_id, mp_ctx)'},
     ),

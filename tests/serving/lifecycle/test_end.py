@@ -129,7 +129,7 @@ def test_a_server_is_killed(started):
 def test_the_engine_is_stopped(started):
     server, _, engine = started()
     engine.suspend()
-    status, headers, text = ask_until(server, 503)
+    _, headers, text = ask_until(server, 503)
     assert headers['Retry-After'] == '5' and 'SIGCONT' in text
     engine.resume()
     ask_until(server, 200)

@@ -135,7 +135,7 @@ def _is_stopped(pid: int | None) -> bool:
 def _is_news(record: logging.LogRecord) -> bool:
     """Leave out the tracebacks, some three for each request, that say again that the engine has died."""
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, RPCServerDeadError) or isinstance(getattr(error, '__cause__', None), RPCServerDeadError))
+    return not any(isinstance(one, RPCServerDeadError) for one in (error, getattr(error, '__cause__', None)))
 
 
 _current: Lifecycle | None = None

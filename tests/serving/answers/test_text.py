@@ -72,7 +72,7 @@ def requests(tokenizer):
     """How each of the answers is asked for."""
     source = random.Random(7)
     biased = {str(token): 100 for token in tokenizer.encode(SAMPLE, add_special_tokens=False)}
-    for number in range(2 * TOGETHER):
+    for number in range(3 * TOGETHER):
         length = source.randint(1, LONGEST)
         # Greedy, all of them: where a batch samples as well, LMDeploy chooses otherwise among equal logits.
         common = {'max_tokens': length, 'ignore_eos': True, 'temperature': 0}

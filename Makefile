@@ -74,7 +74,7 @@ test-engines: $(STAMP)
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)
 
-test-faults: $(STAMP) ## Attack a server with 1000 mutated pictures and 1000 hostile bodies (VICO_FAULTS=100 for fewer)
+test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its engine (15 minutes; VICO_FAULTS=100 for fewer attacks)
 	@VICO_FAULTS=$${VICO_FAULTS:-1000} $(ON_CPU) OMP_NUM_THREADS=1 timeout 900 $(BIN)/python -m pytest -s -m faults tests/faults
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device

@@ -16,6 +16,7 @@ TIMEOUT = 300  # seconds for any answer: a longer one is a hang
 LONGEST_REPORT = 300  # characters of an answer in the list of faults
 PATIENCE = (0.01, 0.1, 0.5, 2)  # seconds, one of which a client waits before it leaves
 AT_ONCE = 8  # clients that leave
+AGAIN = 0.5  # seconds until a client that was refused asks again
 HEADERS = {'Content-Type': 'application/json', 'anthropic-version': '2023-06-01'}
 Hostile = tuple[str, bytes] | tuple[str, bytes, str]  # its name, its body, and its path unless that is CHAT
 
@@ -94,19 +95,21 @@ class GoodClients:
             try:
                 status, text = await ask(asked, self._url(), self._bodies[which])
             except (aiohttp.ClientError, TimeoutError) as error:
-                self._failed(f'{type(error).__name__}')
+                await self._fail(f'{type(error).__name__}')
                 continue
             if status != 200:
-                self._failed(f'{status} {text[:LONGEST_REPORT]}', allowed=status == 503)
+                await self._fail(f'{status} {text[:LONGEST_REPORT]}', allowed=status == 503)
             else:
                 self.seconds[which].append(time.monotonic() - began)
                 if self._choices(text) != self.answers[which]:
                     self.faults.append(f'another answer to question {which}: {text[:LONGEST_REPORT]}')
             number += 1
 
-    def _failed(self, what: str, allowed: bool = True) -> None:
+    async def _fail(self, what: str, allowed: bool = True) -> None:
+        """Note it, and let the server come back before the next try, as clients do."""
         if self._may_fail and allowed:
             self.refused[what] += 1
+            await asyncio.sleep(AGAIN)
         else:
             self.faults.append(f'a good request: {what}')
 

@@ -35,9 +35,9 @@ SLOWER = 3.0  # times the slowest answer without a fault
 MEMORY = 2**28  # bytes for what clients send
 # MiB beyond that: allocators, thread stacks, and what the engine takes for a batch of tokens and grammars.
 API_SLACK, ENGINE_SLACK = 128, 256
-# MiB that allocators may keep, and threads of pools that had not been filled. What leaks with requests is many times more.
+# MiB that allocators may keep, and threads of pools that were not full. What requests leak is many times more.
 LEFT = {'memory': 64, 'threads': 8}
-SESSION_LEN = '768'  # tokens: a request for as many as there is room for ends soon
+SESSION_LEN = '512'  # tokens: a request for as many as there is room for ends soon
 
 
 def say(text: str) -> None:
@@ -121,11 +121,14 @@ def beside(server, good, baseline, memory):
 
         result = asyncio.run(both())
         slowest = [max(times) for times in clients.seconds]
-        say(
-            f'{name}: {result} in {time.monotonic() - began:.0f} s, {sum(map(len, clients.seconds))} good answers beside, '
-            f'median {median(clients.seconds[0]):.2f} and {median(clients.seconds[1]):.2f} s, slowest {slowest[0]:.2f} and '
-            f'{slowest[1]:.2f} s ({slowest[0] / baseline.slowest[0]:.1f} and {slowest[1] / baseline.slowest[1]:.1f} times)'
+        took = ', '.join(
+            f'{what} {median(times):.2f} s, at most {longest:.2f} s ({longest / rest:.1f} times)'
+            for what, times, longest, rest in zip(
+                ('text', 'picture'), clients.seconds, slowest, baseline.slowest, strict=True
+            )
         )
+        answers = sum(map(len, clients.seconds))
+        say(f'{name}: {result} in {time.monotonic() - began:.0f} s; {answers} good answers beside: {took}')
         assert server.alive() and not clients.faults, '\n'.join(clients.faults)
         for now, then in zip(slowest, baseline.slowest, strict=True):
             assert now <= SLOWER * then + allowed

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lmdeploy_vico import cli
+from lmdeploy_vico.evaluation.answers import AnswerFile
 
 COUNT = 12
 MODES = ['none', 'auto', 'all']
@@ -86,6 +87,75 @@ def test_answers_of_another_evaluation_are_not_taken(stand_in, data_file, evalua
     status, printed, _ = evaluate('--base-url', server.url, '--data', path, '--max-tokens', 5)
     assert status == 1
     assert 'holds answers of another evaluation (max_tokens differ)' in printed
+
+
+def test_what_is_asked_otherwise_is_asked_again(stand_in, data_file, evaluate):
+    server, path = stand_in(right), data_file(4)
+    evaluate('--base-url', server.url, '--data', path)
+    kept, asked = path.read_text(), len(server.bodies)
+    path.write_text(kept.replace('question 2', 'question 1'))
+    _, printed, results = evaluate('--base-url', server.url, '--data', path)
+    assert len(server.bodies) - asked == 3
+    assert '9 answers are in' in printed and lines(results)[None, 'none']['correct'] == 3
+    # Another rule asks for another form of answers.
+    asked = len(server.bodies)
+    evaluate('--base-url', server.url, '--data', path, '--rule', 'pope')
+    assert len(server.bodies) - asked == 3 * 4
+
+
+def test_more_data_sets_and_questions_later(stand_in, data_file, evaluate):
+    server, one, other = stand_in(right), data_file(4), data_file(3, 'other.tsv')
+    evaluate('--base-url', server.url, '--data', one, '--limit', 2)
+    evaluate('--base-url', server.url, '--data', other)
+    _, _, results = evaluate('--base-url', server.url, '--data', one, other)
+    assert len(server.bodies) == 3 * (4 + 3)
+    assert {line['data'] for line in results['results']} == {'data', 'other'}
+
+
+def test_answers_are_there_when_the_next_run_is_killed_at_its_beginning(
+    stand_in, data_file, evaluate, tmp_path, monkeypatch
+):
+    server, path = stand_in(right), data_file(3)
+    evaluate('--base-url', server.url, '--data', path)
+    kept = tmp_path / 'results.json.answers.jsonl'
+    before = kept.read_text()
+
+    class Killed(BaseException):
+        pass
+
+    def write(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(AnswerFile, '_write', write)
+        evaluate('--base-url', server.url, '--data', path)
+    assert kept.read_text() == before
+
+
+@pytest.mark.parametrize('what', ['directory', 'no space'])
+def test_answers_that_cannot_be_kept(stand_in, data_file, evaluate, tmp_path, what):
+    kept = tmp_path / 'results.json.answers.jsonl'
+    if what == 'directory':
+        kept.mkdir()
+    else:
+        (tmp_path / 'results.json.answers.jsonl.part').symlink_to('/dev/full')
+    status, printed, _ = evaluate('--base-url', stand_in(right).url, '--data', data_file(3))
+    assert status == 1 and 'results.json.answers.jsonl cannot be' in printed
+
+
+def test_a_video_that_is_gone_is_a_failure(stand_in, tmp_path, evaluate):
+    path, video = tmp_path / 'clips.tsv', tmp_path / 'clip.mp4'
+    path.write_text('index\tquestion\tanswer\tvideo\n0\tquestion 0\t0\tclip\n1\tquestion 1\t1\t\n')
+    video.write_bytes(b'video')
+
+    def answer(question, mode):
+        video.unlink(missing_ok=True)
+        return question.split()[-1]
+
+    arguments = '--max-concurrency', 1, '--compression', 'none', 'all'
+    status, printed, results = evaluate('--base-url', stand_in(answer).url, '--data', path, *arguments)
+    assert status == 1 and '1 x The video cannot be read' in printed
+    assert [line['total'] for line in results['results']] == [1, 1]
 
 
 def test_failures_are_named_counted_and_asked_again(stand_in, data_file, evaluate):

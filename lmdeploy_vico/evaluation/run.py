@@ -45,7 +45,7 @@ class Evaluation:
         self.compressions = list(dict.fromkeys([NONE, *options.compression]))
         self.output = OutputFile(options.output_file)
         self.data: list[tuple[DataSet, Rule]] = []
-        self.measured: dict[str, float] = {}
+        self.measured: report.Measured = []
 
     def prepare(self) -> None:
         """Read everything; raises :class:`EvaluationError` or BenchError for what would fail later."""
@@ -54,6 +54,8 @@ class Evaluation:
         if options.plot:
             check_plot(options.plot)
         if options.bench_results:
+            if not options.plot:
+                raise EvaluationError('--bench-results is for --plot: name its file.')
             self.measured = report.throughputs(options.bench_results)
         if options.model:
             check_model(options.model)
@@ -81,8 +83,9 @@ class Evaluation:
         self._say_failures(failed)
         self._write(lines, failed)
         if self.options.plot:
-            report.draw(self.options.plot, lines, self.measured)
-            self._say(f'Plot: {self.options.plot}')
+            left_out = report.draw(self.options.plot, lines, self.measured)
+            named = ''.join(f', {result.data} at {result.compression}' for result in left_out)
+            self._say(f'Plot: {self.options.plot}{f" without what is not known{named}" if named else ""}')
         return not failed
 
     def _start(self, stack: contextlib.ExitStack) -> str:

@@ -1,11 +1,15 @@
 """The command against a server that knows what it answers."""
 
 import json
+import math
 
 import pytest
+from bench.conftest import FakeServer
 
 from lmdeploy_vico import cli
+from lmdeploy_vico.evaluation import report
 from lmdeploy_vico.evaluation.answers import AnswerFile
+from lmdeploy_vico.evaluation.scores import Result
 
 COUNT = 12
 MODES = ['none', 'auto', 'all']
@@ -217,25 +221,58 @@ def test_bad_arguments(data_file, evaluate, capsys):
     assert status == 1 and 'Two data sets are called data' in printed
     status, printed, _ = evaluate('--base-url', 'http://x', '--data', path, '--', '--tp', '2')
     assert status == 1 and 'Arguments after -- are for a server that is started here' in printed
+    status, printed, _ = evaluate('--base-url', 'http://x', '--data', path, '--bench-results', path)
+    assert status == 1 and '--bench-results is for --plot' in printed
 
 
-def test_plot(stand_in, data_file, evaluate, tmp_path):
-    measured = tmp_path / 'bench.json'
-    cells = [(0.0, 1.0), (0.375, 1.5), (0.75, 2.5)]
-    measured.write_text(
-        json.dumps(
-            {
-                'results': [
-                    {'server': 'none', 'mode': 'image', 'achieved_token_compression': share, 'speedup': gain}
-                    for share, gain in cells
-                ]
-            }
-        )
-    )
+@pytest.fixture(scope='module')
+def bench_results(tmp_path_factory):
+    """What `lmdeploy-vico bench` writes, of two lengths of text and both modes."""
+    path, server = tmp_path_factory.mktemp('bench') / 'first-token.json', FakeServer()
+    few = '--num-prompts 4 --max-concurrency 2 --tiles 4 --token-compression 0 0.75 --text-tokens 16 8 --mode llm image'
+    try:
+        assert cli.main(['bench', '--base-url', server.url, '--output-file', str(path), *few.split()]) == 0
+    finally:
+        server.stop()
+    return path
+
+
+def test_throughputs_that_were_measured(bench_results, tmp_path):
+    cells = json.loads(bench_results.read_text())['cells']
+    [gain] = [
+        cell['speedup']
+        for cell in cells
+        if (cell['mode'], cell['text_tokens'], cell['token_compression']) == ('image', 8, 0.75)
+    ]
+    measured = report.throughputs(bench_results)
+    assert measured == [(0, 1), (0.75, gain)]
+    assert report.speed(result('all', compressed_tiles=100), measured) == gain
+    assert report.speed(result('0.5', compressed_tiles=50), measured) == pytest.approx((1 + gain) / 2)
+    assert math.isnan(report.speed(result('all', compressed_tiles=100), [(0, 1), (0.5, 2)]))
     picture = tmp_path / 'plot.png'
-    arguments = '--data', data_file(COUNT), '--plot', picture, '--bench-results', measured
+    lines = [result('none', compressed_tiles=0), result('all', compressed_tiles=100)]
+    assert report.draw(picture, lines, [(0, 1), (0.5, 2)]) == lines[1:]
+
+
+def result(compression, compressed_tiles):
+    return Result('data', None, compression, 5, 10, 50, 90, 85, 95, 100, compressed_tiles, 500)
+
+
+@pytest.mark.parametrize('throughputs', [True, False])
+def test_plot(stand_in, data_file, evaluate, tmp_path, bench_results, throughputs):
+    picture = tmp_path / 'plot.png'
+    arguments = ['--data', data_file(COUNT), '--plot', picture]
+    if throughputs:
+        arguments += ['--bench-results', bench_results]
     status, printed, _ = evaluate('--base-url', stand_in(right).url, *arguments)
     assert status == 0 and picture.read_bytes().startswith(b'\x89PNG')
-    measured.write_text('{}')
+    assert printed.rstrip().endswith(f'Plot: {picture}')
+
+
+@pytest.mark.parametrize('content', ['{}', '{"cells": []}', 'no JSON'])
+def test_other_results(data_file, evaluate, tmp_path, content):
+    path = tmp_path / 'other.json'
+    path.write_text(content)
+    arguments = '--data', data_file(2), '--plot', tmp_path / 'plot.png', '--bench-results', path
     status, printed, _ = evaluate('--base-url', 'http://x', *arguments)
     assert status == 1 and 'does not hold results of `lmdeploy-vico bench`' in printed

@@ -91,7 +91,7 @@ def draw(path: Path, results: Sequence[Result], measured: Measured) -> Sequence[
     Without measured throughputs it is drawn against the share of compressed tiles.
 
     Returns:
-        The results that are not in the plot, as their throughput, or their share, is not known.
+        The results that are not in the plot, as their retention, their throughput, or their share is not known.
 
     Raises:
         EvaluationError: the file cannot be written.
@@ -103,24 +103,26 @@ def draw(path: Path, results: Sequence[Result], measured: Measured) -> Sequence[
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout='constrained')
     left_out = []
-    for data in dict.fromkeys(result.data for result in results):
-        line = [r for r in results if r.data == data and r.category is None and r.retention is not None]
+    # Experiments are a line of their own: they stand at the same shares as the router's.
+    for name, line in _lines(results).items():
         across = [(_across(result, measured), result) for result in line]
         left_out += [result for x, result in across if math.isnan(x)]
         points = sorted((point for point in across if not math.isnan(point[0])), key=lambda point: point[0])
+        if not points:
+            continue
         places, kept = [x for x, _ in points], [float(result.retention or 0) for _, result in points]
         below = [float(r.retention or 0) - float(r.retention_low or 0) for _, r in points]
         above = [float(r.retention_high or 0) - float(r.retention or 0) for _, r in points]
-        axis.errorbar(places, kept, yerr=[_positive(below), _positive(above)], marker='o', capsize=3, label=data)
-        for x, result in points:
-            place = x, float(result.retention or 0)
+        axis.errorbar(places, kept, yerr=[_positive(below), _positive(above)], marker='o', capsize=3, label=name)
+        for place, (_, result) in zip(zip(places, kept, strict=True), points, strict=True):
             axis.annotate(result.compression, place, xytext=(4, 4), textcoords='offset points', fontsize='x-small')
     axis.set(
         xlabel='first-token throughput over no compression' if measured else 'share of compressed tiles',
         ylabel='retained score, %',
     )
     axis.grid(alpha=0.3)
-    axis.legend(fontsize='small')
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize='small')
     try:
         figure.savefig(path, dpi=130)
     except OSError as error:
@@ -130,12 +132,19 @@ def draw(path: Path, results: Sequence[Result], measured: Measured) -> Sequence[
     return left_out
 
 
+def _lines(results: Sequence[Result]) -> dict[str, list[Result]]:
+    lines: dict[str, list[Result]] = {}
+    for result in results:
+        kind, mark, _ = result.compression.partition(':')
+        if result.category is None:
+            lines.setdefault(f'{result.data}, {kind}' if mark else result.data, []).append(result)
+    return lines
+
+
 def _across(result: Result, measured: Measured) -> float:
-    if measured:
-        return speed(result, measured)
-    if not result.tiles or result.compressed_tiles is None:
+    if result.retention is None or not result.tiles or result.compressed_tiles is None:
         return math.nan
-    return result.compressed_tiles / result.tiles
+    return speed(result, measured) if measured else result.compressed_tiles / result.tiles
 
 
 def _positive(values: Sequence[float]) -> list[float]:

@@ -1,10 +1,15 @@
 """The command against a server that knows what it answers."""
 
+import dataclasses
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 from bench.conftest import FakeServer
+from waiting import HANG
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.evaluation import report
@@ -83,6 +88,28 @@ def test_goes_on_after_it_was_killed(stand_in, data_file, evaluate, tmp_path):
     assert len(server.bodies) - asked == 3 * COUNT - 20
     assert '20 answers are in' in printed
     assert again['results'] == whole['results']
+
+
+def test_a_process_that_is_killed(stand_in, data_file, evaluate, tmp_path):
+    path, kept = data_file(COUNT), tmp_path / 'results.json.answers.jsonl'
+    processes = []
+
+    def answer(question, mode):
+        if len(server.bodies) == 20:
+            processes[0].kill()
+        return right(question, mode)
+
+    server = stand_in(answer)
+    files = '--data', path, '--output-file', tmp_path / 'results.json', '--max-concurrency', '2'
+    command = [sys.executable, '-m', 'lmdeploy_vico.cli', 'eval', '--base-url', server.url, *map(str, files)]
+    processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+    assert processes[0].wait(HANG) == -signal.SIGKILL
+    _, *lines = kept.read_text().splitlines()
+    assert len(lines) > 10
+    asked = len(server.bodies)
+    status, _, results = evaluate('--base-url', server.url, '--data', path)
+    assert status == 0 and len(server.bodies) - asked in (3 * COUNT - len(lines), 3 * COUNT - len(lines) + 1)
+    assert [line['total'] for line in results['results'] if line['category'] is None] == [COUNT] * 3
 
 
 def test_answers_of_another_evaluation_are_not_taken(stand_in, data_file, evaluate):
@@ -217,6 +244,10 @@ def test_bad_arguments(data_file, evaluate, capsys):
     with pytest.raises(SystemExit):
         evaluate('--base-url', 'x', '--data', path, '--compression', 'most')
     assert 'must be "auto", "none", "all"' in capsys.readouterr().err
+    for option in ('--max-concurrency', '--limit', '--max-tiles'):
+        with pytest.raises(SystemExit):
+            evaluate('--base-url', 'x', '--data', path, option, '0')
+        assert 'must be at least 1, not 0' in capsys.readouterr().err
     status, printed, _ = evaluate('--base-url', 'http://x', '--data', path, path)
     assert status == 1 and 'Two data sets are called data' in printed
     status, printed, _ = evaluate('--base-url', 'http://x', '--data', path, '--', '--tp', '2')
@@ -252,6 +283,9 @@ def test_throughputs_that_were_measured(bench_results, tmp_path):
     picture = tmp_path / 'plot.png'
     lines = [result('none', compressed_tiles=0), result('all', compressed_tiles=100)]
     assert report.draw(picture, lines, [(0, 1), (0.5, 2)]) == lines[1:]
+    assert report.draw(picture, lines, []) == []
+    nothing_to_retain = dataclasses.replace(lines[1], retention=None, retention_low=None, retention_high=None)
+    assert report.draw(picture, [nothing_to_retain], []) == [nothing_to_retain]
 
 
 def result(compression, compressed_tiles):

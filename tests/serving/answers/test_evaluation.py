@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 from parity.conversations import data_url
@@ -27,11 +28,15 @@ def data(pictures, tmp_path):
     return path, shown
 
 
-def evaluate(server, path, output, modes, *arguments):
-    """The results by compression, and the answers to questions by their index and compression."""
+def evaluate(target, path, output, modes, *arguments):
+    """The results by compression, and the answers to questions by their index and compression.
+
+    Args:
+        target: a server's address, or a checkpoint to serve.
+    """
+    where = '--model' if isinstance(target, Path) else '--base-url', str(target)
     files = '--data', str(path), '--output-file', str(output)
-    command = 'eval', '--base-url', server.url, *files, '--compression', *modes, *arguments
-    assert cli.main([*command]) == 0
+    assert cli.main(['eval', *where, *files, '--compression', *modes, *arguments]) == 0
     results = {line['compression']: line for line in json.loads(output.read_text())['results']}
     _, *lines = output.with_name(f'{output.name}.answers.jsonl').read_text().splitlines()
     answers = {(line['index'], line['compression']): line for line in map(json.loads, lines)}
@@ -41,7 +46,7 @@ def evaluate(server, path, output, modes, *arguments):
 @DEFAULT
 def test_shares_of_compressed_tiles(client, judge, data, tmp_path):
     path, shown = data
-    found, answers = evaluate(client.server, path, tmp_path / 'one.json', MODES, '--max-tokens', '2')
+    found, answers = evaluate(client.server.url, path, tmp_path / 'one.json', MODES, '--max-tokens', '2')
     tokens = {}
     for mode in MODES:
         compression = float(mode) if mode == '0.5' else mode
@@ -51,9 +56,9 @@ def test_shares_of_compressed_tiles(client, judge, data, tmp_path):
         assert found[mode]['compressed_tiles'] == sum(one.count(64) for one in tokens[mode]), mode
     for random, one in zip(tokens['random:0.4'], tokens['none'], strict=True):
         assert random.count(64) == math.floor(0.4 * len(one) + 0.5)
-    again, _ = evaluate(client.server, path, tmp_path / 'other.json', MODES[::-1], '--max-tokens', '2')
+    again, _ = evaluate(client.server.url, path, tmp_path / 'other.json', MODES[::-1], '--max-tokens', '2')
     alone, _ = evaluate(
-        client.server, path, tmp_path / 'alone.json', MODES, '--max-tokens', '2', '--max-concurrency', '1'
+        client.server.url, path, tmp_path / 'alone.json', MODES, '--max-tokens', '2', '--max-concurrency', '1'
     )
     for other in (again, alone):
         assert {mode: other[mode]['compressed_tiles'] for mode in MODES} == {
@@ -79,7 +84,7 @@ def test_a_video_with_subtitles_and_without(client, judge, pictures, tmp_path):
     seen = {}
     for name, arguments in {'without': [], 'with': ['--subtitles']}.items():
         results, answers = evaluate(
-            client.server, path, tmp_path / f'{name}.json', modes, '--max-tokens', '2', *arguments
+            client.server.url, path, tmp_path / f'{name}.json', modes, '--max-tokens', '2', *arguments
         )
         assert [results[mode]['tiles'] for mode in modes] == [FRAMES] * 3
         assert results['none']['compressed_tiles'] == 0 and results['all']['compressed_tiles'] == FRAMES
@@ -95,13 +100,14 @@ def test_a_video_with_subtitles_and_without(client, judge, pictures, tmp_path):
 def test_answers_of_a_plain_internvl_server(serve, make_checkpoint, data, tmp_path):
     """The ViCO checkpoint at ``none`` answers as the InternVL model with the same weights in LMDeploy's own classes."""
     path, _ = data
-    said = {}
-    for name, flash, arguments, mode in (('vico', True, (), '1'), ('plain', False, ('--trust-remote-code',), 'cpu')):
-        # In float32, in which no rounding decides between nearly equal tokens.
-        server = serve(make_checkpoint(flash=flash, dtype='float32'), *arguments, LMDEPLOY_VICO=mode)
-        results, answers = evaluate(server, path, tmp_path / f'{name}.json', ['none'], '--max-tokens', '12')
-        server.stop()
-        assert (results['none']['tiles'] is None) is not flash  # only the plugin says what of a prompt is visual
-        said[name] = {key: (answer['text'], answer['prompt_tokens']) for key, answer in answers.items()}
-    assert len(set(said['vico'].values())) == 3 and all(text for text, _ in said['vico'].values())
-    assert said['vico'] == said['plain']
+    # In float32, in which no rounding decides between nearly equal tokens.
+    vico, plain = (make_checkpoint(flash=flash, dtype='float32') for flash in (True, False))
+    arguments = ['none'], '--max-tokens', '12'
+    counted, ours = evaluate(vico, path, tmp_path / 'vico.json', *arguments)
+    server = serve(plain, '--trust-remote-code', LMDEPLOY_VICO='cpu')
+    uncounted, theirs = evaluate(server.url, path, tmp_path / 'plain.json', *arguments)
+    # Only the plugin says what of a prompt is visual.
+    assert (counted['none']['compressed_tiles'], uncounted['none']['tiles']) == (0, None)
+    said = [{key: (one['text'], one['prompt_tokens']) for key, one in answers.items()} for answers in (ours, theirs)]
+    assert len(set(said[0].values())) == 3 and all(text for text, _ in said[0].values())
+    assert said[0] == said[1]

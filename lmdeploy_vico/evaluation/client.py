@@ -76,7 +76,7 @@ class Server:
                     if response.status != 200:
                         failure = error_sentence(await response.text(), response.status)
                         break
-                    return _answer(data, question, compression, await response.json())
+                    return _answer(data, question, compression, await response.json(content_type=None))
         except asyncio.TimeoutError:  # Python 3.10 has another of that name
             failure = 'The server did not answer in time.'
         except (aiohttp.ClientError, OSError) as error:
@@ -133,7 +133,10 @@ async def ask_all(
             failed_in_a_row = failed_in_a_row + 1 if answer.error else 0
             done(answer)
             if failed_in_a_row >= max(2 * concurrency, 10):
-                raise EvaluationError(f'{failed_in_a_row} requests in a row failed, the last with: {answer.error}')
+                raise EvaluationError(
+                    f'{failed_in_a_row} requests in a row failed, the last with: {answer.error} The answers so far are '
+                    'kept: the same command goes on from there.'
+                )
 
     workers = [asyncio.create_task(work()) for _ in range(concurrency)]
     try:

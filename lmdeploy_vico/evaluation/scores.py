@@ -1,7 +1,7 @@
 """Scores, what is retained of them under compression, and how sure that is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -62,8 +62,11 @@ def results(
         seed: of the resampling.
     """
     answered = [question for question in data.questions if _answered(data, question, compressions, answers)]
-    categories = dict.fromkeys(name for question in data.questions for name in rule.categories(question))
-    groups = [(None, answered), *((name, [q for q in answered if name in rule.categories(q)]) for name in categories)]
+    groups: list[tuple[str | None, Sequence[Question]]] = [(None, answered)]
+    for name in dict.fromkeys(name for question in data.questions for name in rule.categories(question)):
+        # Within one of its categories, a question is in no other.
+        inside = [replace(question, category=name) for question in answered if name in rule.categories(question)]
+        groups.append((name, inside))
     return [
         result
         for category, questions in groups

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from aiohttp import web
 from bench.conftest import FakeServer
 from waiting import HANG
 
@@ -205,6 +206,13 @@ def test_failures_are_named_counted_and_asked_again(stand_in, data_file, evaluat
     assert results['failed'] == [] and lines(results)[None, 'all']['total'] == COUNT
 
 
+def test_answers_of_something_else(stand_in, data_file, evaluate):
+    page = '<html>Log in</html>'
+    server = stand_in(lambda question, mode: web.Response(text=page, content_type='text/html'))
+    status, printed, _ = evaluate('--base-url', server.url, '--data', data_file(2))
+    assert status == 1 and '6 x The answer is not what an OpenAI server sends' in printed
+
+
 def test_a_busy_server_is_asked_again(stand_in, data_file, evaluate):
     busy = {f'question {number}' for number in range(3)}
 
@@ -223,6 +231,7 @@ def test_a_server_that_answers_nothing_is_given_up(stand_in, data_file, evaluate
     status, printed, _ = evaluate('--base-url', server.url, '--data', data_file(200), '--max-concurrency', 4)
     assert status == 1
     assert 'requests in a row failed, the last with: HTTP 500' in printed
+    assert 'The answers so far are kept' in printed
     assert len(server.bodies) < 40
 
 

@@ -132,6 +132,8 @@ def test_other_files(tmp_path):
     path.write_text('index\tquestion\tanswer\n1\ta\tb\n2\t"a\tb\n3\ta\tb\n')
     with pytest.raises(EvaluationError, match='row 3: this is not .* quotation mark'):
         read(path)
+    path.write_text('index\tquestion\tanswer\n1\ta\tb\n', encoding='utf-8-sig')  # as spreadsheets write it
+    assert [question.index for question in read(path).questions] == ['1']
     path.write_text('index\tquestion\tanswer\n1\ta\n')
     with pytest.raises(EvaluationError, match="row 2: 'answer' is empty"):
         read(path)

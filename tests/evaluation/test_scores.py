@@ -103,6 +103,19 @@ def test_results(data):
     assert lines[None, 'none'].retention == 100 and lines[None, 'none'].compressed_tiles == 0
 
 
+def test_a_question_in_several_categories_counts_once_in_each():
+    categories = ['popular,random', 'random', 'popular']
+    questions = [Question(str(n), '?', 'yes', category=category) for n, category in enumerate(categories)]
+    data = DataSet('POPE', questions)
+    given = answers(data, none=(['yes', 'no', 'yes'], [256] * 3))
+    found = {line.category: (line.total, line.score) for line in results(data, RULES['pope'], ['none'], given)}
+    assert found == {
+        None: (3, pytest.approx(100 * 6 / 7)),
+        'popular': (2, 100),
+        'random': (2, pytest.approx(100 * 2 / 3)),
+    }
+
+
 def test_only_what_was_answered_everywhere_counts(data):
     given = answers(data, none=(['yes'] * 4, [256] * 4), all=(['yes', None, 'yes', 'yes'], [64] * 4))
     assert {line.total for line in results(data, EXACT, ['none', 'all'], given) if line.category is None} == {3}

@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='image: from the bytes of real pictures to the first token; llm: the language model alone, with visual '
         'tokens that no ViT has computed, as the paper measures (default: image)',
     )  # fmt: skip
-    parser.add_argument('--num-prompts', type=_positive, default=2000, help='requests of each cell (default: 2000)')
-    parser.add_argument('--max-concurrency', type=_positive, default=32, help='requests at a time (default: 32)')
-    parser.add_argument('--tiles', type=_positive, default=10, help='tiles of a request, thumbnail included (10)')
-    parser.add_argument('--text-tokens', type=_positive, nargs='+', default=[64, 512], help='(default: 64 512)')
+    parser.add_argument('--num-prompts', type=positive, default=2000, help='requests of each cell (default: 2000)')
+    parser.add_argument('--max-concurrency', type=positive, default=32, help='requests at a time (default: 32)')
+    parser.add_argument('--tiles', type=positive, default=10, help='tiles of a request, thumbnail included (10)')
+    parser.add_argument('--text-tokens', type=positive, nargs='+', default=[64, 512], help='(default: 64 512)')
     parser.add_argument('--token-compression', type=_compression, nargs='+', default=[0.0, 0.25, 0.5, 0.75, AUTO],
         metavar='SHARE', help='shares of visual tokens to remove, 0 to 0.75, or auto (default: 0 0.25 0.5 0.75 auto)',
     )  # fmt: skip
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='with baselines: all servers run while one of them is measured; or one server after the other and then in '
         'reverse, where they would not fit (default: together on a CPU, in-turn on a GPU)',
     )  # fmt: skip
-    parser.add_argument('--images', type=_positive, metavar='N',
+    parser.add_argument('--images', type=positive, metavar='N',
         help='distinct pictures, most of a megabyte each in memory at 10 tiles (default: --num-prompts)',
     )  # fmt: skip
     parser.add_argument('--count-prefills', action='store_true',
@@ -70,7 +70,8 @@ def _natural(text: str) -> int:
     return number
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1; argparse makes a message of the error."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, not {text}')

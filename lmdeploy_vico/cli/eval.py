@@ -10,6 +10,8 @@ from lmdeploy_vico.launch import ServerError
 if TYPE_CHECKING:
     from lmdeploy_vico.cli import Commands
 
+LOG_WIDTH = 120  # of the table, where no terminal says how wide it is
+
 
 def add_parser(commands: 'Commands') -> None:
     """Add the command."""
@@ -37,7 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
         from lmdeploy_vico.evaluation.run import Evaluation
     except ImportError as error:
         raise CommandError(f'{error.name} is missing; in a checkout of the plugin: pip install ".[eval]"') from error
-    evaluation = Evaluation(arguments, Console())
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    evaluation = Evaluation(arguments, console)
     try:
         evaluation.prepare()
         return 0 if evaluation.run() else 1

@@ -24,6 +24,7 @@ class Answer:
         prompt_tokens: from the server's usage, as the next.
         image_tokens: visual tokens among them; None if the server does not say.
         error: why there is no answer; None if there is one.
+        asked: digest of what was asked (:func:`~lmdeploy_vico.evaluation.prompts.digest`).
     """
 
     data: str
@@ -33,6 +34,7 @@ class Answer:
     prompt_tokens: int = 0
     image_tokens: int | None = None
     error: str | None = None
+    asked: str = ''
 
     @property
     def key(self) -> Key:
@@ -45,10 +47,10 @@ class AnswerFile:
 
     Args:
         path: of the file; it is continued if it is there.
-        settings: everything that answers depend on.
+        settings: what all answers depend on. What a single one depends on is in its digest.
 
     Raises:
-        EvaluationError: the file belongs to an evaluation with other settings, or is none.
+        EvaluationError: the file is of an evaluation with other settings, or is none, or cannot be read or written.
 
     Attributes:
         answers: those that need not be asked for again. Questions that failed are asked again.
@@ -62,8 +64,10 @@ class AnswerFile:
             self._read()
 
     def _read(self) -> None:
-        # A process that was killed may have left half a line.
-        first, *lines = self._path.read_text().splitlines() or ['{}']
+        try:
+            first, *lines = self._path.read_text(encoding='utf-8').splitlines() or ['{}']
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f'{self._path} cannot be read ({error}).') from error
         try:
             there = json.loads(first)
         except ValueError:
@@ -82,18 +86,23 @@ class AnswerFile:
             try:
                 answer = Answer(**json.loads(line))
             except (ValueError, TypeError) as error:
-                if number == len(lines) + 1:
+                if number == len(lines) + 1:  # a process that was killed may have left half a line
                     break
                 raise EvaluationError(f'{self._path}, line {number}, is no answer: remove the file.') from error
             if answer.error is None:
                 self.answers[answer.key] = answer
 
     def __enter__(self) -> 'AnswerFile':
-        # Written again, so that half a line and failures are gone.
-        self._file = self._path.open('w')
+        # Written again, so that half a line and failures are gone; beside the old file, so that no kill loses answers.
+        draft = self._path.with_name(f'{self._path.name}.part')
+        self._file = self._open(draft)
         self._write(self._settings)
         for answer in self.answers.values():
             self._write(asdict(answer))
+        try:
+            draft.replace(self._path)
+        except OSError as error:
+            raise self._not_written(error) from error
         return self
 
     def __exit__(
@@ -107,7 +116,19 @@ class AnswerFile:
         self.answers[answer.key] = answer
         self._write(asdict(answer))
 
+    def _open(self, path: Path) -> TextIO:
+        try:
+            return path.open('w', encoding='utf-8')
+        except OSError as error:
+            raise self._not_written(error) from error
+
     def _write(self, value: Any) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(value) + '\n')
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(value) + '\n')
+            self._file.flush()
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> EvaluationError:
+        return EvaluationError(f'{self._path} cannot be written: {error.strerror}.')

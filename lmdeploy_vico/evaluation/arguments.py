@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from lmdeploy_vico.bench.arguments import positive
 from lmdeploy_vico.choices import parse_compression
 from lmdeploy_vico.evaluation.rules import RULES
 from lmdeploy_vico.evaluation.scores import NONE
@@ -36,15 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='auto, none, all, a share of the tiles from 0 to 1, or the experiments random:SHARE and image:SCORE; none '
         'is always asked, since the others are compared with it (default: none auto all)',
     )  # fmt: skip
-    parser.add_argument('--max-tiles', type=int, metavar='N', help="tiles of a picture at most (default: the server's)")
-    parser.add_argument('--frames', type=int, default=64, help='of a video (default: 64)')
+    parser.add_argument(
+        '--max-tiles', type=positive, metavar='N', help="tiles of a picture at most (default: the server's)"
+    )
+    parser.add_argument('--frames', type=positive, default=64, help='of a video (default: 64)')
     parser.add_argument('--subtitles', action='store_true', help='show those of a video')
-    parser.add_argument('--max-tokens', type=int, default=64, help='of an answer (default: 64)')
+    parser.add_argument('--max-tokens', type=positive, default=64, help='of an answer (default: 64)')
     parser.add_argument('--instruction', metavar='TEXT',
         help="ends every question (default: the rule's, which asks for a single word, a letter, or yes or no)",
     )  # fmt: skip
-    parser.add_argument('--limit', type=int, metavar='N', help='ask the first N questions of each data set only')
-    parser.add_argument('--max-concurrency', type=int, default=32, help='requests at a time (default: 32)')
+    parser.add_argument('--limit', type=positive, metavar='N', help='ask the first N questions of each data set only')
+    parser.add_argument('--max-concurrency', type=positive, default=32, help='requests at a time (default: 32)')
     parser.add_argument('--request-timeout', type=float, default=600, metavar='SECONDS', help='(default: 600)')
     parser.add_argument('--output-file', type=Path, default=Path('evaluation.json'), metavar='FILE',
         help='results as JSON; answers go to FILE.answers.jsonl (default: evaluation.json)',

@@ -1,6 +1,7 @@
 """Asks a server all questions at all compressions, so many at a time."""
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from lmdeploy_vico.bench.client import error_sentence
 from lmdeploy_vico.evaluation import EvaluationError
 from lmdeploy_vico.evaluation.answers import Answer, AnswerFile
 from lmdeploy_vico.evaluation.data import DataSet, Question
-from lmdeploy_vico.evaluation.prompts import Asking, body
+from lmdeploy_vico.evaluation.prompts import Asking, body, digest
 from lmdeploy_vico.evaluation.rules.rule import Rule
 
 LOOK_TIMEOUT = 30  # seconds for the name of the model
@@ -75,7 +76,7 @@ class Server:
                     if response.status != 200:
                         failure = error_sentence(await response.text(), response.status)
                         break
-                    return _answer(data, question, compression, await response.json())
+                    return _answer(data, question, compression, await response.json(content_type=None))
         except asyncio.TimeoutError:  # Python 3.10 has another of that name
             failure = 'The server did not answer in time.'
         except (aiohttp.ClientError, OSError) as error:
@@ -120,13 +121,22 @@ async def ask_all(
     async def work() -> None:
         nonlocal failed_in_a_row
         for dataset, rule, question, compression in waiting:
-            sent = await asyncio.to_thread(body, question, rule, parse(compression), asking)
-            answer = await server.ask(dataset.name, question, compression, sent)
+            try:
+                sent = await asyncio.to_thread(body, question, rule, parse(compression), asking)
+            except OSError as error:
+                failure = f'The video cannot be read ({_name(error)}).'
+                answer = Answer(dataset.name, question.index, compression, error=failure)
+            else:
+                answer = await server.ask(dataset.name, question, compression, sent)
+            answer = dataclasses.replace(answer, asked=digest(question, rule, asking))
             answers.keep(answer)
             failed_in_a_row = failed_in_a_row + 1 if answer.error else 0
             done(answer)
             if failed_in_a_row >= max(2 * concurrency, 10):
-                raise EvaluationError(f'{failed_in_a_row} requests in a row failed, the last with: {answer.error}')
+                raise EvaluationError(
+                    f'{failed_in_a_row} requests in a row failed, the last with: {answer.error} The answers so far are '
+                    'kept: the same command goes on from there.'
+                )
 
     workers = [asyncio.create_task(work()) for _ in range(concurrency)]
     try:

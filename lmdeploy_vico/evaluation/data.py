@@ -1,14 +1,17 @@
 """Reads data sets in VLMEvalKit's form: one tab-separated file, one question a row, its pictures in base64.
 
 Columns: ``index``, ``question``, ``answer``; pictures in ``image`` (base64, a list of them written as Python writes it,
-or the index of another row that has the picture) or ``image_path``; choices in ``A``, ``B``, ...; optionally ``hint``,
-``category``, ``video`` (a file) and ``subtitles``.
+or the index of another row that has the picture) or ``image_path``; choices in ``A``, ``B``, ... or, as a list, in
+``candidates``; optionally ``hint`` and ``category``. A video is the file ``video_path`` or ``video``, its subtitles are
+the text ``subtitles`` or the SubRip file ``subtitle_path``.
 """
 
 import ast
 import base64
 import binascii
 import csv
+import hashlib
+import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +24,7 @@ from lmdeploy_vico.evaluation import EvaluationError
 REQUIRED = ('index', 'question', 'answer')
 LONGEST_INDEX = 64  # characters of an image column that names another row; base64 of a picture has more
 VIDEO_SUFFIXES = ('', '.mp4', '.webm', '.mkv', '.avi')
+SUBRIP_TIMES = r'^\d+\s*\n.*-->.*\n'  # the number of a subtitle and when it is shown
 
 
 @dataclass(frozen=True)
@@ -94,42 +98,62 @@ def read(path: Path) -> DataSet:
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows with their numbers, as an editor counts lines where no cell has several: the header is row 1."""
     csv.field_size_limit(sys.maxsize)
+    number = 1
     try:
-        with path.open(newline='', encoding='utf-8') as file:
-            reader = csv.DictReader(file, delimiter='\t')
+        with path.open(newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file, delimiter='\t', strict=True)
             missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
             if missing:
                 raise EvaluationError(
                     f'{path.name}: the column {missing[0]!r} is missing. A data set is a tab-separated file with the '
                     f'columns {", ".join(REQUIRED)} and pictures in "image" or "image_path".'
                 )
-            for number, row in enumerate(reader, 2):
+            for row in reader:
+                number += 1
                 if None in row:
                     raise EvaluationError(f'{path.name}, row {number}: there are more cells than columns.')
+                empty = [name for name in REQUIRED if not row[name]]
+                if empty:
+                    raise EvaluationError(f'{path.name}, row {number}: {empty[0]!r} is empty.')
                 yield number, {name: value or '' for name, value in row.items()}
     except OSError as error:
         raise EvaluationError(f'{path} cannot be read: {error.strerror}.') from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise EvaluationError(f'{path.name} is not a tab-separated file in UTF-8: {error}.') from error
+        raise EvaluationError(
+            f'{path.name}, row {number + 1}: this is not a tab-separated file in UTF-8 ({error}). A cell that begins '
+            'with a quotation mark has to end with one.'
+        ) from error
 
 
 def _question(path: Path, at: str, row: Mapping[str, str], pictures: Mapping[str, str]) -> Question:
+    folder = path.parent
     image, image_path = row.get('image', ''), row.get('image_path', '')
-    shown = tuple(_from_cell(at, image, pictures)) if image else tuple(_from_files(at, path.parent, image_path))
-    choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    video = row.get('video', '')
+    shown = tuple(_from_cell(at, image, pictures)) if image else tuple(_from_files(at, folder, image_path))
+    if not shown and (image or image_path):
+        raise EvaluationError(f'{at}: the list of pictures is empty.')
+    if not _listed(row['answer']):
+        raise EvaluationError(f'{at}: the list of answers is empty.')
+    video = row.get('video_path') or row.get('video', '')
     return Question(
         index=row['index'],
         text=row['question'],
         answer=row['answer'],
         pictures=shown,
-        choices=choices or None,
+        choices=_choices(row) or None,
         category=row.get('category') or None,
         hint=row.get('hint', ''),
-        video=_video(at, path.parent, video) if video else None,
-        subtitles=row.get('subtitles', ''),
-        group=image_path or (image if 0 < len(image) <= LONGEST_INDEX else row['index']),
+        video=_video(at, folder, video) if video else None,
+        subtitles=row.get('subtitles') or _subtitles(at, folder, row.get('subtitle_path', '')),
+        group=image_path or (hashlib.sha256(' '.join(shown).encode()).hexdigest() if shown else row['index']),
     )
+
+
+def _choices(row: Mapping[str, str]) -> dict[str, str]:
+    if row.get('candidates'):
+        # Each begins with its letter, as in "A. Apples."
+        listed = zip(string.ascii_uppercase, _listed(row['candidates']), strict=False)
+        return {letter: text.removeprefix(f'{letter}.').strip() for letter, text in listed}
+    return {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
 
 
 def _from_cell(at: str, cell: str, pictures: Mapping[str, str]) -> Iterator[str]:
@@ -165,12 +189,24 @@ def _video(at: str, folder: Path, name: str) -> Path:
     raise EvaluationError(f'{at}: there is no video {name} beside the file.')
 
 
+def _subtitles(at: str, folder: Path, name: str) -> str:
+    """The text of a SubRip file; nothing where there is none, as of many videos of Video-MME."""
+    path = folder / name
+    if not name or not path.is_file():
+        return ''
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f'{at}: the subtitles {name} cannot be read ({error}).') from error
+    spoken = re.sub(SUBRIP_TIMES, '', text, flags=re.MULTILINE)
+    return '\n'.join(line.strip() for line in spoken.splitlines() if line.strip())
+
+
 def _listed(cell: str) -> Sequence[str]:
     """What a cell holds: the strings of a list, or itself."""
     if cell.startswith('[') and cell.endswith(']'):
         try:
-            values = ast.literal_eval(cell)
-        except (ValueError, SyntaxError):
+            return tuple(str(value) for value in ast.literal_eval(cell))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return (cell,)
-        return tuple(str(value) for value in values)
     return (cell,)

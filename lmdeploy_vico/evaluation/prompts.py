@@ -1,6 +1,7 @@
 """From a question to the body of a chat request."""
 
 import base64
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,19 @@ def body(question: Question, rule: Rule, compression: Any, asking: Asking) -> di
         'temperature': 0,
         'mm_processor_kwargs': {'image': {'compression': compression}},
     }
+
+
+def digest(question: Question, rule: Rule, asking: Asking) -> str:
+    """A digest of what a question says and shows, whatever the compression, by which its answers are known again.
+
+    Of a video only the name of its file counts.
+    """
+    found = hashlib.sha256(text(question, rule, asking).encode())
+    for picture in question.pictures:
+        found.update(b'\0' + picture.encode())
+    if question.video is not None:
+        found.update(b'\0' + question.video.name.encode())
+    return found.hexdigest()
 
 
 def text(question: Question, rule: Rule, asking: Asking) -> str:

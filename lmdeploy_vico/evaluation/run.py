@@ -23,7 +23,7 @@ from lmdeploy_vico.evaluation.answers import Answer, AnswerFile
 from lmdeploy_vico.evaluation.arguments import value
 from lmdeploy_vico.evaluation.client import Server, Task, ask_all, tasks
 from lmdeploy_vico.evaluation.data import DataSet, read
-from lmdeploy_vico.evaluation.prompts import Asking
+from lmdeploy_vico.evaluation.prompts import Asking, digest
 from lmdeploy_vico.evaluation.rules import choose, named
 from lmdeploy_vico.evaluation.rules.rule import Rule
 from lmdeploy_vico.evaluation.scores import NONE, Result, results
@@ -45,7 +45,7 @@ class Evaluation:
         self.compressions = list(dict.fromkeys([NONE, *options.compression]))
         self.output = OutputFile(options.output_file)
         self.data: list[tuple[DataSet, Rule]] = []
-        self.measured: dict[str, float] = {}
+        self.measured: report.Measured = []
 
     def prepare(self) -> None:
         """Read everything; raises :class:`EvaluationError` or BenchError for what would fail later."""
@@ -54,6 +54,8 @@ class Evaluation:
         if options.plot:
             check_plot(options.plot)
         if options.bench_results:
+            if not options.plot:
+                raise EvaluationError('--bench-results is for --plot: name its file.')
             self.measured = report.throughputs(options.bench_results)
         if options.model:
             check_model(options.model)
@@ -81,8 +83,9 @@ class Evaluation:
         self._say_failures(failed)
         self._write(lines, failed)
         if self.options.plot:
-            report.draw(self.options.plot, lines, self.measured)
-            self._say(f'Plot: {self.options.plot}')
+            left_out = report.draw(self.options.plot, lines, self.measured)
+            named = ''.join(f', {result.data} at {result.compression}' for result in left_out)
+            self._say(f'Plot: {self.options.plot}{f" without what is not known{named}" if named else ""}')
         return not failed
 
     def _start(self, stack: contextlib.ExitStack) -> str:
@@ -105,9 +108,11 @@ class Evaluation:
             )
             path = options.output_file.with_name(f'{options.output_file.name}.answers.jsonl')
             answers = AnswerFile(path, dataclasses.asdict(asking))
-            todo = [task for task in tasks(self.data, self.compressions) if _key(task) not in answers.answers]
+            everything = list(tasks(self.data, self.compressions))
+            todo = [task for task in everything if not _is_answered(task, answers, asking)]
             if answers.answers:
-                self._say(f'{len(answers.answers)} answers are in {path} already, {len(todo)} are asked for.')
+                there = len(everything) - len(todo)
+                self._say(f'{there} answers are in {path} already, {len(todo)} are asked for.')
             with answers, self._progress(len(todo)) as done:
                 await ask_all(server, todo, asking, value, options.max_concurrency, answers, done)
         return answers
@@ -158,6 +163,8 @@ class Evaluation:
         self._say(f'Results: {self.output.path}')
 
 
-def _key(task: Task) -> tuple[str, str, str]:
-    data, _, question, compression = task
-    return data.name, question.index, compression
+def _is_answered(task: Task, answers: AnswerFile, asking: Asking) -> bool:
+    """Whether there is an answer to it, and to what the data set asks now."""
+    data, rule, question, compression = task
+    answer = answers.answers.get((data.name, question.index, compression))
+    return answer is not None and answer.asked == digest(question, rule, asking)

@@ -1,7 +1,7 @@
 """Scores, what is retained of them under compression, and how sure that is."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from lmdeploy_vico.evaluation.rules.rule import Rule
 NONE = 'none'
 TOKENS_FULL, TOKENS_COMPRESSED = 256, 64
 SAMPLES = 2000  # of the bootstrap
+DRAWN = 2**22  # counts that are held at a time
 INTERVAL = 2.5, 97.5  # percentiles
 
 
@@ -61,8 +62,11 @@ def results(
         seed: of the resampling.
     """
     answered = [question for question in data.questions if _answered(data, question, compressions, answers)]
-    categories = list(dict.fromkeys(question.category for question in data.questions if question.category))
-    groups = [(None, answered), *((name, [q for q in answered if q.category == name]) for name in categories)]
+    groups: list[tuple[str | None, Sequence[Question]]] = [(None, answered)]
+    for name in dict.fromkeys(name for question in data.questions for name in rule.categories(question)):
+        # Within one of its categories, a question is in no other.
+        inside = [replace(question, category=name) for question in answered if name in rule.categories(question)]
+        groups.append((name, inside))
     return [
         result
         for category, questions in groups
@@ -130,13 +134,18 @@ def retention(
     before = float(score(full.sum(0)))
     if not before:
         return None, None, None
-    units = len(full)
-    # How often each unit is drawn. The same draws for both: the questions differ far more than the two answers to one.
-    drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=SAMPLES)
-    ratios = np.array([score(drawn @ compressed), score(drawn @ full)])
-    there = ratios[1] > 0
-    low, high = np.percentile(100 * ratios[0][there] / ratios[1][there], INTERVAL)
+    # The same units for both: the questions differ far more than the two answers to one.
+    both = np.concatenate([compressed, full], axis=1)
+    sums = np.concatenate([drawn @ both for drawn in _draws(len(full), np.random.default_rng(seed))])
+    kept, whole = score(sums[:, : compressed.shape[1]]), score(sums[:, compressed.shape[1] :])
+    low, high = np.percentile(100 * kept[whole > 0] / whole[whole > 0], INTERVAL)
     return 100 * float(score(compressed.sum(0))) / before, float(low), float(high)
+
+
+def _draws(units: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each unit is drawn in each sample, ``[samples, units]``, some samples at a time."""
+    for first in range(0, SAMPLES, size := max(1, DRAWN // units)):
+        yield rng.multinomial(units, np.full(units, 1 / units), size=min(size, SAMPLES - first)).astype(np.float64)
 
 
 def _tiles(uncompressed: Sequence[Answer]) -> int | None:

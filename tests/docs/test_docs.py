@@ -20,6 +20,8 @@ ELSEWHERE = {
     'pip install': 'tests/house/test_wheel.py installs the wheel',
     'pre-commit install': 'its hooks are the commands of make lint',
     'lmdeploy serve api_server': 'tests/serving starts servers, by the same command',
+    'python run.py': 'of VLMEvalKit, which is not installed; the document says so',
+    'python -m lmms_eval': 'of lmms-eval, which is not installed; the document says so',
 }
 
 

@@ -19,14 +19,16 @@ LEFT = {'none': 2, 'auto': 1, 'all': 0, 0.5: 1}
 
 
 class StandIn:
-    """Answers ``answer(question, compression)``; an integer is the status of an error.
+    """Answers ``answer(question, compression)``; an integer is the status of an error, a response is sent as it is.
 
     Attributes:
         bodies: of the requests so far.
         most_running: requests that were there at the same time.
     """
 
-    def __init__(self, answer: Callable[[str, object], str | int], image_tokens: bool = True, hold: int = 0) -> None:
+    def __init__(
+        self, answer: Callable[[str, object], str | int | web.Response], image_tokens: bool = True, hold: int = 0
+    ) -> None:
         self.answer, self.image_tokens, self._hold = answer, image_tokens, hold
         self.bodies: list[dict] = []
         self.running = self.most_running = 0
@@ -68,6 +70,8 @@ class StandIn:
         pictures = sum(item['type'] == 'image_url' for item in content)
         compression = body['mm_processor_kwargs']['image']['compression']
         said = self.answer(content[-1]['text'].splitlines()[0], compression)
+        if isinstance(said, web.Response):
+            return said
         if isinstance(said, int):
             return web.json_response(
                 {'message': 'It is not to be.', 'code': said}, status=said, headers={'Retry-After': '0'}
@@ -85,7 +89,7 @@ def stand_in() -> Iterator[Callable[..., StandIn]]:
     """``stand_in(answer, **how)``: a running server; all are stopped at the end of the test."""
     servers = []
 
-    def start(answer: Callable[[str, object], str | int], **how) -> StandIn:
+    def start(answer: Callable[[str, object], str | int | web.Response], **how) -> StandIn:
         servers.append(StandIn(answer, **how))
         return servers[-1]
 

@@ -39,7 +39,10 @@ def test_exact(answer, said, worth):
         ('-4', '4', 0),
         ('14%', '0.14', 1),
         ('0.14', '14.5%', 1),
-        ('1,000', '1000', 1),
+        ('1,000', '1000', 0),  # as published, digits with commas are a text
+        ('1,000', '1,000', 1),
+        ('12', '12.', 1),
+        ('Blue', 'Blue.', 0),
         ('0', '0', 1),
         ('0', '0.0001', 0),
         ('2019', 'the year 2019', 0),
@@ -82,10 +85,14 @@ def test_vqa_score(same, worth):
         ('Two dogs', '2 dogs'),
         ('none', '0'),
         ('dont', "don't"),
-        ('shouldntve', "shouldn't've"),
+        ("shouldnt've", "shouldn't've"),
+        ('shouldntve', 'shouldntve'),
         ('its', 'its'),
+        ('lets', 'lets'),
         ('1,000', '1000'),
         ('red/blue', 'red blue'),
+        ('red / blue-green', 'red blue green'),
+        ('a;/b c/d', 'b c d'),
         ('3.50', '3.50'),
         ('yes, it is!', 'yes it is'),
     ],
@@ -117,7 +124,15 @@ CHOICES = {'A': 'a red car', 'B': 'a blue car', 'C': 'a car', 'D': '42'}
         ('B. a blue car', 'B'),
         ('The answer is B', 'B'),
         ('Answer: (C)', 'C'),
-        ('It is a blue car.', None),  # "a car" does not stand in it, but "A" begins nothing: see below
+        ('It is a blue car.', 'B'),
+        ('The answer is: A', 'A'),
+        ('**A**', 'A'),
+        ('A, because it is red', 'A'),
+        ('I choose A because it is red', 'A'),
+        ('The answer is A because it is red', 'A'),
+        ('A blue car', 'B'),
+        ('a car', 'C'),
+        ('A blue car and a red car', None),
         ('I think D', 'D'),
         ('42', 'D'),
         ('B or C', None),
@@ -126,9 +141,15 @@ CHOICES = {'A': 'a red car', 'B': 'a blue car', 'C': 'a car', 'D': '42'}
     ],
 )
 def test_multiple_choice(said, letter):
-    expected = 'B' if said == 'It is a blue car.' else letter
     for one in CHOICES:
-        assert points('choice', one, said, choices=CHOICES) == (one == expected)
+        assert points('choice', one, said, choices=CHOICES) == (one == letter)
+
+
+def test_a_choice_that_stands_in_another():
+    choices = {'A': 'car', 'B': 'red car'}
+    assert points('choice', 'B', 'Red car.', choices=choices) == 1
+    assert points('choice', 'A', 'red car', choices=choices) == 0
+    assert points('choice', 'B', 'It is a red car.', choices=choices) == 0  # or is it the first?
 
 
 def test_pope():
@@ -138,6 +159,16 @@ def test_pope():
     assert score('pope', questions, said) == pytest.approx(100 * 2 * 2 / (2 * 2 + 1 + 1))
     assert score('pope', questions, ['no'] * 6) == 0
     assert points('pope', 'No', 'yes or no') == 0
+
+
+def test_questions_of_pope_count_once_for_each_of_their_sets():
+    questions = [
+        question('Yes', '1', category='adversarial,popular,random'),
+        question('Yes', '2', category='random'),
+        question('No', '3', category='popular'),
+    ]
+    assert RULES['pope'].categories(questions[0]) == ['adversarial', 'popular', 'random']
+    assert score('pope', questions, ['yes', 'no', 'yes']) == pytest.approx(100 * 2 * 3 / (2 * 3 + 1 + 1))
 
 
 def test_mme():
@@ -174,6 +205,9 @@ def test_all_of_mme_is_2800():
         ('POPE', 'pope'),
         ('MME', 'mme'),
         ('MME_RealWorld', 'exact'),
+        ('MME-RealWorld', 'exact'),
+        ('OCRBench_v2', 'exact'),
+        ('ChartQAPro', 'exact'),
         ('mine', 'exact'),
     ],
 )

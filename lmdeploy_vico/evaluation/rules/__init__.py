@@ -22,10 +22,10 @@ RULES: dict[str, Rule] = {
 
 # The data sets of the paper and their like, by how VLMEvalKit's files are called.
 KNOWN = {
-    r'^(ChartQA|PlotQA)': RelaxedAccuracy.name,
+    r'^(ChartQA|PlotQA)(?!_?Pro)': RelaxedAccuracy.name,
     r'^(DocVQA|InfoVQA|InfographicVQA|ST-?VQA)': Anls.name,
     r'^(TextVQA|VQAv2|OKVQA|VizWiz)': VqaScore.name,
-    r'^OCRBench': Contains.name,
+    r'^OCRBench(?!_?v2)': Contains.name,
     r'^POPE': Pope.name,
     r'^MME($|_(?!RealWorld))': Mme.name,
 }

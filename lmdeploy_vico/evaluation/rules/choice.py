@@ -6,7 +6,9 @@ from lmdeploy_vico.evaluation.data import Question
 from lmdeploy_vico.evaluation.rules.rule import Rule
 from lmdeploy_vico.evaluation.rules.text import plain
 
-MARKED = r'(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?([A-Z])\b'
+MARKED = r'(?i:answer|option|choice)\s*(?:is)?\s*:?\s*[(\["\'*]*([A-Z])\b'
+# A capital letter by itself; but "A" may begin a sentence, and "I" may be who speaks.
+ALONE = r'(?<![\w\'])([B-HJ-Z]|[AI](?!\s+[a-z])|(?<=[a-z] )A)(?![\w\'])'
 
 
 class MultipleChoice(Rule):
@@ -30,11 +32,11 @@ def chosen(question: Question, said: str) -> str | None:
     led = re.match(r'[(\[]?([A-Z])[)\].:](?=\s|$)', said)
     if led and led[1] in choices:
         return led[1]
-    marked = {letter for letter in re.findall(MARKED, said, re.IGNORECASE) if letter in choices}
-    # A capital letter by itself; but "A" may begin a sentence, and "I" may be who speaks.
-    alone = {letter for letter in re.findall(r'(?<![\w\'])([B-HJ-Z])(?![\w\'])', said) if letter in choices}
+    whole = {letter for letter, text in choices.items() if plain(text) == plain(said) != ''}
+    marked = {letter for letter in re.findall(MARKED, said) if letter in choices}
+    alone = {letter for letter in re.findall(ALONE, said) if letter in choices}
     texts = {letter for letter, text in choices.items() if text.strip() and _says(said, text)}
-    for named in (marked, alone, texts):
+    for named in (whole, marked, alone, texts):
         if named:
             return named.pop() if len(named) == 1 else None
     return None

@@ -26,6 +26,10 @@ class Rule(ABC):
     def points(self, question: Question, said: str) -> float:
         """From 0, wrong, to 1, right."""
 
+    def categories(self, question: Question) -> Sequence[str]:
+        """Those that a question counts in."""
+        return [question.category] if question.category else []
+
     def statistics(self, questions: Sequence[Question], said: Sequence[str]) -> np.ndarray:
         """What the score is computed of, float64 ``[units, k]``, summed over the units.
 

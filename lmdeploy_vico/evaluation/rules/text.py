@@ -39,7 +39,7 @@ class RelaxedAccuracy(Rule):
         number, meant = _number(said), _number(wanted)
         if number is not None and meant:  # from 0 there is no relative distance
             return abs(number - meant) / abs(meant) <= self.TOLERANCE
-        return plain(said) == plain(wanted)
+        return said.strip().lower() == wanted.strip().lower()
 
 
 class Anls(Rule):
@@ -82,8 +82,8 @@ class Contains(Rule):
 
 
 def _number(text: str) -> float | None:
-    """The number that a text is; a percentage is a hundredth."""
-    text = text.strip().rstrip('.').replace(',', '')
+    """The number that a text is; a percentage is a hundredth. With commas between its digits it is none."""
+    text = text.strip()
     try:
         number = float(text.removesuffix('%')) / (100 if text.endswith('%') else 1)
     except ValueError:

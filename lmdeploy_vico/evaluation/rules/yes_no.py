@@ -27,16 +27,24 @@ class YesNo(Rule):
 
 
 class Pope(YesNo):
-    """POPE (Li et al. 2023): F1 of the answer yes, in percent."""
+    """POPE (Li et al. 2023): F1 of the answer yes, in percent.
+
+    Questions that are in several of its three sets name them with commas in between, and count once for each.
+    """
 
     name = 'pope'
     unit = 'F1 %'
+
+    def categories(self, question: Question) -> Sequence[str]:
+        """The sets that it is in."""
+        return [name.strip() for name in (question.category or '').split(',') if name.strip()]
 
     def statistics(self, questions: Sequence[Question], said: Sequence[str]) -> np.ndarray:
         """True positives, false positives and false negatives, ``[questions, 3]``."""
         wanted = np.array([question.answer.strip().lower() == 'yes' for question in questions])
         there = np.array([yes_or_no(answer) == 'yes' for answer in said])
-        return np.stack([wanted & there, ~wanted & there, wanted & ~there], axis=1).astype(np.float64)
+        times = np.array([[max(1, len(self.categories(question)))] for question in questions])
+        return times * np.stack([wanted & there, ~wanted & there, wanted & ~there], axis=1).astype(np.float64)
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         """Twice the true positives, by these and all mistakes."""

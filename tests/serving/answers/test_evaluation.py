@@ -2,16 +2,18 @@
 
 import csv
 import json
+import math
+from pathlib import Path
 
 import pytest
 from parity.conversations import data_url
+from parity.videos import moving_crops, read_video, write_video
 from serving.configurations import DEFAULT
 
 from lmdeploy_vico import cli
 
 MODES = ['none', 'auto', 'all', '0.5', 'random:0.4', 'image:0.5']
-
-pytestmark = DEFAULT
+FRAMES = 64
 
 
 @pytest.fixture
@@ -26,24 +28,86 @@ def data(pictures, tmp_path):
     return path, shown
 
 
-def evaluated(client, path, output, modes):
+def evaluate(target, path, output, modes, *arguments):
+    """The results by compression, and the answers to questions by their index and compression.
+
+    Args:
+        target: a server's address, or a checkpoint to serve.
+    """
+    where = '--model' if isinstance(target, Path) else '--base-url', str(target)
     files = '--data', str(path), '--output-file', str(output)
-    assert (
-        cli.main(['eval', '--base-url', client.server.url, *files, '--max-tokens', '2', '--compression', *modes]) == 0
-    )
-    return {line['compression']: line for line in json.loads(output.read_text())['results']}
+    assert cli.main(['eval', *where, *files, '--compression', *modes, *arguments]) == 0
+    results = {line['compression']: line for line in json.loads(output.read_text())['results']}
+    _, *lines = output.with_name(f'{output.name}.answers.jsonl').read_text().splitlines()
+    answers = {(line['index'], line['compression']): line for line in map(json.loads, lines)}
+    return results, answers
 
 
+@DEFAULT
 def test_shares_of_compressed_tiles(client, judge, data, tmp_path):
     path, shown = data
-    found = evaluated(client, path, tmp_path / 'one.json', MODES)
+    found, answers = evaluate(client.server.url, path, tmp_path / 'one.json', MODES, '--max-tokens', '2')
+    tokens = {}
     for mode in MODES:
         compression = float(mode) if mode == '0.5' else mode
-        tiles = [tokens for one in shown for tokens in judge().reference.encode([one], compression)[0].tile_tokens]
-        assert found[mode]['tiles'] == len(tiles)
-        assert found[mode]['compressed_tiles'] == tiles.count(64), mode
-    assert 0 < found['random:0.4']['compressed_tiles'] < found['all']['compressed_tiles']
-    again = evaluated(client, path, tmp_path / 'other.json', MODES[::-1])
-    assert {mode: line['compressed_tiles'] for mode, line in again.items()} == {
-        mode: line['compressed_tiles'] for mode, line in found.items()
-    }
+        tokens[mode] = [judge().reference.encode([one], compression)[0].tile_tokens for one in shown]
+        assert [answers[str(n), mode]['image_tokens'] for n in range(len(shown))] == list(map(sum, tokens[mode])), mode
+        assert found[mode]['tiles'] == sum(map(len, tokens[mode]))
+        assert found[mode]['compressed_tiles'] == sum(one.count(64) for one in tokens[mode]), mode
+    for random, one in zip(tokens['random:0.4'], tokens['none'], strict=True):
+        assert random.count(64) == math.floor(0.4 * len(one) + 0.5)
+    again, _ = evaluate(client.server.url, path, tmp_path / 'other.json', MODES[::-1], '--max-tokens', '2')
+    alone, _ = evaluate(
+        client.server.url, path, tmp_path / 'alone.json', MODES, '--max-tokens', '2', '--max-concurrency', '1'
+    )
+    for other in (again, alone):
+        assert {mode: other[mode]['compressed_tiles'] for mode in MODES} == {
+            mode: found[mode]['compressed_tiles'] for mode in MODES
+        }
+
+
+@DEFAULT
+def test_a_video_with_subtitles_and_without(client, judge, pictures, tmp_path):
+    frames = moving_crops(pictures['page'], 70, step=(1, 1)) + moving_crops(pictures['rocket'], 30)
+    video = write_video(tmp_path / 'clip.mp4', frames)
+    path = tmp_path / 'videos.tsv'
+    path.write_text(
+        'index\tvideo\tsubtitles\tquestion\tcandidates\tanswer\n'
+        "0\tclip\tWe are landing now.\tWhat flies?\t['A. A rocket.', 'B. A page.']\tA\n"
+    )
+    shown = read_video(video, FRAMES)
+    # A video is routed as a whole, a frame is one tile.
+    encoded = judge().reference.encode(shown, 'auto', max_tiles=[1] * FRAMES, videos=[0] * FRAMES)
+    routed = [tokens for frame in encoded for tokens in frame.tile_tokens]
+    assert {64, 256} == set(routed)
+    modes = ['none', 'auto', 'all']
+    seen = {}
+    for name, arguments in {'without': [], 'with': ['--subtitles']}.items():
+        results, answers = evaluate(
+            client.server.url, path, tmp_path / f'{name}.json', modes, '--max-tokens', '2', *arguments
+        )
+        assert [results[mode]['tiles'] for mode in modes] == [FRAMES] * 3
+        assert results['none']['compressed_tiles'] == 0 and results['all']['compressed_tiles'] == FRAMES
+        assert answers['0', 'auto']['image_tokens'] == sum(routed)
+        assert results['auto']['compressed_tiles'] == routed.count(64)
+        seen[name] = answers
+    said = 'Subtitles of the video:\nWe are landing now.\n'
+    for mode in modes:
+        more = seen['with']['0', mode]['prompt_tokens'] - seen['without']['0', mode]['prompt_tokens']
+        assert more > len(said.split()), mode
+
+
+def test_answers_of_a_plain_internvl_server(serve, make_checkpoint, data, tmp_path):
+    """The ViCO checkpoint at ``none`` answers as the InternVL model with the same weights in LMDeploy's own classes."""
+    path, _ = data
+    # In float32, in which no rounding decides between nearly equal tokens.
+    vico, plain = (make_checkpoint(flash=flash, dtype='float32') for flash in (True, False))
+    arguments = ['none'], '--max-tokens', '12'
+    counted, ours = evaluate(vico, path, tmp_path / 'vico.json', *arguments)
+    server = serve(plain, '--trust-remote-code', LMDEPLOY_VICO='cpu')
+    uncounted, theirs = evaluate(server.url, path, tmp_path / 'plain.json', *arguments)
+    # Only the plugin says what of a prompt is visual.
+    assert (counted['none']['compressed_tiles'], uncounted['none']['tiles']) == (0, None)
+    said = [{key: (one['text'], one['prompt_tokens']) for key, one in answers.items()} for answers in (ours, theirs)]
+    assert len(set(said[0].values())) == 3 and all(text for text, _ in said[0].values())
+    assert said[0] == said[1]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, env, eval, options, tiny
+from lmdeploy_vico.cli import bench, demo, documents, env, eval, options, tiny
 from lmdeploy_vico.cli.errors import CommandError
 
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_parser(commands)
     env.add_parser(commands)
     demo.add_parser(commands)
+    documents.add_parser(commands)
     bench.add_parser(commands)
     eval.add_parser(commands)
     return whole

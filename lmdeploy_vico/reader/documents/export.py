@@ -1,0 +1,71 @@
+"""Writes documents as a data set of `lmdeploy-vico eval`: VLMEvalKit's tab-separated form."""
+
+import base64
+import csv
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lmdeploy_vico.reader.documents.codes import Split
+from lmdeploy_vico.reader.documents.page import KINDS, Page, make_page
+
+FIRST_TRAINING_SEED = 1000  # documents of lower seeds are never trained on
+COLUMNS = ('index', 'image', 'question', 'answer', 'category')
+
+
+def pages(seed: int, kinds: Sequence[str], tiles: Sequence[int]) -> Iterator[Page]:
+    """Return pictures without end, the same ones for the same arguments, with codes that are withheld from training.
+
+    Args:
+        seed: of what is drawn, below :data:`FIRST_TRAINING_SEED`.
+        kinds: of tiles.
+        tiles: how many tiles the pictures have, in turn.
+
+    Raises:
+        ValueError: a seed that is for training.
+    """
+    if not 0 <= seed < FIRST_TRAINING_SEED:
+        raise ValueError(f'The seed has to be from 0 to {FIRST_TRAINING_SEED - 1}: others are for training.')
+    rng = np.random.default_rng(seed)
+    return (
+        make_page(rng, [str(kind) for kind in rng.choice(kinds, count)], Split.TEST) for count in itertools.cycle(tiles)
+    )
+
+
+def write_questions(
+    path: Path, seed: int, count: int, kinds: Sequence[str] = KINDS, tiles: Sequence[int] = (1, 3, 5)
+) -> int:
+    """Write ``count`` questions; each picture stands in the first of its rows, the others name that row.
+
+    Returns:
+        How many pictures there are.
+
+    Raises:
+        ValueError: a seed that is for training.
+        OSError: the file cannot be written.
+    """
+    written = pictures = 0
+    source = pages(seed, kinds, tiles)
+    with path.open('w', newline='', encoding='utf-8') as file:
+        rows = csv.writer(file, delimiter='\t', lineterminator='\n')
+        rows.writerow(COLUMNS)
+        while written < count:
+            page = next(source)
+            asked = page.questions[: count - written]
+            for number, question in enumerate(asked):
+                image = png(page) if number == 0 else str(written)
+                rows.writerow([written + number, image, question.text, question.answer, question.kind])
+            written += len(asked)
+            pictures += bool(asked)
+    return pictures
+
+
+def png(page: Page) -> str:
+    """Return the picture as PNG, in base64."""
+    file = io.BytesIO()
+    Image.fromarray(page.pixels).save(file, 'PNG')
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,59 @@
+"""The data set of documents, and its command."""
+
+import base64
+import io
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmdeploy_vico.cli import main
+from lmdeploy_vico.evaluation.data import read
+from lmdeploy_vico.reader.documents.export import pages, write_questions
+
+
+def picture(question):
+    [encoded] = question.pictures
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+
+
+def test_eval_reads_what_is_written(tmp_path):
+    path = tmp_path / 'documents.tsv'
+    count = write_questions(path, seed=3, count=25)
+    questions = read(path).questions
+    assert len(questions) == 25
+    drawn = pages(3, ['fine', 'medium', 'large', 'shape', 'photo'], [1, 3, 5])
+    expected = list(itertools.islice(((question, page) for page in drawn for question in page.questions), 25))
+    assert count == len({id(page) for _, page in expected})
+    for found, (question, page) in zip(questions, expected, strict=True):
+        assert (found.text, found.answer, found.category) == (question.text, question.answer, question.kind)
+        assert np.array_equal(picture(found), page.pixels)
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / 'fine.tsv'
+    assert main(['documents', str(path), '--count', '7', '--kinds', 'fine', '--tiles', '2']) == 0
+    questions = read(path).questions
+    assert {question.category for question in questions} == {'fine'} and picture(questions[0]).shape == (448, 896, 3)
+    assert '7 questions about' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'arguments, sentence',
+    [
+        (['--seed', '1000'], '--seed: The seed has to be from 0 to 999'),
+        (['--kinds', 'tiny'], "--kinds: 'tiny' is none of fine, medium, large, shape, photo."),
+        (['--tiles', '7'], '--tiles: 7 is none of 1, 2, 3, 4, 5, 6.'),
+        (['--count', '0'], '--count: at least 1 question.'),
+    ],
+)
+def test_refused(tmp_path, capsys, arguments, sentence):
+    assert main(['documents', str(tmp_path / 'x.tsv'), *arguments]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / 'x.tsv').exists()
+
+
+def test_a_file_that_cannot_be_written(tmp_path, capsys):
+    assert main(['documents', str(tmp_path / 'missing' / 'x.tsv'), '--count', '1']) == 1
+    assert 'cannot be written: No such file or directory' in capsys.readouterr().err

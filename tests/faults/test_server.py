@@ -36,7 +36,7 @@ MEMORY = 2**28  # bytes for what clients send
 # MiB beyond that: allocators, thread stacks, and what the engine takes for a batch of tokens and grammars.
 API_SLACK, ENGINE_SLACK = 128, 256
 # MiB that allocators and the cache of encoded tiles may keep, and threads of pools that were not full. Measured after
-# 17,000 requests: 97 MiB, 38 of them in the cache, and no more after 5,000 further ones.
+# 17,000 requests: 97 MiB, 38 of them in the cache, and no more after 4,400 further ones.
 LEFT = {'memory': 128, 'threads': 24}
 SESSION_LEN = '512'  # tokens: a request for as many as there is room for ends soon
 

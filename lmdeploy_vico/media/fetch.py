@@ -5,18 +5,21 @@ leaves takes its fetches with it, as they are cancelled.
 """
 
 import asyncio
+import io
 import ipaddress
 import socket
 import urllib.request
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from lmdeploy_vico.media.errors import MediaError
+from lmdeploy_vico.media.resolver import Address, Resolver
 from lmdeploy_vico.media.sources import is_web_url, too_large
 
 REDIRECTS = 3
@@ -30,10 +33,11 @@ HEADERS = {
     'Accept-Encoding': 'identity',
 }
 BLOCKED = 'URL is blocked for security reasons: '
+_client: ContextVar[str] = ContextVar('client', default='')  # for whom this task fetches; aiohttp resolves by itself
 
 
 class Fetcher:
-    """Fetches for one server. Sessions belong to the event loop that used it first.
+    """Fetches for one server, in one event loop at a time. Connections are shared by fetches that overlap.
 
     Args:
         limit: bytes of a file, as it is after decompression.
@@ -44,6 +48,8 @@ class Fetcher:
         self._limit, self._seconds = limit, seconds
         self._turns: dict[str, tuple[asyncio.Semaphore, int]] = {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._fetches = 0  # under way
+        self._names = _PublicNames(Resolver())
 
     async def fetch(
         self,
@@ -64,7 +70,8 @@ class Fetcher:
             MediaError: it cannot be fetched, is too large, or takes too long. The text says nothing of the network.
         """
         allowed = {host.lower() for host in allowed_hosts} if allowed_hosts else None
-        async with self._turn(client):
+        _client.set(client)
+        async with self._turn(client), self._connections():
             try:
                 return await asyncio.wait_for(self._follow(url, allowed, received), self._seconds)
             except asyncio.TimeoutError:  # Python 3.10 has another of that name
@@ -90,7 +97,7 @@ class Fetcher:
 
     async def _follow(self, url: str, allowed: Collection[str] | None, received: Callable[[int], None]) -> bytes:
         for _ in range(REDIRECTS + 1):
-            proxy = await _check(url, allowed)
+            proxy = await self._check(url, allowed)
             session = self._session(proxied=proxy is not None)
             async with session.get(url, headers=HEADERS, proxy=proxy, allow_redirects=False) as response:
                 if response.status in (301, 302, 303, 307, 308):
@@ -104,8 +111,8 @@ class Fetcher:
     def _session(self, proxied: bool) -> aiohttp.ClientSession:
         """The session for direct connections, which connects to public addresses only, or that for proxies."""
         session = self._sessions.get(proxied)
-        if session is None or session.closed:
-            connector = aiohttp.TCPConnector(limit=0, resolver=None if proxied else _PublicResolver())
+        if session is None:
+            connector = aiohttp.TCPConnector(limit=0, resolver=None if proxied else self._names)
             # One deadline holds for all of a fetch; aiohttp's own would begin anew with every redirect.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._seconds)
             session = self._sessions[proxied] = aiohttp.ClientSession(
@@ -117,64 +124,81 @@ class Fetcher:
         if response.content_length is not None and response.content_length > self._limit:
             raise too_large(self._limit)
         decoded = _decoder(response.headers.get('Content-Encoding', '').strip().lower())
-        data = bytearray()
+        data = io.BytesIO()  # whose bytes are had without another copy, unlike a bytearray's
         async for piece in response.content.iter_chunked(PIECE):
             for part in decoded(piece):
-                if len(data) + len(part) > self._limit:
+                if data.tell() + len(part) > self._limit:
                     raise too_large(self._limit)
                 received(len(part))
-                data += part
-        return bytes(data)
+                data.write(part)
+                await asyncio.sleep(0)  # a small piece may become very many parts: others have their turns in between
+        return data.getvalue()
 
-    async def close(self) -> None:
-        """Close all connections."""
-        for session in self._sessions.values():
-            await session.close()
+    async def _check(self, url: str, allowed: Collection[str] | None) -> str | None:
+        """Refuse what must not be fetched; returns the proxy that the environment names for it, if there is one."""
+        parts = urlsplit(url)
+        if not is_web_url(url):
+            raise MediaError(f'{BLOCKED}the scheme is neither http nor https.')
+        host = (parts.hostname or '').lower()
+        if not host:
+            raise MediaError(f'{BLOCKED}it names no host.')
+        if allowed is not None and host not in allowed:
+            raise MediaError(f'The URL must be from one of the allowed domains: {", ".join(sorted(allowed))}.')
+        await self._names.addresses(host, parts.port or PORTS[parts.scheme.lower()])
+        if urllib.request.proxy_bypass(host):
+            return None
+        return urllib.request.getproxies().get(parts.scheme.lower())
+
+    @asynccontextmanager
+    async def _connections(self) -> AsyncIterator[None]:
+        """Close all connections when the last fetch has ended: nobody else could, in their event loop."""
+        self._fetches += 1
+        try:
+            yield
+        finally:
+            self._fetches -= 1
+            if not self._fetches:
+                sessions, self._sessions = self._sessions, {}
+                for session in sessions.values():
+                    await session.close()
+
+    def close(self) -> None:
+        """Look up nothing any more."""
+        self._names.end()
 
 
-async def _check(url: str, allowed: Collection[str] | None) -> str | None:
-    """Refuse what must not be fetched; returns the proxy that the environment names for it, if there is one."""
-    parts = urlsplit(url)
-    if not is_web_url(url):
-        raise MediaError(f'{BLOCKED}the scheme is neither http nor https.')
-    host = (parts.hostname or '').lower()
-    if not host:
-        raise MediaError(f'{BLOCKED}it names no host.')
-    if allowed is not None and host not in allowed:
-        raise MediaError(f'The URL must be from one of the allowed domains: {", ".join(sorted(allowed))}.')
-    await _public_addresses(host, parts.port or PORTS[parts.scheme.lower()])
-    if urllib.request.proxy_bypass(host):
-        return None
-    return urllib.request.getproxies().get(parts.scheme.lower())
-
-
-class _PublicResolver(AbstractResolver):
+class _PublicNames(AbstractResolver):
     """Resolves hosts to public addresses, or not at all."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+
+    async def addresses(self, host: str, port: int) -> Sequence[Address]:
+        """The addresses of a host; raises MediaError unless all of them are public."""
+        try:
+            addresses = await self._resolver.addresses(host, port, _client.get())
+        except (OSError, UnicodeError):
+            raise MediaError(f'{BLOCKED}Hostname resolution failed') from None
+        for _, address in addresses:
+            if not _is_public(ipaddress.ip_address(address.partition('%')[0])):
+                raise MediaError(f'{BLOCKED}the host is not on the public internet.')
+        return addresses
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
-            for kind, address in await _public_addresses(host, port)
+            for kind, address in await self.addresses(host, port)
             if family in (socket.AF_UNSPEC, kind)
         ]
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """Nothing: a session that is closed leaves the threads to the next one."""
 
-
-async def _public_addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
-    """The addresses of a host; raises MediaError unless all of them are public."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise MediaError(f'{BLOCKED}Hostname resolution failed') from None
-    addresses: list[tuple[socket.AddressFamily, str]] = [(kind, str(address[0])) for kind, _, _, _, address in found]
-    for _, address in addresses:
-        if not _is_public(ipaddress.ip_address(address.partition('%')[0])):
-            raise MediaError(f'{BLOCKED}the host is not on the public internet.')
-    return addresses
+    def end(self) -> None:
+        """Look up nothing any more."""
+        self._resolver.close()
 
 
 def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

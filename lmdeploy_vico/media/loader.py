@@ -163,7 +163,8 @@ class MediaLoader:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     def close(self) -> None:
-        """End what decodes; connections end with their event loop."""
+        """End what decodes and what fetches."""
+        self._fetcher.close()
         self._decoder.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 

@@ -40,7 +40,9 @@ class DataUrl:
         """
         if not self.base64:
             _require_size(len(self.data) // 3, limit)
-            return urllib.parse.unquote_to_bytes(self.data)
+            data = urllib.parse.unquote_to_bytes(self.data)
+            _require_size(len(data), limit)
+            return data
         return decode_base64(self.data, limit)
 
     def decode_parts(self, limit: int) -> list[bytes]:
@@ -79,7 +81,7 @@ def decode_base64(text: str, limit: int) -> bytes:
     Raises:
         MediaError: it is none, or has more than ``limit`` bytes.
     """
-    _require_size(len(text) // 4 * 3, limit)
+    _require_size(len(text) // 12 * 3, limit)  # each character may be written with three
     if '%' in text:
         text = urllib.parse.unquote(text)
     if '\n' in text or '\r' in text or '\t' in text:
@@ -92,9 +94,11 @@ def decode_base64(text: str, limit: int) -> bytes:
         raise MediaError('The base64 of a data URL mixes two alphabets: "+" and "/" with "-" and "_".')
     text = text.rstrip('=')
     try:
-        return pybase64.b64decode(text + '=' * (-len(text) % 4), altchars=alphabet, validate=True)
+        data = pybase64.b64decode(text + '=' * (-len(text) % 4), altchars=alphabet, validate=True)
     except ValueError:  # binascii.Error is one, and so is what a character beyond ASCII raises
         raise MediaError('The base64 of a data URL is damaged or truncated: it cannot be decoded.') from None
+    _require_size(len(data), limit)
+    return data
 
 
 def read_file(url: str, root: Path | None, limit: int) -> bytes:

@@ -6,8 +6,8 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import aiohttp
 
@@ -15,7 +15,7 @@ CHAT = '/v1/chat/completions'
 TIMEOUT = 300  # seconds for any answer: a longer one is a hang
 LONGEST_REPORT = 300  # characters of an answer in the list of faults
 PATIENCE = (0.01, 0.1, 0.5, 2)  # seconds, one of which a client waits before it leaves
-AT_ONCE = 8  # clients that leave
+EVERY = 0.05  # seconds between two looks at how many answers there are
 AGAIN = 0.5  # seconds until a client that was refused asks again
 HEADERS = {'Content-Type': 'application/json', 'anthropic-version': '2023-06-01'}
 Hostile = tuple[str, bytes] | tuple[str, bytes, str]  # its name, its body, and its path unless that is CHAT
@@ -56,7 +56,8 @@ class GoodClients:
         may_fail: whether a request may be refused with 503 or lose its connection, as when the server is started again.
 
     Attributes:
-        seconds: of every answer, for each question.
+        quiet: seconds of every answer while there was no fault, for each question.
+        beside: the same of those during which there was one, if only for a while.
         faults: what went wrong.
         refused: requests that failed as they may.
     """
@@ -64,10 +65,30 @@ class GoodClients:
     def __init__(self, url: Callable[[], str], bodies: list[bytes], count: int, may_fail: bool = False) -> None:
         self._url, self._bodies, self._count, self._may_fail = url, bodies, count, may_fail
         self.answers: list[str] = []
-        self.seconds: list[list[float]] = [[] for _ in bodies]
+        self.quiet: list[list[float]] = [[] for _ in bodies]
+        self.beside: list[list[float]] = [[] for _ in bodies]
         self.faults: list[str] = []
         self.refused: Counter[str] = Counter()
-        self._ended = False
+        self._ended = self._fault = False
+        self._begun = 0  # faults so far
+
+    @contextmanager
+    def fault(self) -> Iterator[None]:
+        """Something happens inside of this block that should do the clients no harm."""
+        self._fault, self._begun = True, self._begun + 1
+        try:
+            yield
+        finally:
+            self._fault = False
+
+    def answered(self) -> int:
+        return sum(map(len, self.quiet)) + sum(map(len, self.beside))
+
+    async def some_quiet(self, count: int) -> None:
+        """Wait for so many more answers without a fault, if there is none now."""
+        wanted = sum(map(len, self.quiet)) + count
+        while sum(map(len, self.quiet)) < wanted:
+            await asyncio.sleep(EVERY)
 
     async def learn(self, asked: aiohttp.ClientSession) -> None:
         """Take the answers that are given now as the right ones."""
@@ -91,7 +112,7 @@ class GoodClients:
     async def _client(self, asked: aiohttp.ClientSession, number: int) -> None:
         while not self._ended:
             which = number % len(self._bodies)
-            began = time.monotonic()
+            began, fault, faults = time.monotonic(), self._fault, self._begun
             try:
                 status, text = await ask(asked, self._url(), self._bodies[which])
             except (aiohttp.ClientError, TimeoutError) as error:
@@ -100,7 +121,8 @@ class GoodClients:
             if status != 200:
                 await self._fail(f'{status} {text[:LONGEST_REPORT]}', allowed=status == 503)
             else:
-                self.seconds[which].append(time.monotonic() - began)
+                noted = self.beside if fault or faults != self._begun else self.quiet
+                noted[which].append(time.monotonic() - began)
                 if self._choices(text) != self.answers[which]:
                     self.faults.append(f'another answer to question {which}: {text[:LONGEST_REPORT]}')
             number += 1
@@ -152,9 +174,8 @@ class HostileClients:
             self.faults.append(f'{name}: {status} {text[:LONGEST_REPORT]}')
 
 
-async def leave(asked: aiohttp.ClientSession, url: str, bodies: list[bytes], count: int, seed: int) -> int:
-    """Ask for long answers and close the connection at some point; return how many left before the end."""
-    rng = random.Random(seed)
+async def leave(asked: aiohttp.ClientSession, url: str, bodies: Sequence[bytes], rng: random.Random) -> int:
+    """Ask for long answers at once and close each connection at some point; return how many left before the end."""
     left = 0
 
     async def client(body: bytes, patience: float) -> None:
@@ -164,11 +185,5 @@ async def leave(asked: aiohttp.ClientSession, url: str, bodies: list[bytes], cou
         except (TimeoutError, asyncio.TimeoutError):  # Python 3.10 has two of that name
             left += 1
 
-    waiting = iter([(bodies[number % len(bodies)], rng.choice(PATIENCE)) for number in range(count)])
-
-    async def one_after_the_other() -> None:
-        for body, patience in waiting:
-            await client(body, patience)
-
-    await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))
+    await asyncio.gather(*(client(body, rng.choice(PATIENCE)) for body in bodies))
     return left

@@ -104,7 +104,7 @@ def fetch(url, limit=LIMIT, seconds=HANG, **options):
         try:
             return await fetcher.fetch(url, **options)
         finally:
-            await fetcher.close()
+            fetcher.close()
 
     return asyncio.run(run())
 
@@ -166,10 +166,10 @@ def test_a_name_cannot_change_what_it_stands_for(monkeypatch):
     """The address is looked up again to connect: what is connected to is checked as well."""
     answers = iter([ADDRESS, '127.0.0.1'])
 
-    async def getaddrinfo(self, host, port, **options):
+    def getaddrinfo(host, port, **options):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (next(answers), port))]
 
-    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, 'getaddrinfo', getaddrinfo)
+    monkeypatch.setattr('lmdeploy_vico.media.resolver.socket.getaddrinfo', getaddrinfo)
     monkeypatch.setattr('urllib.request.getproxies', dict)
     with pytest.raises(MediaError, match='the host is not on the public internet'):
         fetch('http://example.com/whole')
@@ -217,7 +217,7 @@ def test_a_fetch_ends_when_nobody_waits(internet):
         await asyncio.gather(*fetches, return_exceptions=True)
         await until(lambda: internet.open == 0)
         assert fetcher._turns == {}
-        await fetcher.close()
+        fetcher.close()
 
     asyncio.run(run())
 
@@ -227,3 +227,40 @@ async def until(true):
     while not true():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+def test_others_have_their_turns_while_a_file_is_inflated(internet):
+    """A small compressed piece becomes many parts."""
+    turns, seen = 0, []
+
+    async def run():
+        nonlocal turns
+        fetcher = Fetcher(LIMIT, HANG)
+        task = asyncio.ensure_future(fetcher.fetch(internet.url('zeros'), received=lambda size: seen.append(turns)))
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        data = await task
+        fetcher.close()
+        return data
+
+    assert asyncio.run(run()) == bytes(LIMIT)
+    assert len(seen) >= 4 and len(set(seen)) == len(seen)
+
+
+def test_no_connection_outlives_the_fetches(internet):
+    async def run():
+        fetcher = Fetcher(LIMIT, HANG)
+        await asyncio.gather(*(fetcher.fetch(internet.url('whole')) for _ in range(4)))
+        dripping = asyncio.ensure_future(fetcher.fetch(internet.url('dripping')))
+        while not internet.open:
+            await asyncio.sleep(0)
+        assert await fetcher.fetch(internet.url('whole')) == DATA
+        [session] = fetcher._sessions.values()
+        assert not session.closed
+        dripping.cancel()
+        await asyncio.gather(dripping, return_exceptions=True)
+        assert session.closed and not fetcher._sessions
+        fetcher.close()
+
+    asyncio.run(run())

@@ -157,3 +157,17 @@ def test_a_pipe_waits_for_nobody(root):
 def test_a_large_file(root):
     with pytest.raises(MediaError, match='a file of more than 100 bytes'):
         read_file(str(root / 'a b.png'), root, 100)
+
+
+@pytest.mark.parametrize(
+    'url',
+    ['data:,' + 'x' * 11, 'data:,' + '\U0001f600' * 3, 'data:;base64,' + 'eHh4' * 4],
+    ids=['ascii', 'emoji', 'base64'],
+)
+def test_the_limit_is_that_of_the_decoded_bytes(url):
+    with pytest.raises(MediaError, match='more than 10 bytes'):
+        parse_data_url(url).decode(10)
+
+
+def test_escapes_count_once():
+    assert parse_data_url('data:;base64,' + '%65%48%68%34' * 3).decode(9) == b'xxx' * 3

@@ -90,7 +90,7 @@ class DisconnectMiddleware:
         request = ServedRequest(client=client_of(scope), body=share)
         with share.in_use():  # the body is kept until the answer has been sent
             try:
-                body = await read_body(scope['headers'], receive, share, self._bounds.max_body_bytes)
+                body = await read_body(scope['headers'], receive, share, self._bounds, request.client)
             except RequestError as error:
                 await protocol_error_response(scope['path'], error)(scope, receive, send)
                 return

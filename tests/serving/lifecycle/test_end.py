@@ -79,8 +79,13 @@ def started(serve, make_checkpoint):
     return start
 
 
-def test_the_engine_is_killed(started):
+def test_the_engine_is_stopped_and_killed(started):
     server, children, engine = started()
+    engine.suspend()
+    _, headers, text = ask_until(server, 503)
+    assert headers['Retry-After'] == '5' and 'SIGCONT' in text
+    engine.resume()
+    ask_until(server, 200)
     streaming, waiting = Asked(server, body()), Asked(server, body(stream=False))
     assert streaming.begun.wait(HANG)
     engine.kill()
@@ -124,16 +129,6 @@ def test_a_server_is_killed(started):
     os.kill(server.pid, signal.SIGKILL)
     server.wait_until_ended()
     assert psutil.wait_procs(children, HANG)[1] == []
-
-
-def test_the_engine_is_stopped(started):
-    server, _, engine = started()
-    engine.suspend()
-    _, headers, text = ask_until(server, 503)
-    assert headers['Retry-After'] == '5' and 'SIGCONT' in text
-    engine.resume()
-    ask_until(server, 200)
-    assert ask(server, sent=body(stream=False, tokens=4))[0] == 200
 
 
 def test_a_rank_is_killed(started):

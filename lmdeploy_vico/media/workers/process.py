@@ -82,8 +82,7 @@ def _limit_time(seconds: float) -> None:
 
 def _picture(channel: socket.socket, data: bytes, options: dict[str, Any]) -> None:
     picture = pictures.Picture(data, PictureOptions(**options))
-    width, height = picture.size
-    if _may_decode(channel, picture.size, 1, width * height * pictures.DECODING):
+    if _may_decode(channel, picture.size, 1, picture.memory):
         file = anonymous_memory('pixels')
         try:
             picture.write(file)

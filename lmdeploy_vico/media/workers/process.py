@@ -3,6 +3,7 @@
 It holds nothing that another request could be harmed by, and may be killed at any time. It ends when the server does.
 """
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -11,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from lmdeploy_vico.media.decoding import pictures, videos
@@ -57,48 +59,75 @@ def _limit_memory(size: int) -> None:
 def _serve(channel: socket.socket) -> None:
     """Decode one file."""
     request, [file] = receive(channel)
+    _limit_time(request['seconds'])
+    answer, pixels = _answer(channel, file, request)
+    # Before the server knows that this file is done: the limit must not end this process at the next one.
+    _limit_time(None)
+    with contextlib.ExitStack() as stack:
+        for descriptor in pixels:
+            stack.callback(os.close, descriptor)
+        if answer:
+            send(channel, answer, pixels)
+
+
+def _limit_time(seconds: float | None) -> None:
+    """Have the kernel end this process when it has computed for so much longer. Waiting for a processor is free.
+
+    Args:
+        seconds: of processor time; None for any number.
+    """
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit = most
+    if seconds is not None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, most))
+
+
+def _answer(channel: socket.socket, file: int, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """What is said of a file in the end, and the descriptor of its pixels; nothing where there is no room for them."""
     try:
         with os.fdopen(file, 'rb') as stream:
             data = stream.read()
-        _limit_time(request['seconds'])
         decode = _picture if request['kind'] == 'picture' else _video
-        decode(channel, data, request['options'])
+        return decode(channel, data, request['options'])
     except MediaError as error:
-        send(channel, {'error': str(error)})
+        return {'error': str(error)}, []
     except MemoryError:
-        send(channel, {'error': 'The image or video is too large to be decoded: the memory does not suffice.'})
+        return {'error': 'The image or video is too large to be decoded: the memory does not suffice.'}, []
     except ChannelClosedError:
         raise
     except Exception as error:  # decoders raise whatever their arithmetic makes of damaged bytes
-        send(channel, {'error': f'The image or video is damaged: it cannot be decoded ({type(error).__name__}).'})
+        return {'error': f'The image or video is damaged: it cannot be decoded ({type(error).__name__}).'}, []
 
 
-def _limit_time(seconds: float) -> None:
-    """Have the kernel end this process when it has computed for so much longer. Waiting for a processor is free."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    limit = math.ceil(used.ru_utime + used.ru_stime + seconds)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def _picture(channel: socket.socket, data: bytes, options: dict[str, Any]) -> None:
+def _picture(channel: socket.socket, data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     picture = pictures.Picture(data, PictureOptions(**options))
-    if _may_decode(channel, picture.size, 1, picture.memory):
-        file = anonymous_memory('pixels')
-        try:
-            picture.write(file)
-            send(channel, {'count': 1}, [file])
-        finally:
-            os.close(file)
+    if not _may_decode(channel, picture.size, 1, picture.memory):
+        return {}, []
+    with _new_memory('pixels') as file:
+        picture.write(file)
+    return {'count': 1}, [file]
 
 
-def _video(channel: socket.socket, data: bytes, options: dict[str, Any]) -> None:
+def _video(channel: socket.socket, data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     video = videos.Video(data, VideoOptions(**options))
-    if _may_decode(channel, video.size, video.count, video.memory):
-        file = anonymous_memory('frames')
-        try:
-            send(channel, {'count': video.write(file)}, [file])
-        finally:
-            os.close(file)
+    if not _may_decode(channel, video.size, video.count, video.memory):
+        return {}, []
+    with _new_memory('frames') as file:
+        count = video.write(file)
+    return {'count': count}, [file]
+
+
+@contextlib.contextmanager
+def _new_memory(name: str) -> Iterator[int]:
+    """Yield a descriptor of memory, which is closed if the block fails."""
+    file = anonymous_memory(name)
+    try:
+        yield file
+    except BaseException:
+        os.close(file)
+        raise
 
 
 def _may_decode(channel: socket.socket, size: tuple[int, int], count: int, memory: int) -> bool:

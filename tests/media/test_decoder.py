@@ -230,10 +230,25 @@ def test_a_process_that_was_killed_is_replaced(decoder):
         np.testing.assert_array_equal(np.asarray(picture(one)), pillow(PICTURE))
 
 
-def test_a_file_at_which_processes_end_is_refused(decoder, monkeypatch):
-    monkeypatch.setattr('lmdeploy_vico.media.workers.worker.MODULE', 'lmdeploy_vico.media.workers.no_such_program')
-    with pytest.raises(MediaError, match='it ends what decodes it'):
-        picture(decoder(1))
+def test_closing_ends_what_is_being_decoded_and_starts_nothing(decoder):
+    one = decoder(1, picture_seconds=1000)
+    budget = MemoryBudget(10**9)
+
+    async def run():
+        share = MemoryShare(budget)
+        with share.in_use():
+            slow = asyncio.ensure_future(one.picture(slow_picture(), PictureOptions(), share))
+            waiting = asyncio.ensure_future(one.picture(PICTURE, PictureOptions(), share, client='other'))
+            deadline = time.monotonic() + HANG
+            while not budget.taken:  # it is being decoded
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            one.close()
+            return await asyncio.gather(slow, waiting, return_exceptions=True)
+
+    for error in asyncio.run(run()):
+        assert isinstance(error, MediaBusyError) and 'shutting down' in str(error)
+    assert children() == []
 
 
 @pytest.mark.busy(times=10)

@@ -18,7 +18,7 @@ from typing import Any
 from lmdeploy_vico.media.decoding import pictures, videos
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
-from lmdeploy_vico.media.workers.channel import ChannelClosedError, anonymous_memory, receive, send
+from lmdeploy_vico.media.workers.channel import ChannelClosedError, anonymous_memory, close, receive, seal, send
 
 PR_SET_PDEATHSIG = 1
 SLACK = 1 << 30  # bytes of address space for libraries that are loaded later, and their threads
@@ -63,11 +63,11 @@ def _serve(channel: socket.socket) -> None:
     answer, pixels = _answer(channel, file, request)
     # Before the server knows that this file is done: the limit must not end this process at the next one.
     _limit_time(None)
-    with contextlib.ExitStack() as stack:
-        for descriptor in pixels:
-            stack.callback(os.close, descriptor)
+    try:
         if answer:
             send(channel, answer, pixels)
+    finally:
+        close(pixels)
 
 
 def _limit_time(seconds: float | None) -> None:
@@ -121,10 +121,11 @@ def _video(channel: socket.socket, data: bytes, options: dict[str, Any]) -> tupl
 
 @contextlib.contextmanager
 def _new_memory(name: str) -> Iterator[int]:
-    """Yield a descriptor of memory, which is closed if the block fails."""
+    """Yield a descriptor of memory, which is sealed after the block, or closed if that fails."""
     file = anonymous_memory(name)
     try:
         yield file
+        seal(file)
     except BaseException:
         os.close(file)
         raise

@@ -1,10 +1,9 @@
 """The program of a process that decodes: ``python -m lmdeploy_vico.media.workers.process SOCKET MEMORY PARENT``.
 
-It holds nothing that another request could be harmed by, and may be killed at any time. It ends when the server does.
+It holds no secrets of the server, and may be killed at any time. It ends when the server does.
 """
 
 import contextlib
-import ctypes
 import math
 import mmap
 import os
@@ -19,15 +18,16 @@ from lmdeploy_vico.media.decoding import pictures, videos
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
 from lmdeploy_vico.media.workers.channel import ChannelClosedError, anonymous_memory, close, receive, seal, send
+from lmdeploy_vico.media.workers.confinement import confine, end_with
 
-PR_SET_PDEATHSIG = 1
 SLACK = 1 << 30  # bytes of address space for libraries that are loaded later, and their threads
 
 
 def main() -> None:
     """Decode what comes through the socket until it is closed."""
     number, memory, parent = (int(argument) for argument in sys.argv[1:4])
-    _end_with(parent)
+    confine()
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the server decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     videos.prepare()
@@ -40,13 +40,6 @@ def main() -> None:
             _serve(channel)
     except ChannelClosedError:
         pass
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process when the thread that started it has ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit()
 
 
 def _limit_memory(size: int) -> None:

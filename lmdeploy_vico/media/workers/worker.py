@@ -29,6 +29,7 @@ from lmdeploy_vico.media.workers.channel import (
     receive,
     send,
 )
+from lmdeploy_vico.media.workers.confinement import environment
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +116,14 @@ class Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, '-m', MODULE, str(theirs.fileno()), str(self._memory or 0), str(os.getpid())]
-            # What this program imports is found there too, however it came to its path.
-            environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
-            environment.setdefault('OPENCV_FFMPEG_THREADS', '1')
             with self._lock:
                 self._channel = ours
                 self._require_open()
                 self._process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=environment(os.environ, sys.path),
                 )
         ours.settimeout(START)
         close(receive(ours)[1])

@@ -212,12 +212,15 @@ def test_a_server_without_descriptors_is_busy(worker, share, started, spare):
     assert descriptors() == before - started
 
 
-def test_a_process_that_got_no_processor_is_no_fault_of_the_file(worker, share, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    'patience, options', [('PATIENCE', PictureOptions()), ('VIDEO_PATIENCE', VideoOptions())], ids=['picture', 'video']
+)
+def test_a_process_that_got_no_processor_is_no_fault_of_the_file(worker, share, monkeypatch, caplog, patience, options):
     worker.start()
     os.kill(worker._process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(module, 'PATIENCE', 0.01)
+    monkeypatch.setattr(module, patience, 0.01)
     with pytest.raises(MediaBusyError, match=BUSY):
-        worker.decode(job(share=share))
+        worker.decode(job(share=share, options=options))
     assert 'seconds only' in caplog.text and share._budget.taken == 0
     monkeypatch.undo()
     worker.decode(job())

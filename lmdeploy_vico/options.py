@@ -191,9 +191,9 @@ class Options:
         _at_least(1),
         _default_decoded_bytes,
         'Host memory that all clients together can make the server take for what they send: request bodies, files that '
-        'are fetched, decoded images and video frames (11 bytes a pixel while they are decoded, then 4), and what '
-        'resizing them takes. It is counted before it is taken. A request that alone needs more gets a 400; one that '
-        'finds no room beside the others gets a 503 with `Retry-After`.',
+        'are fetched, decoded images and video frames (11 to 18 bytes a pixel while they are decoded, then 4), and '
+        'what resizing them takes. It is counted before it is taken. A request that alone needs more gets a 400; one '
+        'that finds no room beside the others gets a 503 with `Retry-After`.',
         '16 GiB, at most 1/8 of the memory',
     )
     media_store_bytes: int = _option(

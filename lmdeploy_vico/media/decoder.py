@@ -1,19 +1,17 @@
 """Decodes what clients send in processes that can be ended, a fair share of them for each client."""
 
 import asyncio
-import logging
+import contextlib
 import threading
 from collections.abc import Callable
 
 from PIL import Image
 
-from lmdeploy_vico.media.errors import MediaError
+from lmdeploy_vico.media.errors import MediaBusyError
 from lmdeploy_vico.media.memory import MemoryShare
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
 from lmdeploy_vico.media.workers.queue import FairQueue
-from lmdeploy_vico.media.workers.worker import Job, Worker
-
-logger = logging.getLogger(__name__)
+from lmdeploy_vico.media.workers.worker import CLOSED, Job, Worker
 
 
 def _nothing(width: int, height: int) -> int:
@@ -74,7 +72,7 @@ class MediaDecoder:
 
         Raises:
             MediaError: it cannot be decoded, takes too long, or is too large.
-            MediaBusyError: there is no memory for it now.
+            MediaBusyError: there is no memory or no process for it now.
         """
         [image] = await self._run(client, Job(data, options, share, extra, self._picture_seconds))
         return image
@@ -105,11 +103,9 @@ class MediaDecoder:
 
     def _work(self, worker: Worker, eager: bool) -> None:
         if eager:
-            try:
+            # Whoever sends a file first has it tried again.
+            with contextlib.suppress(MediaBusyError):
                 worker.start()
-            except Exception as error:
-                logger.error('a process that decodes does not start: %r', error)
-                worker.stop()
         while (taken := self._queue.take()) is not None:
             client, job = taken
             self._serve(worker, job)
@@ -138,11 +134,11 @@ class MediaDecoder:
                 del self._running[job]
 
     def close(self) -> None:
-        """End all processes; what waits fails."""
+        """End all processes; what waits, or is being decoded, fails with MediaBusyError."""
         for job in self._queue.close():
             if job.done.set_running_or_notify_cancel():
-                job.done.set_exception(MediaError('The server is shutting down.'))
+                job.done.set_exception(MediaBusyError(CLOSED))
         for worker in self._workers:
-            worker.kill()
+            worker.close()
         for thread in self._threads:
             thread.join()

@@ -121,9 +121,10 @@ def test_memory_is_taken_before_a_picture_is_decoded_and_kept_for_its_pixels(dec
 
 
 @pytest.mark.parametrize(
-    'kind, options', [('PNG', {}), ('WEBP', {'lossless': True, 'quality': 0, 'method': 0}), ('AVIF', {})]
+    'kind, options, each',
+    [('PNG', {}, 11), ('WEBP', {'lossless': True, 'quality': 0, 'method': 0}, 18), ('AVIF', {}, 16)],
 )
-def test_what_does_not_fit_is_refused_by_its_header(decoder, kind, options):
+def test_what_does_not_fit_is_refused_by_its_header(decoder, kind, options, each):
     """All these are small files of many pixels; none is decoded, so none takes memory or time."""
     data = encoded(Image.new('RGB', (6000, 6000)), kind, **options)
     one = decoder(1)
@@ -131,7 +132,8 @@ def test_what_does_not_fit_is_refused_by_its_header(decoder, kind, options):
     [child] = children()
     before = child.memory_info().rss
     share = MemoryShare(MemoryBudget(10**8))
-    with share.in_use(), pytest.raises(MediaError, match=r'takes at least 396000000 bytes .* more than the limit'):
+    taken = 6000 * 6000 * each
+    with share.in_use(), pytest.raises(MediaError, match=rf'takes at least {taken} bytes .* more than the limit'):
         picture(one, data, share)
     assert children() == [child] and child.memory_info().rss - before < 6000 * 6000
     picture(one)
@@ -228,10 +230,25 @@ def test_a_process_that_was_killed_is_replaced(decoder):
         np.testing.assert_array_equal(np.asarray(picture(one)), pillow(PICTURE))
 
 
-def test_a_file_at_which_processes_end_is_refused(decoder, monkeypatch):
-    monkeypatch.setattr('lmdeploy_vico.media.workers.worker.MODULE', 'lmdeploy_vico.media.workers.no_such_program')
-    with pytest.raises(MediaError, match='it ends what decodes it'):
-        picture(decoder(1))
+def test_closing_ends_what_is_being_decoded_and_starts_nothing(decoder):
+    one = decoder(1, picture_seconds=1000)
+    budget = MemoryBudget(10**9)
+
+    async def run():
+        share = MemoryShare(budget)
+        with share.in_use():
+            slow = asyncio.ensure_future(one.picture(slow_picture(), PictureOptions(), share))
+            waiting = asyncio.ensure_future(one.picture(PICTURE, PictureOptions(), share, client='other'))
+            deadline = time.monotonic() + HANG
+            while not budget.taken:  # it is being decoded
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            one.close()
+            return await asyncio.gather(slow, waiting, return_exceptions=True)
+
+    for error in asyncio.run(run()):
+        assert isinstance(error, MediaBusyError) and 'shutting down' in str(error)
+    assert children() == []
 
 
 @pytest.mark.busy(times=10)

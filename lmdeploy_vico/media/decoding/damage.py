@@ -2,6 +2,9 @@
 
 import zlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar('T')
 
 PNG_SIGNATURE = 8  # bytes
 PIXEL_CHUNKS = {b'tRNS'}  # ancillary ones of which pixels are made
@@ -41,19 +44,23 @@ def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         start = end
 
 
-def jpeg_with_end(data: bytes, decode: Callable[[bytes], bytes]) -> bytes | None:
-    """A JPEG of which only the end is missing, with an end; None if pixels are missing too.
+def jpeg_without_end(data: bytes, decode: Callable[[bytes], T], digest: Callable[[T], bytes]) -> T | None:
+    """Decode a JPEG of which only the end is missing; None if pixels are missing too.
 
-    Pixels are missing where they depend on what would follow: decoders fill them, and say nothing.
+    Pixels are missing where they depend on what would follow: decoders fill them, and say nothing. One picture at a
+    time is there: of the other one only its digest is kept.
 
     Args:
         data: the file.
-        decode: its pixels, of a completed file; may raise OSError.
+        decode: the picture of a completed file; may raise OSError.
+        digest: of a picture, the same for no other one.
     """
     if not _has_all_scans(data):
         return None
-    completed = [data + continuation + _END for continuation in _CONTINUATIONS]
-    return completed[0] if decode(completed[0]) == decode(completed[1]) else None
+    first, second = _CONTINUATIONS
+    expected = digest(decode(data + first + _END))
+    picture = decode(data + second + _END)
+    return picture if digest(picture) == expected else None
 
 
 def _has_all_scans(data: bytes) -> bool:

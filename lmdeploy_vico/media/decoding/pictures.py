@@ -1,5 +1,6 @@
 """Decodes one picture. Runs in a process of its own, which may be ended at any time."""
 
+import hashlib
 import io
 import os
 import warnings
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from lmdeploy_vico.media.decoding.damage import jpeg_with_end, png_exif, without_bad_ancillary_chunks
+from lmdeploy_vico.media.decoding.damage import jpeg_without_end, png_exif, without_bad_ancillary_chunks
 from lmdeploy_vico.media.decoding.formats import image_format
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions
@@ -16,6 +17,9 @@ from lmdeploy_vico.media.options import PictureOptions
 STRIP = 1 << 18  # pixels that are converted at a time
 # Bytes of a pixel while it is decoded: four as decoded, four more where it is turned, three as RGB.
 DECODING = 11
+# Where decoders themselves take more beside the four: progressive JPEGs eight of coefficients, libwebp two canvases and
+# a copy, libavif planes of up to twelve bits.
+DECODING_MORE = {'JPEG': 13, 'WEBP': 18, 'AVIF': 16}
 DEEP = {'I;16', 'I;16L', 'I;16B', 'I;16N'}
 # Formats whose 16-bit grey Pillow reads as 32-bit integers.
 DEEP_AS_INTEGERS = {'PNG', 'PPM'}
@@ -42,6 +46,7 @@ class Picture:
 
     Attributes:
         size: width and height as they will be decoded: upright, if that is asked for.
+        memory: bytes that it is going to take, besides the file.
     """
 
     def __init__(self, data: bytes, options: PictureOptions) -> None:
@@ -52,6 +57,9 @@ class Picture:
         self._turn = TURNS.get(orientation)
         width, height = self._image.size
         self.size = (height, width) if orientation in LYING else (width, height)
+        # A JPEG may have to be completed, which takes a copy of it.
+        completed = len(data) if self._format == 'JPEG' else 0
+        self.memory = width * height * DECODING_MORE.get(self._format, DECODING) + completed
         if self._deep() is None:
             raise MediaError(
                 f'A picture with values of 32 bits (mode {self._image.mode}) cannot be shown: send 8 or 16 bits.'
@@ -82,20 +90,24 @@ class Picture:
     def _whole(self) -> Image.Image:
         """The decoded picture; of a damaged file that lacks no pixels too."""
         try:
-            return _load(self._image)
+            self._image.load()
+            return self._image
         except MemoryError:
             raise MediaError('The image is too large to be decoded: the memory does not suffice.') from None
         except Exception as error:  # decoders raise whatever their arithmetic makes of damaged bytes
-            repaired = self._repaired()
-            if repaired is None:
-                raise _damaged(error) from None
-            return _load(_open(repaired, self._format))
+            damaged = _damaged(error)
+        # Outside of the block, whose error refers to what the decoder holds.
+        image = self._completed()
+        if image is None:
+            raise damaged
+        return image
 
-    def _repaired(self) -> bytes | None:
+    def _completed(self) -> Image.Image | None:
         if self._format != 'JPEG':
             return None
+        self._image.close()  # its pixels make room for others; its mode is still asked for
         try:
-            return jpeg_with_end(self._data, lambda data: _load(_open(data, self._format)).tobytes())
+            return jpeg_without_end(self._data, lambda data: _load(_open(data, self._format)), _digest)
         except Exception:
             return None
 
@@ -148,6 +160,14 @@ def _image(data: bytes, name: str) -> ImageFile.ImageFile:
 def _load(image: Image.Image) -> Image.Image:
     image.load()
     return image
+
+
+def _digest(image: Image.Image) -> bytes:
+    """Of its pixels."""
+    digest = hashlib.sha256()
+    for strip in _strips(image):
+        digest.update(strip.tobytes())
+    return digest.digest()
 
 
 def _damaged(error: BaseException) -> MediaError:

@@ -3,32 +3,47 @@
 import contextlib
 import dataclasses
 import logging
-import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from lmdeploy_vico.media.errors import MediaError
+from lmdeploy_vico.media.errors import MediaBusyError, MediaError
 from lmdeploy_vico.media.memory import MemoryShare
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
-from lmdeploy_vico.media.workers.channel import ChannelClosedError, anonymous_memory, receive, send
+from lmdeploy_vico.media.workers import answers
+from lmdeploy_vico.media.workers.channel import (
+    ChannelClosedError,
+    ProtocolError,
+    anonymous_memory,
+    close,
+    receive,
+    send,
+)
+from lmdeploy_vico.media.workers.confinement import environment
 
 logger = logging.getLogger(__name__)
 
 KEPT = 4  # bytes of a pixel that Pillow keeps once it is decoded
-PATIENCE = 10  # times the processor time that a file may take: seconds that it may take when processors are busy
+# Times the processor time that a file may take: seconds that it may take when processors are busy.
+PATIENCE = 10
+VIDEO_PATIENCE = 3
 START = 120.0  # seconds for a process to get ready
+ENDING = 5.0  # seconds for a process that has closed its channel to end
 TRIES = 2  # of a file at whose decoding the process ended: perhaps something else ended it
 MODULE = 'lmdeploy_vico.media.workers.process'
+BUSY = 'Images and videos cannot be decoded now. Try again later.'
+CLOSED = 'The server is shutting down. Try again later.'
+DAMAGED = 'The image or video is damaged: it ends what decodes it.'
 
 
 @dataclass(eq=False)
@@ -53,9 +68,18 @@ class Job:
     done: Future[list[Image.Image]] = field(default_factory=Future)
     client_gone: bool = False
 
+    @property
+    def most(self) -> int:
+        """How many pictures are asked for, at most."""
+        if isinstance(self.options, PictureOptions):
+            return 1
+        return self.options.num_frames if self.options.num_frames > 0 else answers.LARGEST
+
 
 class Worker:
-    """Starts its process when it is needed, and again after it has ended. Used by one thread, but for :meth:`kill`.
+    """Starts its process when it is needed, and again after it has ended.
+
+    Used by one thread, but for :meth:`kill` and :meth:`close`.
 
     Args:
         memory: bytes that the process may take for a file; None for any number.
@@ -65,43 +89,77 @@ class Worker:
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
+        self._killed = self._closed = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Start the process, if there is none, and wait until it is ready.
 
         Raises:
-            ChannelClosedError, TimeoutError: it does not get ready.
+            MediaBusyError: it does not get ready, which the log says, or the server is shutting down.
         """
+        if self._killed:
+            self.stop()
         if self._process is not None:
             return
+        try:
+            self._start()
+        except (ChannelClosedError, ProtocolError, OSError) as error:
+            killed = self._killed
+            status = self.stop(ENDING if isinstance(error, ChannelClosedError) else 0)
+            self._require_open()
+            if not killed:
+                logger.error('a process that decodes does not start: %r, status %d', error, status)
+            raise MediaBusyError(BUSY) from error
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, '-m', MODULE, str(theirs.fileno()), str(self._memory or 0), str(os.getpid())]
-            # What this program imports is found there too, however it came to its path.
-            environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path)}
-            environment.setdefault('OPENCV_FFMPEG_THREADS', '1')
             with self._lock:
                 self._channel = ours
+                self._require_open()
                 self._process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=environment(os.environ, sys.path),
                 )
         ours.settimeout(START)
-        receive(ours)
+        close(receive(ours)[1])
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise MediaBusyError(CLOSED)
 
     def kill(self) -> None:
         """End the process, whatever it does; any thread may call this."""
         with self._lock:
             if self._process is not None:
+                self._killed = True
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
 
-    def stop(self) -> int:
-        """End the process and everything it had; returns its exit status."""
+    def close(self) -> None:
+        """End the process, and start no other; any thread may call this."""
+        with self._lock:
+            self._closed = True
+        self.kill()
+
+    def stop(self, patience: float = 0) -> int:
+        """End the process and everything it had; returns its exit status.
+
+        Args:
+            patience: seconds for it to end by itself, so that the status says why.
+        """
+        if patience and self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
         self.kill()
         with self._lock:
             process, channel = self._process, self._channel
             self._process = self._channel = None
+            self._killed = False
         status = 0
         if process is not None:
             status = process.wait()
@@ -114,72 +172,119 @@ class Worker:
 
         Raises:
             MediaError: it cannot be decoded, or takes too long.
-            MediaBusyError: there is no memory for it now.
+            MediaBusyError: there is no memory or no process for it now.
         """
         for attempt in range(TRIES):
+            self.start()
+            before = self._processor_time()
             try:
-                self.start()
                 return self._decode(job)
-            except (ChannelClosedError, TimeoutError) as error:
-                status = self.stop()
+            except ChannelClosedError as error:
+                status = self.stop(ENDING)
                 if job.client_gone:
                     raise MediaError('The client is gone.') from error
-                if isinstance(error, TimeoutError) or status == -signal.SIGXCPU:
-                    raise MediaError(
-                        f'An image or video takes longer to decode than {job.seconds:g} seconds of a processor.'
-                    ) from error
+                self._require_open()
+                if status == -signal.SIGXCPU:
+                    raise _slow(job) from error
                 logger.warning('a process that decodes ended with status %d, attempt %d', status, attempt + 1)
-        raise MediaError('The image or video is damaged: it ends what decodes it.')
+            except ProtocolError as error:
+                self.stop()
+                logger.error('a process that decodes was ended, as something it said is wrong: %s', error)
+                raise MediaError(DAMAGED) from error
+            except TimeoutError as error:
+                used = self._processor_time() - before
+                self.stop()
+                if used >= job.seconds:
+                    raise _slow(job) from error
+                logger.warning('a process that decodes was ended: it computed for %.1f seconds only', used)
+                raise MediaBusyError(BUSY) from error
+            except (OSError, MemoryError) as error:
+                self.stop()
+                raise _busy(error) from error
+        raise MediaError(DAMAGED)
+
+    def _processor_time(self) -> float:
+        """Seconds that the process has computed for; 0 if it has ended."""
+        assert self._process is not None
+        try:
+            # As clock_getcpuclockid(3) has it. Unlike a file of /proc, this takes no descriptor.
+            return time.clock_gettime(~self._process.pid << 3 | 2)
+        except OSError:
+            return 0.0
 
     def _decode(self, job: Job) -> list[Image.Image]:
         assert self._channel is not None
-        self._channel.settimeout(job.seconds * PATIENCE)
-        kind = 'video' if isinstance(job.options, VideoOptions) else 'picture'
-        file = anonymous_memory('file')
-        try:
-            with os.fdopen(os.dup(file), 'wb') as stream:
-                stream.write(job.data)
-            os.lseek(file, 0, os.SEEK_SET)
+        video = isinstance(job.options, VideoOptions)
+        self._channel.settimeout(job.seconds * (VIDEO_PATIENCE if video else PATIENCE))
+        with _file(job.data) as file:
             options = dataclasses.asdict(job.options)
+            kind = 'video' if video else 'picture'
             send(self._channel, {'kind': kind, 'options': options, 'seconds': job.seconds}, [file])
-        finally:
-            os.close(file)
-        header = self._answer()[0]
-        (width, height), count = header['size'], header['count']
-        kept = count * width * height * KEPT
-        passing = max(header['memory'] - kept, 0)
+        header = answers.header(self._answer(0)[0], job.most)
+        pixels = header.width * header.height
+        kept = header.count * pixels * KEPT
+        passing = max(header.memory - kept, 0)
+        taken = kept + passing + job.extra(header.width, header.height)
+        if job.share is None:
+            return self._pixels(header)
         try:
-            if job.share is not None:
-                job.share.take(kept + passing + job.extra(width, height), passing, wait=True)
+            job.share.take(taken, passing, wait=True)
         except BaseException:
             send(self._channel, {'go': False})
             raise
         try:
-            send(self._channel, {'go': True})
-            found, [pixels] = self._answer()
-            try:
-                return _images(pixels, width, height, found['count'])
-            finally:
-                os.close(pixels)
-        finally:
-            if job.share is not None:
-                job.share.give_back(passing, passing)
+            images = self._pixels(header)
+        except BaseException:
+            job.share.give_back(taken, passing)
+            raise
+        job.share.give_back(passing, passing)
+        return images
 
-    def _answer(self) -> tuple[dict[str, Any], list[int]]:
+    def _pixels(self, header: answers.Header) -> list[Image.Image]:
+        """Have what has been announced decoded."""
+        assert self._channel is not None
+        send(self._channel, {'go': True})
+        found, [file] = self._answer(1)
+        try:
+            return answers.images(file, header.width, header.height, answers.count(found, header.count))
+        finally:
+            os.close(file)
+
+    def _answer(self, descriptors: int) -> tuple[dict[str, Any], list[int]]:
+        """Wait for an answer that comes with so many descriptors."""
         assert self._channel is not None
         message, files = receive(self._channel)
-        if 'error' in message:
-            raise MediaError(message['error'])
+        try:
+            if 'error' in message:
+                raise MediaError(answers.sentence(message))
+            if len(files) != descriptors:
+                raise ProtocolError(f'an answer has {len(files)} descriptors, not {descriptors}')
+        except BaseException:
+            close(files)
+            raise
         return message, files
 
 
-def _images(file: int, width: int, height: int, count: int) -> list[Image.Image]:
-    """The pictures whose RGB bytes ``[count, height, width, 3]`` are in a file."""
-    size = width * height * 3
-    with mmap.mmap(file, count * size, prot=mmap.PROT_READ) as memory, memoryview(memory) as view:
-        return [_image(view[index * size : (index + 1) * size], width, height) for index in range(count)]
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[int]:
+    """Yield a descriptor of a copy of a file; raises MediaBusyError if there can be none now."""
+    try:
+        file = anonymous_memory('file')
+    except OSError as error:
+        raise _busy(error) from error
+    try:
+        with os.fdopen(file, 'wb', closefd=False) as stream:
+            stream.write(data)
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)
 
 
-def _image(pixels: memoryview, width: int, height: int) -> Image.Image:
-    with pixels:
-        return Image.frombytes('RGB', (width, height), pixels)
+def _slow(job: Job) -> MediaError:
+    return MediaError(f'An image or video takes longer to decode than {job.seconds:g} seconds of a processor.')
+
+
+def _busy(error: BaseException) -> MediaBusyError:
+    logger.warning('the server lacks what decoding takes: %r', error)
+    return MediaBusyError(BUSY)

@@ -2,8 +2,11 @@
 
 import io
 import struct
+import subprocess
+import sys
 import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +186,54 @@ def test_a_jpeg_that_lacks_only_its_end_marker(options, trailer):
 def test_a_grey_jpeg_without_its_end_marker():
     data = encoded(noise().convert('L'), 'JPEG')
     np.testing.assert_array_equal(decode(data[:-2]), pillow(data))
+
+
+# What a process takes at most to decode standard input, in bytes beyond what it took before, and what is counted.
+PEAK = """
+import io, os, sys
+from lmdeploy_vico.media.decoding.pictures import Picture
+from lmdeploy_vico.media.options import PictureOptions
+sys.path.extend(sys.argv[1:])
+from media.files import encoded, noise
+
+def status(key):
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(key + ':'))
+
+kind, data = sys.argv[2], sys.stdin.buffer.read()
+pixels = os.memfd_create('pixels')
+Picture(encoded(noise(), kind), PictureOptions()).write(pixels)  # libraries are loaded
+os.ftruncate(pixels, 0)
+os.lseek(pixels, 0, os.SEEK_SET)
+before = status('VmRSS')
+picture = Picture(data, PictureOptions())
+picture.write(pixels)
+print(status('VmHWM') - before, picture.memory)
+"""
+TURNED = Image.Exif()
+TURNED[0x112] = 6
+
+
+@pytest.mark.parametrize(
+    'kind, mode, options, end',
+    [
+        ('JPEG', 'RGB', {}, True),
+        ('JPEG', 'RGB', {}, False),
+        ('JPEG', 'RGB', {'progressive': True, 'subsampling': 0, 'exif': TURNED}, False),
+        ('JPEG', 'CMYK', {'progressive': True, 'subsampling': 0}, True),
+        ('JPEG', 'CMYK', {'progressive': True, 'subsampling': 0}, False),
+        ('WEBP', 'RGB', {'method': 0}, True),
+        ('AVIF', 'RGB', {'speed': 10, 'subsampling': '4:4:4'}, True),
+        ('PNG', 'RGBA', {'compress_level': 1, 'exif': TURNED}, True),
+    ],
+    ids=['JPEG', 'no end', 'turned, no end', 'CMYK', 'CMYK, no end', 'WebP', 'AVIF', 'PNG'],
+)
+def test_no_picture_takes_more_memory_than_is_counted(kind, mode, options, end):
+    data = encoded(noise(200, 200).resize((2000, 2000)).convert(mode), kind, **options)
+    command = [sys.executable, '-c', PEAK, str(Path(__file__).parents[2]), kind]
+    out = subprocess.run(command, input=data if end else data[:-2], capture_output=True, check=True).stdout
+    peak, counted = (int(number) for number in out.split())
+    assert peak <= counted
 
 
 @pytest.mark.parametrize('progressive', [False, True])

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 import weakref
 from multiprocessing import connection
 from pathlib import Path
@@ -18,6 +19,7 @@ from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 1
+POLL = 0.01  # seconds
 SHARED_MEMORY = Path('/dev/shm')
 _closed: 'weakref.WeakSet[Any]' = weakref.WeakSet()  # those that are meant to end
 
@@ -61,6 +63,8 @@ def watch_rank(rank: Any) -> None:
 
     def watch() -> None:
         connection.wait([process.sentinel])
+        while process.exitcode is None:  # its descriptors are closed a little before it has ended
+            time.sleep(POLL)
         if rank in _closed or process.exitcode == 0:  # a rank that fails ends well, and has told the executor
             return
         logger.critical('the process of rank %d has ended: the engine cannot go on', rank.proc_id)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-WARM_UP = 1.0  # while mlp2 alone is trained, every tile is compressed
+WARM_UP_SHARE = 1.0  # while mlp2 alone is trained, every tile is compressed
 
 
 def draw_share(seed: int, place: int) -> float:

@@ -56,7 +56,9 @@ def lay_out(samples: Sequence[Sample], compressed: Sequence[np.ndarray]) -> Batc
         response[i, : len(row_ids)] = row_response
     predicts = response[:, 1:]
     return Batch(
-        *(torch.from_numpy(array) for array in (ids, visual, predicts)),
+        ids=torch.from_numpy(ids),
+        visual=torch.from_numpy(visual),
+        predicts=torch.from_numpy(predicts),
         tiles=torch.from_numpy(np.concatenate([sample.tiles for sample in samples]).reshape(-1, *TILE_SHAPE)),
         compressed=torch.from_numpy(np.concatenate([*compressed]).astype(bool)),
         responses=torch.from_numpy(predicts.sum(1)),

@@ -186,7 +186,7 @@ def _turns(value: Any, place: str) -> tuple[Turn, ...]:
         raise DataError(f'{place}: "conversations" must be a list of turns.')
     turns = []
     for entry in value:
-        role = ROLES.get(entry.get('from')) if isinstance(entry, dict) else None
+        role = ROLES.get(str(entry.get('from'))) if isinstance(entry, dict) else None
         if role is None or not isinstance(entry.get('value'), str):
             raise DataError(f'{place}: a turn is {{"from": "human", "gpt" or "system", "value": a text}}.')
         turns.append(Turn(role, entry['value']))

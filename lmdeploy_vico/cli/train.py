@@ -4,7 +4,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from lmdeploy_vico.cli.errors import CommandError
-from lmdeploy_vico.training import TrainingError, arguments as options
+from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training import arguments as options
 
 if TYPE_CHECKING:
     from lmdeploy_vico.cli import Commands

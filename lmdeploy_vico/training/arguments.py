@@ -12,8 +12,8 @@ Make a plain InternVL3.5 checkpoint a ViCO one that is served with fewer visual 
   lmdeploy-vico train router --model VICO --reference InternVL3_5-8B --data meta.json --output FLASH
   lmdeploy serve api_server FLASH
 
-Data are InternVL's: a JSONL file of samples, or a meta JSON file that names several. A command that was interrupted goes
-on where it stopped when it is repeated.
+Data are InternVL's: a JSONL file of samples, or a meta JSON file that names several. A command that was interrupted
+goes on where it stopped when it is repeated.
 """
 CONSISTENCY = """\
 Consistency training (paper, section 3.1). First mlp2 alone is warmed up on samples whose tiles are all compressed. Then

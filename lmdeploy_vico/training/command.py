@@ -1,14 +1,13 @@
 """From the options of ``lmdeploy-vico train`` to a run."""
 
 import argparse
-from typing import Any
 
 from rich.console import Console
 
 from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Pace, Schedule
-from lmdeploy_vico.training.stages import consistency
+from lmdeploy_vico.training.stages import consistency, router
 
 
 def train(arguments: argparse.Namespace, stage: str) -> None:
@@ -24,10 +23,13 @@ def train(arguments: argparse.Namespace, stage: str) -> None:
         console.print(f'Written: {arguments.output}. Serve it: lmdeploy serve api_server {arguments.output}')
 
 
-def make(arguments: argparse.Namespace, stage: str, pace: Pace, processes: Processes, console: Console) -> Any:
+def make(
+    arguments: argparse.Namespace, stage: str, pace: Pace, processes: Processes, console: Console
+) -> consistency.ConsistencyTraining | router.RouterTraining:
     """The run that is asked for."""
-    settings = consistency_settings(arguments)
-    return consistency.ConsistencyTraining(settings, pace, arguments.output, processes, console)
+    if stage == 'router':
+        return router.RouterTraining(router_settings(arguments), pace, arguments.output, processes, console)
+    return consistency.ConsistencyTraining(consistency_settings(arguments), pace, arguments.output, processes, console)
 
 
 def consistency_settings(arguments: argparse.Namespace) -> consistency.Settings:
@@ -44,6 +46,28 @@ def consistency_settings(arguments: argparse.Namespace) -> consistency.Settings:
         main=schedule,
         parts=arguments.train,
         lora_rank=arguments.lora_rank,
+        max_tiles=arguments.max_tiles,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+    )
+
+
+def router_settings(arguments: argparse.Namespace) -> router.Settings:
+    """The settings of router training; raises TrainingError where the reference is missing."""
+    if arguments.reference is None:
+        raise TrainingError('train router needs --reference.')
+    return router.Settings(
+        model=arguments.model,
+        reference=arguments.reference,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        schedule=main_schedule(arguments),
+        percentile=arguments.percentile,
+        window=arguments.window,
+        epsilon=arguments.epsilon,
+        relative_threshold=arguments.relative_threshold,
+        absolute_threshold=arguments.absolute_threshold,
+        compress=arguments.compress,
         max_tiles=arguments.max_tiles,
         max_length=arguments.max_length,
         seed=arguments.seed,

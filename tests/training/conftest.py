@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from training.made import Made, write_data
+from training.made import SAMPLES, Made, write_data, write_lines
 
 from lmdeploy_vico.kernels import implementation
+from lmdeploy_vico.training.stages.initialise import initialise
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,23 @@ def config(make_checkpoint):
 @pytest.fixture
 def cpu():
     return torch.device('cpu')
+
+
+@pytest.fixture(scope='session')
+def plain(make_checkpoint):
+    """The reference: a plain checkpoint."""
+    return make_checkpoint(flash=False, dtype='float32')
+
+
+@pytest.fixture(scope='session')
+def start(plain, tmp_path_factory):
+    """The same with what ``init`` adds."""
+    path = tmp_path_factory.mktemp('start') / 'start'
+    initialise(plain, path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def few(data):
+    """A file of two samples, of one tile and without any."""
+    return write_lines(data.parent / 'few.jsonl', [SAMPLES[0], SAMPLES[3]])

@@ -9,7 +9,7 @@ from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training.data.records import Records
 from lmdeploy_vico.training.data.samples import Samples
 from lmdeploy_vico.training.data.tokens import load_tokenizer
-from lmdeploy_vico.training.model.build import choose, fill, outline
+from lmdeploy_vico.training.model.build import choose, fill, outline, outline_router
 
 CPU = torch.device('cpu')
 
@@ -61,6 +61,7 @@ class Made:
 
     def model(self, *parts: str, router_only: bool = False):
         """The model in float32, with these parts trained."""
-        model = fill(outline(self.config, router_only).float(), [self.path], CPU)
+        outlined = outline_router(self.config) if router_only else outline(self.config)
+        model = fill(outlined.float(), [self.path], CPU)
         choose(model, parts)
         return model

@@ -12,19 +12,20 @@ def check(samples: Samples, processes: Processes) -> list[int]:
     """Read every sample but for the pixels of its images, each process its share of them.
 
     Returns:
-        The number of tiles of each sample that this process has looked at.
+        The number of tiles of each sample.
 
     Raises:
         TrainingError: some are bad; the first few are named by file and line.
     """
-    tiles, bad = [], []
+    found, bad = [], []
     for index in samples.records.distinct()[processes.rank :: processes.size]:
         try:
-            tiles.append(samples.tiles_of(index))
+            found.append((samples.records.line(index), samples.tiles_of(index)))
         except DataError as error:
             bad.append(str(error))
     bad = processes.gather(bad)
     if bad:
         more = f'\n... and {len(bad) - SHOWN} more' if len(bad) > SHOWN else ''
         raise TrainingError('\n'.join(bad[:SHOWN]) + more)
-    return tiles
+    tiles = dict(processes.gather(found))
+    return [tiles[samples.records.line(index)] for index in range(len(samples))]

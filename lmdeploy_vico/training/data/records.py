@@ -100,9 +100,13 @@ class Records:
             opened.seek(lines.offsets[line])
             return parse(opened.readline(), lines.source, lines.numbers[line])
 
+    def line(self, index: int) -> tuple[int, int]:
+        """The number of a sample's file and line: the same wherever the sample is repeated."""
+        return self._order[index]
+
     def distinct(self) -> list[int]:
         """An index of each sample that is seen, once however often it is repeated."""
-        return list({place: index for index, place in reversed(list(enumerate(self._order)))}.values())
+        return sorted({line: index for index, line in reversed(list(enumerate(self._order)))}.values())
 
 
 def sources(path: Path) -> list[Source]:

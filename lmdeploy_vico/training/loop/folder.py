@@ -38,15 +38,17 @@ class RunFolder:
         file = self.path / SETTINGS
         if not file.exists():
             if any(self.path.iterdir()):
-                raise TrainingError(f'{self.path} holds something that is not of a training run: choose another folder.')
+                raise TrainingError(
+                    f'{self.path} holds something that is not of a training run: choose another folder.'
+                )
             file.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
             return
         before = json.loads(file.read_text(encoding='utf-8'))
         other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
         if other:
             raise TrainingError(
-                f'{self.path} was begun with other settings ({", ".join(sorted(other))}): repeat the same command to go '
-                'on with it, or choose another folder.'
+                f'{self.path} was begun with other settings ({", ".join(sorted(other))}): repeat the same command '
+                'to go on with it, or choose another folder.'
             )
 
     def newest(self, phase: str) -> int | None:

@@ -1,8 +1,8 @@
 """The loop over steps: micro-batches, gradients, optimiser, schedule, log, state.
 
 It is written out, with PyTorch's FSDP2, distributed checkpoints and AdamW, and with the schedule and the processes of
-``transformers`` and ``accelerate``. Their own loops shard only on GPUs, and models of ``transformers``; here a run on two
-CPU processes has to give what one gives.
+``transformers`` and ``accelerate``. Their own loops shard on GPUs only; here a run on two CPU processes has to give what
+one gives.
 """
 
 import math
@@ -172,7 +172,12 @@ class Loop:
         self._rates.load_state_dict(state['rates'])
 
     def _progress(self, console: Console) -> Progress:
-        columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[loss]}'))
+        columns = (
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[loss]}'),
+        )
         return Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._processes.first)
 
 

@@ -18,7 +18,7 @@ TARGETS = (
 )
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float) -> None:
+def add_adapters(model: nn.Module, rank: int, alpha: int) -> None:
     """Add adapters of a rank to every linear layer of :data:`TARGETS`; they change nothing until they are trained.
 
     Args:
@@ -60,5 +60,5 @@ def merged(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
         return value
     layer = model.get_submodule(name.removesuffix('.base_layer.weight'))
     assert isinstance(layer, LoraLayer)
-    down, up = (whole(matrices[NAME].weight.detach()) for matrices in (layer.lora_A, layer.lora_B))
+    down, up = (whole(layer.get_parameter(f'lora_{side}.{NAME}.weight').detach()) for side in 'AB')
     return value + (layer.scaling[NAME] * up.float() @ down.float()).to(value.dtype)

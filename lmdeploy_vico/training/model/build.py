@@ -28,16 +28,24 @@ PARTS = {
 }
 
 
-def outline(config: Mapping[str, Any], router_only: bool = False) -> VicoModel | RouterModel:
+def outline(config: Mapping[str, Any]) -> VicoModel:
     """The model on the meta device: names and shapes, no memory. No parameter requires a gradient.
 
     Args:
         config: the content of a ViCO checkpoint's ``config.json``.
-        router_only: leave the language model out.
     """
-    use('torch')  # the Triton kernels have no gradients
     with torch.device('meta'):
-        model = RouterModel(VicoConfig.from_dict(config)) if router_only else VicoModel(config)
+        return _untrained(VicoModel(config))
+
+
+def outline_router(config: Mapping[str, Any]) -> RouterModel:
+    """The same without the language model."""
+    with torch.device('meta'):
+        return _untrained(RouterModel(VicoConfig.from_dict(config)))
+
+
+def _untrained(model: Model) -> Model:
+    use('torch')  # the Triton kernels have no gradients
     return model.requires_grad_(False).eval()
 
 

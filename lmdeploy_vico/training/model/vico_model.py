@@ -98,4 +98,5 @@ class RouterModel(VisionTower):
         """The router's float32 logits ``[B, 2]`` of uint8 tiles ``[B, 448, 448, 3]``; class 0: compress (Eq. 4)."""
         with torch.no_grad():
             patches = self.patches(tiles)
-        return self.logits(patches)
+        with torch.autocast(tiles.device.type, enabled=False):  # the router's activations are float32 wherever it runs
+            return self.logits(patches)

@@ -50,7 +50,8 @@ def publish(
             waiting[other] = value.to('cpu')
         return (waiting.pop(name) if name in names else tensors.read(name)).to(kind).contiguous()
 
-    total, placed = 0, {}
+    total = 0
+    placed: dict[str, str] = {}
     for file, shapes in shards.plan(checkpoint_shapes(config)).items():
         values = {name: take(name) for name in shapes}
         save_file(values, path / file, metadata={'format': 'pt'})

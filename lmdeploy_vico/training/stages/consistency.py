@@ -25,7 +25,6 @@ from lmdeploy_vico.training.model.adapters import add_adapters, reset_adapters
 from lmdeploy_vico.training.model.build import PARTS, choose, fill, outline, recompute, set_types
 from lmdeploy_vico.training.model.losses import sample_means
 from lmdeploy_vico.training.model.pair import Pair
-from lmdeploy_vico.training.model.vico_model import VicoModel
 from lmdeploy_vico.training.model.weights import is_adapter
 from lmdeploy_vico.training.model.writer import publish_model
 from lmdeploy_vico.training.stages.divergence import SHARES, divergence
@@ -160,7 +159,6 @@ class ConsistencyTraining:
     def _make_pair(self) -> Pair:
         settings, device, compute = self._settings, self._processes.device, self._processes.compute
         policy = outline(self._config)
-        assert isinstance(policy, VicoModel)
         if settings.lora_rank:
             add_adapters(policy, settings.lora_rank, 2 * settings.lora_rank)
         choose(policy, ['mlp2', *(() if settings.lora_rank else settings.parts)])
@@ -174,7 +172,7 @@ class ConsistencyTraining:
         reference = outline(self._config)
         set_types(reference, compute)
         self._processes.share(reference)
-        # The reference never compresses, and nothing uses its mlp2: it gets the model's, as a plain checkpoint has none.
+        # A plain checkpoint has no mlp2. The reference never compresses, so the model's does for it.
         fill(reference, [settings.reference, settings.model], device)
         return Pair(policy, reference, self._processes)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from parity.reference import Reference
+from training.independent import independent_logits, kl
 from training.made import CPU
 
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
@@ -25,26 +26,6 @@ def target_of(model, samples):
     with torch.no_grad():
         hidden = model(lay_out(samples, [none_of(sample) for sample in samples]))
     return Target(hidden, model.language_model.lm_head.weight.detach())
-
-
-def independent_logits(reference, sample, compressed):
-    """Logits that predict the responses, float64 ``[N, V]``, from the reference's own parts."""
-    features, kinds = reference.features(sample.tiles) if len(sample.tiles) else [], iter(compressed)
-    rows, wanted, tiles, counts = [], [], iter(features), iter(sample.counts)
-    for span in sample.spans:
-        rows.append(reference._embed(span.ids))
-        wanted += [span.response] * len(span.ids)
-        if span.image:
-            image = [reference.project(next(tiles), bool(next(kinds))) for _ in range(next(counts))]
-            rows += image
-            wanted += [False] * sum(map(len, image))
-    logits = reference.logits(torch.cat(rows), len(wanted))
-    return logits[:-1][torch.tensor(wanted[1:])].double()
-
-
-def kl(reference, policy):
-    p, q = reference.softmax(-1), policy.softmax(-1)
-    return (p * (p / q).log()).sum(-1).mean().item()
 
 
 def test_eq_1_is_0_without_compression(made):

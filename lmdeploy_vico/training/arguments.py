@@ -101,3 +101,10 @@ def _add_run(parser: argparse.ArgumentParser, batch: int, rate: float, least_rat
     )  # fmt: skip
     cost.add_argument('--like', nargs='+', metavar='MODEL', help=f'with --dry-run: {MODELS_HELP}')
     cost.add_argument('--gpus', type=int, default=8, help='with --dry-run: their number (default: 8)')
+    cost.add_argument('--tiles', type=int, default=10, help='with --dry-run: of a sample (default: 10)')
+    cost.add_argument('--text', type=int, default=512, metavar='TOKENS',
+        help='with --dry-run: of a sample, half of them of responses (default: 512)',
+    )  # fmt: skip
+    cost.add_argument('--tflops', type=float, default=300, metavar='N',
+        help='with --dry-run: that a GPU does in a second, in bfloat16 (default: 300, of the 990 of an H100)',
+    )  # fmt: skip

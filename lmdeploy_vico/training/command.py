@@ -5,6 +5,7 @@ import argparse
 from rich.console import Console
 
 from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training.cost.dry_run import dry_run
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Pace, Schedule
 from lmdeploy_vico.training.stages import consistency, router
@@ -21,6 +22,11 @@ def train(arguments: argparse.Namespace, stage: str) -> None:
         processes.close()
     if processes.first:
         console.print(f'Written: {arguments.output}. Serve it: lmdeploy serve api_server {arguments.output}')
+
+
+def estimate(arguments: argparse.Namespace, stage: str) -> None:
+    """Print what a run of the stage would cost; raises TrainingError."""
+    dry_run(arguments, stage, Console())
 
 
 def make(

@@ -1,8 +1,8 @@
 """The loop over steps: micro-batches, gradients, optimiser, schedule, log, state.
 
 It is written out, with PyTorch's FSDP2, distributed checkpoints and AdamW, and with the schedule and the processes of
-``transformers`` and ``accelerate``. Their own loops shard on GPUs only; here a run on two CPU processes has to give what
-one gives.
+``transformers`` and ``accelerate``. Their own loops shard on GPUs only; here a run on two CPU processes has to give
+what one gives.
 """
 
 import math

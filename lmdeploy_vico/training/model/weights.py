@@ -13,6 +13,7 @@ from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import UnsupportedCheckpointError
 
 _EXPERTS = re.compile(r'(.*\.mlp\.experts)\.(gate_up_proj|down_proj)')
+TYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 # What the tensor of all experts is made of, for each expert, one below the other.
 _STACKED = {'gate_up_proj': ('gate_proj', 'up_proj'), 'down_proj': ('down_proj',)}
 
@@ -100,6 +101,18 @@ def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> No
             parameter.to_local().copy_(local)
         else:
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def round_as_stored(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> None:
+    """Give parameters the values that they will have when they are written with the types of ``tensors``.
+
+    What is judged, and what thresholds are chosen by, is then what is served.
+    """
+    for name, parameter in parameters:
+        if not is_adapter(name):
+            [first, *_], *_ = published_names(plain_name(name), parameter.shape)
+            parameter.copy_(parameter.to(TYPES[tensors.dtypes[first]]))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

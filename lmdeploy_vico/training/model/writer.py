@@ -14,10 +14,17 @@ from lmdeploy_vico.checkpoints.random import shards
 from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE, index_text
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
 from lmdeploy_vico.training.model.adapters import merged
-from lmdeploy_vico.training.model.weights import Tensors, disassemble, is_adapter, plain_name, published_shapes, whole
+from lmdeploy_vico.training.model.weights import (
+    TYPES,
+    Tensors,
+    disassemble,
+    is_adapter,
+    plain_name,
+    published_shapes,
+    whole,
+)
 
 CONFIG = 'config.json'
-TYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 # Of a checkpoint, what is neither its weights nor what says that it is a random one.
 _LEFT_OUT = ('*.safetensors', INDEX_FILE, '*.bin', CONFIG, '.*')
 

@@ -25,7 +25,7 @@ from lmdeploy_vico.training.model.adapters import add_adapters, reset_adapters
 from lmdeploy_vico.training.model.build import PARTS, choose, fill, outline, recompute, set_types
 from lmdeploy_vico.training.model.losses import sample_means
 from lmdeploy_vico.training.model.pair import Pair
-from lmdeploy_vico.training.model.weights import is_adapter
+from lmdeploy_vico.training.model.weights import Tensors, is_adapter, round_as_stored
 from lmdeploy_vico.training.model.writer import publish_model
 from lmdeploy_vico.training.stages.divergence import SHARES, divergence
 from lmdeploy_vico.training.stages.initialise import read_config
@@ -116,6 +116,7 @@ class ConsistencyTraining:
         for name in self._left():
             self._phase(name, log)
         log.close()
+        round_as_stored(self._pair.policy.named_parameters(), Tensors(self._settings.model))
         if self._held_out is not None:
             report['after'] = self._judged('after')
         publish_model(self._output, self._config, self._settings.model, self._pair.policy, self._processes.first)

@@ -24,6 +24,7 @@ from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule
 from lmdeploy_vico.training.model.build import PARTS, choose, fill, outline, outline_router, set_types
 from lmdeploy_vico.training.model.pair import Pair
 from lmdeploy_vico.training.model.vico_model import RouterModel
+from lmdeploy_vico.training.model.weights import Tensors, round_as_stored
 from lmdeploy_vico.training.model.writer import publish_model
 from lmdeploy_vico.training.stages.initialise import ABSOLUTE_THRESHOLD, read_config
 from lmdeploy_vico.training.stages.labels import Labels, classify, effect_of_epsilon, label
@@ -199,6 +200,7 @@ class RouterTraining:
         log = self._folder.log()
         loop.run(self._folder, log, self._console)
         log.close()
+        round_as_stored(model.named_parameters(), Tensors(settings.model))
         return model
 
     def _write(self, model: RouterModel, chosen: Thresholds, report: dict[str, Any]) -> None:

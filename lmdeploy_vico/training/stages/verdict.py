@@ -52,8 +52,12 @@ def compressed_share(scores: Sequence[np.ndarray], thresholds: Thresholds) -> fl
 
 
 def fit_threshold(scores: Sequence[np.ndarray], relative: float, share: float) -> Thresholds:
-    """The absolute threshold, one of the scores, with which the share comes closest to what is wanted."""
-    candidates = [Thresholds(relative, float(score)) for score in np.unique(np.concatenate(scores))]
+    """The absolute threshold with which the share comes closest to what is wanted.
+
+    It stands half way between two scores, as the last bits of a score are not the same on every device.
+    """
+    ordered = np.unique(np.concatenate([[0.0], *scores, [1.0]]).astype(np.float64))
+    candidates = [Thresholds(relative, float(middle)) for middle in (ordered[1:] + ordered[:-1]) / 2]
     return min(candidates, key=lambda each: abs(compressed_share(scores, each) - share))
 
 

@@ -9,6 +9,7 @@ from training.runs import made
 
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training.data.batches import lay_out
+from lmdeploy_vico.training.data.tokens import load_tokenizer
 from lmdeploy_vico.training.stages.initialise import initialise
 from lmdeploy_vico.vision.routing import route
 
@@ -19,14 +20,17 @@ SAMPLES = [
 ] + [{'conversations': [human(QUESTION), gpt('Nothing.')]}]
 
 
+ENDS = ('<|im_end|>', '<|endoftext|>')  # what an engine that is told to ignore them never says
+
+
 def train(plain: Path, data: Path, folder: Path) -> Path:
     """Init and a few steps of either stage, with thresholds that compress about half of the tiles."""
     initialise(plain, folder / 'start')
     run = ['--reference', plain, '--data', data, '--batch', 2, '--rate', '1e-3']
-    steps = ['--steps', 3, '--warm-up-steps', 2]
+    steps = ['--steps', 2, '--warm-up-steps', 1]
     made('consistency', '--model', folder / 'start', '--output', folder / 'vico', *run, *steps).run()
     judged = ['--held-out', data, '--compress', 0.5]
-    made('router', '--model', folder / 'vico', '--output', folder / 'flash', *run, '--steps', 4, *judged).run()
+    made('router', '--model', folder / 'vico', '--output', folder / 'flash', *run, '--steps', 2, *judged).run()
     return folder / 'flash'
 
 
@@ -36,6 +40,7 @@ class Trained(Made):
     def __init__(self, path: Path, data: Path) -> None:
         super().__init__(path, data)
         self._model = self.model()
+        self._ends = load_tokenizer(path).convert_tokens_to_ids(list(ENDS))
         self.shares: list[float] = []
 
     @torch.no_grad()
@@ -45,6 +50,7 @@ class Trained(Made):
         spans = [dataclasses.replace(span, ids=list(answer)) if span.response else span for span in sample.spans]
         batch = lay_out([dataclasses.replace(sample, spans=spans)], [self._routed(sample)])
         logits = self._model(batch) @ self._model.language_model.lm_head.weight.T
+        logits[:, self._ends] = -torch.inf
         return batch.ids.shape[1] - len(answer), logits.argmax(-1).tolist()
 
     def _routed(self, sample):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,16 +17,12 @@ from lmdeploy_vico.training import command
 from lmdeploy_vico.training.loop.folder import entries
 from lmdeploy_vico.training.loop.processes import Processes
 
-FAST = ['--workers', '0', '--log-every', '1']
+BFLOAT16 = [str(Path(__file__).parent / 'bfloat16.py')]  # the command line, computing as on a GPU
 
 
-def arguments(stage, *words):
-    return cli.parser().parse_args(['train', stage, *map(str, words), *FAST])
-
-
-def made(stage, *words):
+def made(stage, *words, workers=0):
     """The run that a command line stands for."""
-    parsed = arguments(stage, *words)
+    parsed = cli.parser().parse_args(['train', stage, *map(str, words), '--workers', str(workers)])
     pace = command.Pace(parsed.micro_batch, parsed.workers, parsed.save_every, parsed.log_every)
     return command.make(parsed, stage, pace, Processes(), Console(file=io.StringIO()))
 
@@ -46,10 +43,10 @@ def weights_of(path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def torchrun(stage, words):
+def torchrun(stage, words, program=('-m', 'lmdeploy_vico.cli')):
     """Run a stage in two processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += ['-m', 'lmdeploy_vico.cli', 'train', stage, *map(str, words)]
+    command += [*program, 'train', stage, *map(str, words)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=HANG, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
     )

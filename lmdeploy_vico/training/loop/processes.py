@@ -7,7 +7,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from lmdeploy_vico.training.data.batches import Batch
 from lmdeploy_vico.training.model.build import shard
 
 
@@ -36,6 +38,25 @@ class Processes:
         """Shard a model over the processes, if there are several."""
         if self.size > 1:
             shard(model, self.compute)
+
+    def settle(self, model: nn.Module, batch: Batch) -> None:
+        """Run a model once, before training, with everything trained that ever will be.
+
+        FSDP decides in the first pass in which types gradients are reduced, by what is trained at that time.
+        """
+        if self.size > 1:
+            with torch.no_grad():
+                model(batch.to(self.device))
+            self.release(model)
+
+    def release(self, model: nn.Module) -> None:
+        """Shard again what stays gathered after a pass without a gradient.
+
+        The parameters of a model are its shards only then: an optimiser of gathered ones would train copies.
+        """
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def autocast(self) -> torch.autocast:
         """Multiply in :attr:`compute`, where parameters are not sharded; FSDP casts them itself."""

@@ -43,7 +43,7 @@ class Schedule:
         batch: samples of a step, of all processes together.
         rate, least_rate: learning rates at the top and at the end of the cosine.
         rise: steps of linear warm-up before it.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, of matrices; norms and biases have none.
         clip: the norm that gradients are brought down to.
     """
 
@@ -100,9 +100,10 @@ class Loop:
         self._kept, self._schedule, self._pace, self._processes = kept, schedule, pace, processes
         self._share = local_share(schedule.batch, pace.micro_batch, processes.size)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._trained, lr=schedule.rate, betas=(0.9, 0.999), weight_decay=schedule.weight_decay
-        )
+        matrices = [parameter for parameter in self._trained if parameter.dim() > 1]
+        vectors = [parameter for parameter in self._trained if parameter.dim() <= 1]
+        groups = [{'params': matrices, 'weight_decay': schedule.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+        self._optimizer = torch.optim.AdamW([group for group in groups if group['params']], lr=schedule.rate)
         self._rates = get_cosine_with_min_lr_schedule_with_warmup(
             self._optimizer, schedule.rise, schedule.steps, min_lr=schedule.least_rate
         )
@@ -131,8 +132,12 @@ class Loop:
     def _step(self, batches: Iterator[list[Any]], step: int) -> dict[str, float]:
         began, total = time.perf_counter(), 0.0
         for _ in range(self._share // self._pace.micro_batch):
+            items = next(batches)
+            for item in items:
+                if isinstance(item, TrainingError):
+                    raise item
             with self._processes.autocast():
-                losses = self._objective(next(batches))
+                losses = self._objective(items)
             loss = losses.sum() / self._share
             loss.backward()
             total += loss.item()
@@ -152,7 +157,7 @@ class Loop:
         first = self._processes.rank * share
         places = [step * size + first + i for step in range(begun, self._schedule.steps) for i in range(share)]
         return DataLoader(
-            self._places,
+            _Sentences(self._places),
             batch_size=self._pace.micro_batch,
             sampler=places,
             num_workers=self._pace.workers,
@@ -179,6 +184,19 @@ class Loop:
             TextColumn('{task.fields[loss]}'),
         )
         return Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._processes.first)
+
+
+class _Sentences(Dataset):
+    """Hands errors on as they are: what a worker process raises would come with its whole traceback as its text."""
+
+    def __init__(self, places: Dataset) -> None:
+        self._places = places
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self._places[place]
+        except TrainingError as error:
+            return error
 
 
 def local_share(batch: int, micro_batch: int, processes: int) -> int:

@@ -8,7 +8,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lmdeploy_vico.training.model.weights import whole
+from lmdeploy_vico.checkpoints.initialisation import seed_of
+from lmdeploy_vico.training.model.weights import assign, whole
 
 NAME = 'default'
 # Linear layers of the ViT, of mlp1 and of the language model. Experts are one tensor of a layer, and left alone.
@@ -30,10 +31,14 @@ def add_adapters(model: nn.Module, rank: int, alpha: int) -> None:
 
 
 def reset_adapters(model: nn.Module, seed: int) -> None:
-    """Initialise adapters that came from the meta device, the same in every process."""
-    torch.manual_seed(seed)
-    for layer in layers(model):
-        layer.reset_lora_parameters(NAME, init_lora_weights=True)
+    """Initialise adapters that came from the meta device, as peft does: the first matrix uniform, the second zero."""
+    for name, parameter in model.named_parameters():
+        if '.lora_A.' in name:
+            generator = torch.Generator().manual_seed((seed_of(name) << 20) + seed)
+            bound = parameter.shape[1] ** -0.5
+            assign(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        elif '.lora_B.' in name:
+            assign(parameter, torch.zeros(parameter.shape))
 
 
 def layers(model: nn.Module) -> Iterator[LoraLayer]:

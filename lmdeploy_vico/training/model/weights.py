@@ -83,7 +83,6 @@ def published_shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str
     }
 
 
-@torch.no_grad()
 def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> None:
     """Fill parameters, cast to their dtype; of a sharded one, every process keeps its own shard.
 
@@ -94,13 +93,18 @@ def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> No
     for name, parameter in parameters:
         if is_adapter(name):
             continue
-        value = assemble(plain_name(name), parameter.shape, tensors).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            local = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None).to_local()
-            parameter.to_local().copy_(local)
-        else:
-            parameter.copy_(value)
+        assign(parameter, assemble(plain_name(name), parameter.shape, tensors))
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Give a parameter a value, cast to its type; every process keeps its shard of a whole one."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = value.to(parameter.device, parameter.dtype)
+        parameter.to_local().copy_(distribute_tensor(value, mesh, placements, src_data_rank=None).to_local())
+    else:
+        parameter.copy_(value)
 
 
 @torch.no_grad()

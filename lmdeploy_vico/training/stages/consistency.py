@@ -169,6 +169,9 @@ class ConsistencyTraining:
         fill(policy, [settings.model], device)
         if settings.lora_rank:
             reset_adapters(policy, settings.seed)
+        sample = self._samples[0]
+        self._processes.settle(policy, lay_out([sample], [np.zeros(len(sample.tiles), bool)]))
+        if settings.lora_rank:
             return Pair(policy, None, self._processes)
         reference = outline(self._config)
         set_types(reference, compute)

@@ -37,5 +37,6 @@ def divergence(
             batch = lay_out([sample], [draw_tiles(seed, index, len(none), share)]).to(processes.device)
             with processes.autocast():
                 totals[i] += sample_means(pair.policy(batch, target), batch.responses).item() / count
+    processes.release(pair.policy)
     means = processes.mean(totals)
     return {f'{share:g}': value for share, value in zip(shares, means, strict=True)}

@@ -39,6 +39,7 @@ def scores_of(model: RouterModel, samples: Samples, processes: Processes) -> lis
         with processes.autocast():
             parts = [model(part).softmax(-1)[:, 0].cpu() for part in tiles.split(AT_A_TIME) if len(part)]
         scores.append(torch.cat(parts).numpy() if parts else np.empty(0, np.float32))
+    processes.release(model)
     return scores
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from training.made import SAMPLES, write_lines
-from training.runs import log_of, made, report_of, torchrun, weights_of
+from training.runs import BFLOAT16, log_of, made, report_of, torchrun, weights_of
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
@@ -118,6 +118,22 @@ def test_two_processes_do_what_one_does(start, plain, few, short, tmp_path):
     assert apart < 0.02 * moved
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 4], ids=['weights', 'adapters'])
+def test_two_processes_in_bfloat16(start, plain, few, short, tmp_path, rank):
+    """As on GPUs: shards in float32 and gathered in bfloat16, beside frozen ones in bfloat16; judged before, too."""
+    words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--held-out', few, '--lora-rank', rank]
+    torchrun('consistency', [*words, '--workers', 0], BFLOAT16)
+    names = 'loss', 'gradient_norm'
+    for ours, theirs in zip(log_of(tmp_path / 'run', *names)[:4], log_of(short, *names), strict=False):
+        # Other parameters are trained in the second phase, so that only its first loss is the same.
+        assert ours[2] == pytest.approx(theirs[2], rel=0.03)
+        assert ours[3] == pytest.approx(theirs[3], rel=0.1) if ours[0] == 'warm-up' or not rank else ours[3] > 0
+    before, after = weights_of(start), weights_of(tmp_path / 'run')
+    changed = {name.partition('.')[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {'vision_model', 'mlp1', 'mlp2', 'language_model'}
+
+
 def test_adapters_are_merged(plain, start, few, tmp_path):
     """With LoRA the model without adapters is the reference; what is written is an ordinary checkpoint."""
     words = ['--model', start, '--data', few, '--output', tmp_path / 'run', '--held-out', few, '--lora-rank', 4, *SHORT]
@@ -166,6 +182,19 @@ def test_bad_samples_end_the_command_before_it_begins(start, plain, data, tmp_pa
     assert f'{path}, line 2: the image' in said and 'line 6' in said and 'line 7' not in said
     assert '... and 2 more' in said
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_pixels_that_are_damaged_end_the_run_with_a_sentence(start, plain, data, tmp_path, workers):
+    """They are found where they are decoded; here in a process of the loader, too."""
+    whole = (data.parent / 'cup.png').read_bytes()
+    (tmp_path / 'cup.png').write_bytes(whole[: len(whole) // 2])
+    path = write_lines(tmp_path / 'a.jsonl', [SAMPLES[3], SAMPLES[0]])
+    run = made('consistency', *options(start, plain, path, tmp_path / 'run', *SHORT), workers=workers)
+    with pytest.raises(
+        TrainingError, match=r'^\S*a\.jsonl, line 2: the image \S* cannot be read: The image is damaged'
+    ):
+        run.run()
 
 
 def test_what_the_command_needs(capsys):

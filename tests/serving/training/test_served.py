@@ -2,8 +2,8 @@
 
 import pytest
 from PIL import Image
-from serving.answers.trained import QUESTION, SAMPLES, Trained, train
 from serving.client import Client
+from serving.training.trained import QUESTION, SAMPLES, Trained, train
 from training.made import write_data
 
 

@@ -6,7 +6,7 @@ import pytest
 from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS
 from PIL import Image
-from serving.answers.trained import QUESTION, SAMPLES, Trained, train
+from serving.training.trained import QUESTION, SAMPLES, Trained, train
 from training.made import write_data
 
 from lmdeploy_vico.checkpoints.random import make_checkpoint_with_weights

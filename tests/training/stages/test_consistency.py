@@ -125,10 +125,11 @@ def test_two_processes_in_bfloat16(start, plain, few, short, tmp_path, rank):
     words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--held-out', few, '--lora-rank', rank]
     torchrun('consistency', [*words, '--workers', 0], BFLOAT16)
     names = 'loss', 'gradient_norm'
-    for ours, theirs in zip(log_of(tmp_path / 'run', *names)[:4], log_of(short, *names), strict=False):
-        # Other parameters are trained in the second phase, so that only its first loss is the same.
-        assert ours[2] == pytest.approx(theirs[2], rel=0.03)
-        assert ours[3] == pytest.approx(theirs[3], rel=0.1) if ours[0] == 'warm-up' or not rank else ours[3] > 0
+    ours, theirs = log_of(tmp_path / 'run', *names), log_of(short, *names)
+    # Rounding grows from step to step, and with adapters the second phase trains something else.
+    assert ours[0][2] == pytest.approx(theirs[0][2], rel=0.01)
+    assert ours[0][3] == pytest.approx(theirs[0][3], rel=0.05)
+    assert [each[2] for each in ours[:3]] == pytest.approx([each[2] for each in theirs[:3]], rel=0.2)
     before, after = weights_of(start), weights_of(tmp_path / 'run')
     changed = {name.partition('.')[0] for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {'vision_model', 'mlp1', 'mlp2', 'language_model'}
@@ -191,10 +192,11 @@ def test_pixels_that_are_damaged_end_the_run_with_a_sentence(start, plain, data,
     (tmp_path / 'cup.png').write_bytes(whole[: len(whole) // 2])
     path = write_lines(tmp_path / 'a.jsonl', [SAMPLES[3], SAMPLES[0]])
     run = made('consistency', *options(start, plain, path, tmp_path / 'run', *SHORT), workers=workers)
-    with pytest.raises(
-        TrainingError, match=r'^\S*a\.jsonl, line 2: the image \S* cannot be read: The image is damaged'
-    ):
+    with pytest.raises(TrainingError) as error:
         run.run()
+    said = str(error.value)
+    assert said.startswith(f'{path}, line 2: the image ') and 'cannot be read: The image is damaged' in said
+    assert '\n' not in said
 
 
 def test_what_the_command_needs(capsys):

@@ -44,11 +44,17 @@ def _help(parser: argparse.ArgumentParser) -> int:
     return 0
 
 
+def _missing(error: ImportError) -> CommandError:
+    return CommandError(f'{error.name} is missing; in a checkout of the plugin: pip install ".[train]"')
+
+
 def _init(arguments: argparse.Namespace) -> int:
     """Initialise; raises CommandError where the source does not fit."""
-    from lmdeploy_vico.config import UnsupportedCheckpointError
-    from lmdeploy_vico.training.stages.initialise import initialise
-
+    try:
+        from lmdeploy_vico.config import UnsupportedCheckpointError
+        from lmdeploy_vico.training.stages.initialise import initialise
+    except ImportError as error:
+        raise _missing(error) from error
     try:
         initialise(arguments.source, arguments.directory, arguments.seed)
     except (TrainingError, UnsupportedCheckpointError) as error:
@@ -67,7 +73,7 @@ def _run(arguments: argparse.Namespace, stage: str) -> int:
         from lmdeploy_vico.config import UnsupportedCheckpointError
         from lmdeploy_vico.training import command
     except ImportError as error:
-        raise CommandError(f'{error.name} is missing; in a checkout of the plugin: pip install ".[train]"') from error
+        raise _missing(error) from error
     missing = [] if arguments.dry_run else [f'--{name}' for name in REQUIRED if getattr(arguments, name) is None]
     if missing:
         raise CommandError(f'train {stage} needs {", ".join(missing)} (or --dry-run).')

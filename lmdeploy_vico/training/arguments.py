@@ -25,6 +25,8 @@ Router training (paper, section 3.2). For one random tile of each sample, the lo
 relation to the loss with none compressed (Eq. 2). The router learns whether this ratio is below the percentile of a
 sliding window (Eq. 3, 4). Ratios are computed once and kept in OUTPUT/ratios-*.jsonl.
 """
+MAX_LENGTH = 32768  # tokens of a sample with all tiles at 256 (paper, section 4.1)
+MAX_TILES = 128  # of a sample: what that many tokens have room for
 PARTS = ('vit', 'mlp1', 'mlp2', 'language')
 MODELS_HELP = 'a published size (1B, 2B, 4B, 8B, 14B, 30B-A3B, 38B, 241B); default: all of them, or that of --model'
 
@@ -93,8 +95,10 @@ def _add_run(parser: argparse.ArgumentParser, batch: int, rate: float, least_rat
     pace.add_argument('--workers', type=int, default=2, help='processes that prepare samples, of each (default: 2)')
     pace.add_argument('--save-every', type=int, default=100, help='steps between kept states (default: 100)')
     pace.add_argument('--log-every', type=int, default=1, help='steps between lines of the log (default: 1)')
-    pace.add_argument('--max-tiles', type=int, default=128, help='of a sample (default: 128)')
-    pace.add_argument('--max-length', type=int, default=32768, help='tokens of a sample (default: 32768)')
+    pace.add_argument('--max-tiles', type=int, default=MAX_TILES, help=f'of a sample (default: {MAX_TILES})')
+    pace.add_argument('--max-length', type=int, default=MAX_LENGTH,
+        help=f'tokens of a sample, all tiles at 256 (default: {MAX_LENGTH})',
+    )  # fmt: skip
     cost = parser.add_argument_group('cost')
     cost.add_argument('--dry-run', action='store_true',
         help='print parameters, memory per GPU, tokens and time, and train nothing; needs no checkpoint and no data',

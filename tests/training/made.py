@@ -51,13 +51,17 @@ def write_lines(path: Path, samples) -> Path:
     return path
 
 
+def samples_of(data: Path, path: Path, config: VicoConfig, max_tiles=128, max_length=32768) -> Samples:
+    return Samples(Records(data), load_tokenizer(path), config, max_tiles, max_length)
+
+
 class Made:
     """A checkpoint's model and a file's samples."""
 
     def __init__(self, path: Path, data: Path) -> None:
         self.path = path
         self.config = json.loads((path / 'config.json').read_text())
-        self.samples = Samples(Records(data), load_tokenizer(path), VicoConfig.from_dict(self.config))
+        self.samples = samples_of(data, path, VicoConfig.from_dict(self.config))
 
     def model(self, *parts: str, router_only: bool = False):
         """The model in float32, with these parts trained."""

@@ -16,9 +16,6 @@ from lmdeploy_vico.training.data.conversation import render
 from lmdeploy_vico.training.data.records import DataError, Record, Records
 from lmdeploy_vico.vision.tiling import TILE_SHAPE, Grid, Tiling, cut_grid
 
-MAX_LENGTH = 32768  # tokens of a sample with all tiles at 256 (paper, section 4.1)
-MAX_TILES = 128  # of a sample: what that many tokens have room for
-
 
 @dataclass(frozen=True)
 class Span:
@@ -57,14 +54,7 @@ class Samples:
         max_length: tokens of a sample with all tiles at 256.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        tokenizer: Any,
-        config: VicoConfig,
-        max_tiles: int = MAX_TILES,
-        max_length: int = MAX_LENGTH,
-    ) -> None:
+    def __init__(self, records: Records, tokenizer: Any, config: VicoConfig, max_tiles: int, max_length: int) -> None:
         self.records = records
         self._tokenizer = tokenizer
         self._tiling = Tiling.of(config)

@@ -26,7 +26,7 @@ class VicoModel(VisionTower):
         config: the content of a ViCO checkpoint's ``config.json``.
 
     Raises:
-        TrainingError: the language model is neither a Qwen3 nor a Qwen3-MoE.
+        TrainingError: the language model is neither a Qwen3 nor a Qwen3-MoE, or has tied embeddings.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -35,7 +35,14 @@ class VicoModel(VisionTower):
         kind = llm.pop('model_type', None)
         if kind not in LANGUAGE_MODELS:
             raise TrainingError(f'llm_config.model_type is {kind!r}; {" and ".join(LANGUAGE_MODELS)} can be trained.')
-        self.language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **llm))
+        if llm.get('tie_word_embeddings'):
+            raise TrainingError(
+                'llm_config.tie_word_embeddings is set; only models with a head of their own are trained.'
+            )
+        # Published configs name FlashAttention; without a mask, PyTorch's own takes the same way.
+        self.language_model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **llm), attn_implementation='sdpa'
+        )
 
     def forward(self, batch: Batch, target: Target | None = None) -> torch.Tensor:
         """Run the model over a batch.

@@ -47,7 +47,7 @@ def publish(
         names: the tensors that are.
         made: these and their values, about in the order of the files.
     """
-    default = getattr(torch, str(config.get('dtype', 'bfloat16')))
+    default = getattr(torch, str(config.get('dtype') or config.get('torch_dtype') or 'bfloat16'))
     waiting: dict[str, torch.Tensor] = {}
 
     def take(name: str) -> torch.Tensor:

@@ -5,7 +5,7 @@ import pytest
 from parity.prompts import Picture, chat_segments
 from parity.reference import Reference
 from PIL import Image
-from training.made import TILES, gpt, human, write_lines
+from training.made import TILES, gpt, human, samples_of, write_lines
 
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training.data.batches import lay_out
@@ -95,7 +95,7 @@ def test_orientation_and_transparency_are_as_served(dense, data, tmp_path):
     Image.fromarray(pixels).save(tmp_path / 'turned.png', exif=exif)
     path = write_lines(tmp_path / 'a.jsonl', [{'image': 'turned.png', 'conversations': [human('?'), gpt('!')]}])
     config = VicoConfig.from_dict(dense.config | {'max_dynamic_patch': 1})
-    tile = Samples(Records(path), load_tokenizer(dense.path), config)[0].tiles[0]
+    tile = samples_of(path, dense.path, config)[0].tiles[0]
     assert (tile[:, :100] == 255).all(), 'the transparent half is white, and to the left once it is turned'
     assert (tile[:, -100:] == 0).all()
 
@@ -108,7 +108,7 @@ def test_orientation_and_transparency_are_as_served(dense, data, tmp_path):
     ],
 )
 def test_what_is_too_large_is_named(dense, data, limits, said):
-    samples = Samples(Records(data), load_tokenizer(dense.path), VicoConfig.from_dict(dense.config), **limits)
+    samples = samples_of(data, dense.path, VicoConfig.from_dict(dense.config), **limits)
     for look in (samples.tiles_of, samples.__getitem__):
         with pytest.raises(DataError) as error:
             look(2)
@@ -118,7 +118,7 @@ def test_what_is_too_large_is_named(dense, data, limits, said):
 def test_a_damaged_image_is_named(dense, data, tmp_path):
     (tmp_path / 'cup.png').write_bytes((data.parent / 'cup.png').read_bytes()[:2000])
     path = write_lines(tmp_path / 'a.jsonl', [{'image': 'cup.png', 'conversations': [human('?'), gpt('!')]}])
-    samples = Samples(Records(path), load_tokenizer(dense.path), VicoConfig.from_dict(dense.config))
+    samples = samples_of(path, dense.path, VicoConfig.from_dict(dense.config))
     with pytest.raises(DataError, match=r'a\.jsonl, line 1: the image .*cup\.png cannot be read'):
         samples[0]
 
@@ -126,7 +126,7 @@ def test_a_damaged_image_is_named(dense, data, tmp_path):
 def test_a_template_that_rewrites_history_is_refused(dense, data):
     tokenizer = load_tokenizer(dense.path)
     tokenizer.chat_template = '{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}'
-    samples = Samples(Records(data), tokenizer, VicoConfig.from_dict(dense.config))
+    samples = Samples(Records(data), tokenizer, VicoConfig.from_dict(dense.config), 128, 32768)
     with pytest.raises(DataError, match='line 3: the chat template renders a turn otherwise'):
         samples[2]
 

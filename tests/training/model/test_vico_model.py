@@ -149,3 +149,14 @@ def test_other_language_models_are_refused(config):
     config['llm_config']['model_type'] = 'qwen2'
     with pytest.raises(TrainingError, match="'qwen2'; qwen3 and qwen3_moe"):
         VicoModel(config)
+
+
+def test_tied_embeddings_are_refused(config):
+    config['llm_config']['tie_word_embeddings'] = True
+    with pytest.raises(TrainingError, match='models without a head of their own cannot'):
+        VicoModel(config)
+
+
+def test_the_attention_that_a_config_names_is_not_needed(config):
+    config['llm_config']['attn_implementation'] = 'flash_attention_2'
+    assert outline(config).language_model.config._attn_implementation == 'sdpa'

@@ -10,7 +10,8 @@ from training.runs import BFLOAT16, log_of, made, report_of, torchrun, weights_o
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
-from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training import TrainingError, arguments
+from lmdeploy_vico.training.model.build import PARTS
 from lmdeploy_vico.training.stages.consistency import ConsistencyTraining
 
 RATES = ['--rate', '3e-4', '--least-rate', '1e-4', '--warm-up-rate', '3e-3']
@@ -197,6 +198,11 @@ def test_pixels_that_are_damaged_end_the_run_with_a_sentence(start, plain, data,
     said = str(error.value)
     assert said.startswith(f'{path}, line 2: the image ') and 'cannot be read: The image is damaged' in said
     assert '\n' not in said
+
+
+def test_every_part_can_be_chosen():
+    """The command line knows their names without loading torch."""
+    assert {*arguments.PARTS, 'router'} == set(PARTS)
 
 
 def test_what_the_command_needs(capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 
 PICTURES = ('astronaut', 'coffee', 'chelsea', 'rocket', 'page', 'text')
-SIZE = (896, 448)  # two tiles and a thumbnail
+SIZE = (896, 896)  # four tiles and a thumbnail
 LEARNT = 0.6  # of a picture's width, from the left; held-out samples are cut from the rest
 
 
@@ -33,11 +33,10 @@ def write(folder: Path, crops: int, seed: int) -> tuple[Path, Path]:
 
 
 def _crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A part twice as wide as high, of at least half the size that fits."""
-    height = int(min(picture.width / 2, picture.height) * rng.uniform(0.5, 1))
-    left = int(rng.integers(picture.width - 2 * height + 1))
-    top = int(rng.integers(picture.height - height + 1))
-    return picture.crop((left, top, left + 2 * height, top + height))
+    """A square of at least half the size that fits."""
+    side = int(min(picture.size) * rng.uniform(0.5, 1))
+    left, top = (int(rng.integers(length - side + 1)) for length in picture.size)
+    return picture.crop((left, top, left + side, top + side))
 
 
 def _sample(file: str, pixels: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:

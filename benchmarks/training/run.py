@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output-file', type=Path, default=RESULTS, help=f'(default: {RESULTS.name}; and a .png)')
     parser.add_argument('--crops', type=int, default=12, help='of each of six pictures (default: 12)')
-    parser.add_argument('--warm-up-steps', type=int, default=60, help='of mlp2 alone (default: 60)')
-    parser.add_argument('--steps', type=int, default=90, help='of consistency training (default: 90)')
-    parser.add_argument('--router-steps', type=int, default=60, help='of router training (default: 60)')
+    parser.add_argument('--warm-up-steps', type=int, default=50, help='of mlp2 alone (default: 50)')
+    parser.add_argument('--steps', type=int, default=70, help='of consistency training (default: 70)')
+    parser.add_argument('--router-steps', type=int, default=24, help='of router training (default: 24)')
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), arguments)
@@ -51,8 +51,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         '--steps': arguments.steps,
         '--warm-up-steps': arguments.warm_up_steps,
         '--batch': 4,
-        '--rate': 5e-4,
-        '--least-rate': 2e-5,
+        '--rate': 1e-4,
+        '--least-rate': 1e-5,
         '--warm-up-rate': 3e-3,
     }
     router = {'--steps': arguments.router_steps, '--batch': 8, '--rate': 1e-3, '--compress': 0.6}

@@ -36,9 +36,7 @@ class VicoModel(VisionTower):
         if kind not in LANGUAGE_MODELS:
             raise TrainingError(f'llm_config.model_type is {kind!r}; {" and ".join(LANGUAGE_MODELS)} can be trained.')
         if llm.get('tie_word_embeddings'):
-            raise TrainingError(
-                'llm_config.tie_word_embeddings is set; only models with a head of their own are trained.'
-            )
+            raise TrainingError('llm_config.tie_word_embeddings: models without a head of their own cannot be trained.')
         # Published configs name FlashAttention; without a mask, PyTorch's own takes the same way.
         self.language_model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, **llm), attn_implementation='sdpa'

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training.compression import WARM_UP_SHARE, draw_sample, draw_share, draw_tiles
 from lmdeploy_vico.training.data.batches import lay_out
-from lmdeploy_vico.training.data.check import check
-from lmdeploy_vico.training.data.records import Records
+from lmdeploy_vico.training.data.check import Reader
 from lmdeploy_vico.training.data.samples import Sample, Samples
 from lmdeploy_vico.training.data.tokens import load_tokenizer
 from lmdeploy_vico.training.loop.folder import Log, RunFolder
@@ -102,8 +101,17 @@ class ConsistencyTraining:
         self._settings, self._pace, self._output = settings, pace, output
         self._processes, self._console = processes, console
         self._config = read_config(settings.model)
-        self._samples = self._read(settings.data)
-        self._held_out = self._read(settings.held_out) if settings.held_out else None
+        reader = Reader(
+            load_tokenizer(settings.model),
+            VicoConfig.from_dict(self._config),
+            settings.max_tiles,
+            settings.max_length,
+            settings.seed,
+            processes,
+            console,
+        )
+        self._samples, _ = reader.read(settings.data)
+        self._held_out = reader.read(settings.held_out)[0] if settings.held_out else None
         self._folder = RunFolder(output, settings.as_json(), processes)
         self._pair = self._make_pair()
 
@@ -145,18 +153,6 @@ class ConsistencyTraining:
         batch = lay_out(samples, compressed).to(self._processes.device)
         return sample_means(self._pair.policy(batch, target), batch.responses)
 
-    def _read(self, path: Path) -> Samples:
-        settings = self._settings
-        samples = Samples(
-            Records(path, settings.seed),
-            load_tokenizer(settings.model),
-            VicoConfig.from_dict(self._config),
-            settings.max_tiles,
-            settings.max_length,
-        )
-        check(samples, self._processes)
-        return samples
-
     def _make_pair(self) -> Pair:
         settings, device, compute = self._settings, self._processes.device, self._processes.compute
         policy = outline(self._config)
@@ -182,8 +178,7 @@ class ConsistencyTraining:
 
     def _choose(self, phase: str) -> None:
         """Have trained what a phase trains."""
-        parts = ['mlp2'] if phase == WARM_UP else [] if self._settings.lora_rank else self._settings.parts
-        choose(self._pair.policy, parts)
+        choose(self._pair.policy, ['mlp2'] if phase == WARM_UP or self._settings.lora_rank else self._settings.parts)
         for name, parameter in self._pair.policy.named_parameters():
             if is_adapter(name):
                 parameter.requires_grad_(phase == MAIN)

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training import TrainingError
-from lmdeploy_vico.training.data.check import check
-from lmdeploy_vico.training.data.records import Records
+from lmdeploy_vico.training.data.check import Reader
 from lmdeploy_vico.training.data.samples import Samples
 from lmdeploy_vico.training.data.tokens import load_tokenizer
 from lmdeploy_vico.training.loop.folder import RunFolder
@@ -126,9 +125,21 @@ class RouterTraining:
         self._settings, self._pace, self._output = settings, pace, output
         self._processes, self._console = processes, console
         self._config = read_config(settings.model)
-        self._tokenizer = load_tokenizer(settings.model)
-        self._samples, self._plan = self._read(settings.data)
-        self._held_out = self._read(settings.held_out) if settings.held_out else None
+        reader = Reader(
+            load_tokenizer(settings.model),
+            VicoConfig.from_dict(self._config),
+            settings.max_tiles,
+            settings.max_length,
+            settings.seed,
+            processes,
+            console,
+        )
+        self._samples, tiles = reader.read(settings.data)
+        self._plan = Plan(tiles, settings.seed)
+        self._held_out: tuple[Samples, Plan] | None = None
+        if settings.held_out:
+            held_out, tiles = reader.read(settings.held_out)
+            self._held_out = held_out, Plan(tiles, settings.seed)
         self._folder = RunFolder(output, settings.as_json(), processes)
 
     def run(self) -> None:
@@ -211,14 +222,3 @@ class RouterTraining:
             (self._output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
             self._console.print_json(json.dumps(report))
         self._processes.wait()
-
-    def _read(self, path: Path) -> tuple[Samples, Plan]:
-        settings = self._settings
-        samples = Samples(
-            Records(path, settings.seed),
-            self._tokenizer,
-            VicoConfig.from_dict(self._config),
-            settings.max_tiles,
-            settings.max_length,
-        )
-        return samples, Plan(check(samples, self._processes), settings.seed)

@@ -25,8 +25,9 @@ from lmdeploy_vico.training.model.weights import (
 )
 
 CONFIG = 'config.json'
-# Of a checkpoint, what is neither its weights nor what says that it is a random one.
-_LEFT_OUT = ('*.safetensors', INDEX_FILE, '*.bin', CONFIG, '.*')
+# What is not copied: weights, config, and what an earlier stage's run keeps beside the checkpoint that it has written.
+_WEIGHTS = ('*.safetensors', INDEX_FILE, '*.bin', CONFIG, '.*')
+_RUN = ('training.json', 'report.json', 'divergence-*.json', 'log.jsonl', 'ratios-*.jsonl', 'held-out-*.jsonl')
 
 
 def publish(
@@ -71,9 +72,9 @@ def publish(
 
 
 def copy_rest(source: Path, path: Path) -> None:
-    """Copy what a checkpoint has besides weights and config."""
+    """Copy what a checkpoint has besides weights and config: tokenizer, chat template, licence."""
     for file in source.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in _LEFT_OUT) and not (path / file.name).exists():
+        if file.is_file() and not any(file.match(pattern) for pattern in (*_WEIGHTS, *_RUN)):
             shutil.copyfile(file, path / file.name)
 
 

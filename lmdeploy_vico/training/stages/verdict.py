@@ -1,5 +1,6 @@
 """What a trained router is worth: its agreement with held-out labels, its scores, and how much it compresses."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,9 @@ def fit_threshold(scores: Sequence[np.ndarray], relative: float, share: float) -
     """
     ordered = np.unique(np.concatenate([[0.0], *scores, [1.0]]).astype(np.float64))
     candidates = [Thresholds(relative, float(middle)) for middle in (ordered[1:] + ordered[:-1]) / 2]
-    return min(candidates, key=lambda each: abs(compressed_share(scores, each) - share))
+    # The higher the threshold, the less is compressed.
+    first = bisect_left(candidates, -share, key=lambda each: -compressed_share(scores, each))
+    return min(candidates[max(0, first - 1) : first + 1], key=lambda each: abs(compressed_share(scores, each) - share))
 
 
 @dataclass(frozen=True)

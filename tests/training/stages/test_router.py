@@ -1,6 +1,7 @@
 """Router training: the loss falls, nothing else changes, and a run goes on as if it had not stopped."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,18 @@ def test_20_steps_lower_the_loss(policy, plain, tiles, tmp_path, by_kind):
     assert judged['labels'] == {'compress': 4, 'keep': 4}
     assert judged['agreement'] == 1
     assert judged['scores']['compress']['0.05'] > 0.5 > judged['scores']['keep']['0.95']
+
+
+def test_what_an_earlier_run_keeps_is_not_copied(policy, plain, data, tmp_path):
+    before = tmp_path / 'before'
+    shutil.copytree(policy, before)
+    for name in ('training.json', 'log.jsonl', 'divergence-after.json', 'ratios-0.jsonl', 'LICENSE'):
+        (before / name).write_text('theirs')
+    made('router', *options(before, plain, data, tmp_path / 'run', *SHORT, '--steps', 1)).run()
+    assert (tmp_path / 'run' / 'LICENSE').read_text() == 'theirs'
+    others = [path for path in (tmp_path / 'run').iterdir() if path.is_file() and path.name != 'LICENSE']
+    assert all(path.read_bytes() != b'theirs' for path in others)
+    assert not (tmp_path / 'run' / 'divergence-after.json').exists()
 
 
 def test_everything_but_the_router_is_left_alone(policy, short):

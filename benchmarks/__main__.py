@@ -17,6 +17,7 @@ COMMANDS = {
     'placement': ('benchmarks.serving.placement', 'compare one process, two, and two under MPS on one GPU'),
     'one-process': ('benchmarks.serving.one_process', "lmdeploy with the engine in the API server's process"),
     'soak': ('benchmarks.serving.soak', 'send thousands of requests with cancels: answers right, nothing grows'),
+    'training': ('benchmarks.training.run', 'train a tiny checkpoint with photographs: divergence before and after'),
     'check': ('benchmarks.gates.check', 'fail if anything got slower than a stored baseline'),
     'counters': ('benchmarks.gates.counters', 'compare what requests make the engine do with the committed counts'),
     'targets': ('benchmarks.gates.targets', 'compare results of GPUs with the targets'),

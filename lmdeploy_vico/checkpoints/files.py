@@ -114,6 +114,11 @@ class Checkpoint:
         instead = (name.removesuffix('weight') + kind for kind in _QUANTISED)
         return next((f'{name} is stored as {found}' for found in instead if found in self.dtypes), None)
 
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored."""
+        with safe_open(self._files[name], framework='pt') as tensors:
+            return tensors.get_tensor(name)
+
     def load_into(self, module: nn.Module) -> None:
         """Fill every parameter of ``module``, whose names and shapes are the checkpoint's; cast to their dtype."""
         parameters = dict(module.named_parameters())

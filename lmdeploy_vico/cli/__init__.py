@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, documents, env, eval, options, tiny
+from lmdeploy_vico.cli import bench, demo, documents, env, eval, options, tiny, train
 from lmdeploy_vico.cli.errors import CommandError
 
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -15,7 +15,7 @@ DESCRIPTION = """\
 lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
 answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
 This command makes small random checkpoints to try it with, lists the options of a server, reports what is installed,
-runs a demonstration, measures what compression gains, and judges what it costs in answers.
+runs a demonstration, measures what compression gains, judges what it costs in answers, and trains checkpoints for it.
 """
 
 
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     documents.add_parser(commands)
     bench.add_parser(commands)
     eval.add_parser(commands)
+    train.add_parser(commands)
     return whole
 
 

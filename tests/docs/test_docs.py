@@ -77,6 +77,8 @@ def test_commands_exist(line):
             assert done.returncode == 0, done.stderr
         case ['lmdeploy-vico', *arguments]:
             parses(arguments)
+        case ['torchrun', '--nproc-per-node', _, '-m', 'lmdeploy_vico.cli', *arguments]:
+            parses(arguments)
         case ['python' | '.venv/bin/python', '-m', 'benchmarks', *arguments]:
             name = [word for word in arguments if not word.startswith('-')][:1]
             subprocess.run([sys.executable, '-m', 'benchmarks', *name, '--help'], cwd=ROOT, check=True)

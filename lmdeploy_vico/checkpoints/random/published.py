@@ -136,7 +136,12 @@ def weight_bytes(model: str | Model) -> int:
 
 def tensor_shapes(model: Model) -> dict[str, Shape]:
     """Return name and shape of every tensor in a checkpoint of this model."""
-    return checkpoint_shapes(_config(model, dict.fromkeys(SPECIAL_TOKENS, 0)))  # shapes do not depend on the tokens
+    return checkpoint_shapes(config_of(model))
+
+
+def config_of(model: str | Model) -> dict[str, Any]:
+    """Return the config of a model for what depends on shapes alone: all its tokens have the id 0."""
+    return _config(_shape(model), dict.fromkeys(SPECIAL_TOKENS, 0))
 
 
 def _config(model: Model, token_ids: dict[str, int]) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""From the options of ``lmdeploy-vico train`` to a run."""
+
+import argparse
+
+from rich.console import Console
+
+from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training.cost.dry_run import dry_run
+from lmdeploy_vico.training.loop.processes import Processes
+from lmdeploy_vico.training.loop.steps import Pace, Schedule
+from lmdeploy_vico.training.stages import consistency, router
+
+
+def train(arguments: argparse.Namespace, stage: str) -> None:
+    """Run the stage ``consistency`` or ``router``; raises TrainingError and UnsupportedCheckpointError."""
+    processes = Processes()
+    console = Console(stderr=True)
+    pace = Pace(arguments.micro_batch, arguments.workers, arguments.save_every, arguments.log_every)
+    try:
+        make(arguments, stage, pace, processes, console).run()
+    finally:
+        processes.close()
+    if processes.first:
+        console.print(f'Written: {arguments.output}. Serve it: lmdeploy serve api_server {arguments.output}')
+
+
+def estimate(arguments: argparse.Namespace, stage: str) -> None:
+    """Print what a run of the stage would cost; raises TrainingError."""
+    dry_run(arguments, stage, Console())
+
+
+def make(
+    arguments: argparse.Namespace, stage: str, pace: Pace, processes: Processes, console: Console
+) -> consistency.ConsistencyTraining | router.RouterTraining:
+    """The run that is asked for."""
+    if stage == 'router':
+        return router.RouterTraining(router_settings(arguments), pace, arguments.output, processes, console)
+    return consistency.ConsistencyTraining(consistency_settings(arguments), pace, arguments.output, processes, console)
+
+
+def consistency_settings(arguments: argparse.Namespace) -> consistency.Settings:
+    """The settings of consistency training; raises TrainingError where two options do not go together."""
+    if arguments.reference is None and not arguments.lora_rank:
+        raise TrainingError('train consistency needs --reference, or --lora-rank, which makes the model its own.')
+    schedule = main_schedule(arguments)
+    return consistency.Settings(
+        model=arguments.model,
+        reference=arguments.model if arguments.lora_rank else arguments.reference,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        warm_up=warm_up_schedule(arguments),
+        main=schedule,
+        parts=arguments.train,
+        lora_rank=arguments.lora_rank,
+        max_tiles=arguments.max_tiles,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+    )
+
+
+def router_settings(arguments: argparse.Namespace) -> router.Settings:
+    """The settings of router training; raises TrainingError where the reference is missing."""
+    if arguments.reference is None:
+        raise TrainingError('train router needs --reference.')
+    return router.Settings(
+        model=arguments.model,
+        reference=arguments.reference,
+        data=arguments.data,
+        held_out=arguments.held_out,
+        schedule=main_schedule(arguments),
+        percentile=arguments.percentile,
+        window=arguments.window,
+        epsilon=arguments.epsilon,
+        relative_threshold=arguments.relative_threshold,
+        absolute_threshold=arguments.absolute_threshold,
+        compress=arguments.compress,
+        max_tiles=arguments.max_tiles,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+    )
+
+
+def main_schedule(arguments: argparse.Namespace) -> Schedule:
+    """The schedule of a stage."""
+    return Schedule(
+        arguments.steps, arguments.batch, arguments.rate, arguments.least_rate, weight_decay=arguments.weight_decay
+    )
+
+
+def warm_up_schedule(arguments: argparse.Namespace) -> Schedule:
+    """The schedule of mlp2's warm-up: a fifth of it rises, the rest falls to a tenth."""
+    steps, rate = arguments.warm_up_steps, arguments.warm_up_rate
+    return Schedule(steps, arguments.batch, rate, rate / 10, rise=steps // 5, weight_decay=arguments.weight_decay)

@@ -1,0 +1,1 @@
+"""What a run costs, before it is paid: parameters, memory and time, from shapes alone."""

@@ -1,0 +1,90 @@
+"""What a model is made of, counted on the meta device: parameters of its parts, units of FSDP, work of a pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lmdeploy_vico.checkpoints.names import VIT
+from lmdeploy_vico.config import GRID, TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.training.model.build import PARTS, outline, units
+
+VIT_TOKENS = GRID * GRID + 1  # of a tile, with the class token
+_EXPERTS = '.mlp.experts.'
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's sizes.
+
+    Attributes:
+        parameters: of each part, see :data:`~lmdeploy_vico.training.model.build.PARTS`.
+        units: parameters of each unit of FSDP, by name; the root's, which is all the rest, last.
+        llm: the language model's section of the config.
+        vit_width, vit_layers: of the ViT.
+        active: of the language model's layers, the parameters that a token meets.
+    """
+
+    parameters: dict[str, int]
+    units: dict[str, int]
+    llm: Mapping[str, Any]
+    vit_width: int
+    vit_layers: int
+    active: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> 'Shapes':
+        """Count the model of a ViCO checkpoint's config; nothing takes memory."""
+        model, llm = outline(config), config['llm_config']
+        parameters = {
+            part: sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
+            for part, prefixes in PARTS.items()
+        }
+        gathered = {name: _count(unit) for name, unit in units(model)}
+        gathered['root'] = _count(model) - sum(gathered.values())
+        layers = model.language_model.model.layers
+        experts = sum(p.numel() for name, p in layers.named_parameters() if _EXPERTS in f'.{name}')
+        share = llm['num_experts_per_tok'] / llm['num_experts'] if experts else 0
+        return cls(
+            parameters,
+            gathered,
+            llm,
+            vit_width=config['vision_config']['hidden_size'],
+            vit_layers=config['vision_config']['num_hidden_layers'],
+            active=_count(layers) - round(experts * (1 - share)),
+        )
+
+    @property
+    def total(self) -> int:
+        """All parameters that are used; attention and norms 3 and 4 of the router are stored and not used."""
+        return sum(self.parameters.values())
+
+    @property
+    def largest_unit(self) -> int:
+        """Parameters of the largest unit but the root."""
+        return max(count for name, count in self.units.items() if name != 'root')
+
+    def vit_flops(self, tiles: float) -> float:
+        """FLOP of the ViT's forward pass."""
+        blocks = sum(count for name, count in self.units.items() if name.startswith(VIT))
+        products = 2 * blocks * VIT_TOKENS
+        attention = 4 * VIT_TOKENS**2 * self.vit_width * self.vit_layers
+        return tiles * (products + attention)
+
+    def projector_flops(self, full: float, compressed: float) -> float:
+        """FLOP of the projectors' forward passes for so many tiles of either kind."""
+        counts = (('mlp1', full * TOKENS_FULL), ('mlp2', compressed * TOKENS_COMPRESSED))
+        return sum(2 * self.parameters[part] * tokens for part, tokens in counts)
+
+    def language_flops(self, tokens: float, responses: float) -> float:
+        """FLOP of the language model's forward pass; the head is computed where responses are predicted."""
+        llm = self.llm
+        width = llm['num_attention_heads'] * llm['head_dim']
+        attention = 2 * tokens**2 * width * llm['num_hidden_layers']  # half of the square: it is causal
+        head = 2 * llm['hidden_size'] * llm['vocab_size'] * responses
+        return 2 * self.active * tokens + attention + head
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,209 @@
+"""The loop over steps: micro-batches, gradients, optimiser, schedule, log, state.
+
+It is written out, with PyTorch's FSDP2, distributed checkpoints and AdamW, and with the schedule and the processes of
+``transformers`` and ``accelerate``. Their own loops shard on GPUs only; here a run on two CPU processes has to give
+what one gives.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader, Dataset
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training.loop.folder import Log, RunFolder
+from lmdeploy_vico.training.loop.processes import Processes
+from lmdeploy_vico.training.model.weights import whole
+
+# Samples of a micro-batch in, the loss of each out, ``[B]``.
+Objective = Callable[[Sequence[Any]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        steps: of the optimiser.
+        batch: samples of a step, of all processes together.
+        rate, least_rate: learning rates at the top and at the end of the cosine.
+        rise: steps of linear warm-up before it.
+        weight_decay: AdamW's, of matrices; norms and biases have none.
+        clip: the norm that gradients are brought down to.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    least_rate: float
+    rise: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What changes neither what is learnt nor how fast, but for rounding.
+
+    Attributes:
+        micro_batch: samples that a process takes at a time.
+        workers: processes that prepare samples, of each process.
+        save_every: steps between two states that are kept.
+        log_every: steps between two lines of the log.
+    """
+
+    micro_batch: int = 1
+    workers: int = 0
+    save_every: int = 100
+    log_every: int = 1
+
+
+class Loop:
+    """Trains what requires a gradient in a model.
+
+    Args:
+        name: of the phase, in log and state.
+        model: filled and, if there are several processes, sharded.
+        places: makes the sample at each place of the run, step after step.
+        objective: of a micro-batch.
+        kept: whether a parameter of this name belongs to the state; all that this phase or an earlier one trains.
+        schedule, pace: how.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        places: Dataset,
+        objective: Objective,
+        kept: Callable[[str], bool],
+        schedule: Schedule,
+        pace: Pace,
+        processes: Processes,
+    ) -> None:
+        self._name, self._model, self._places, self._objective = name, model, places, objective
+        self._kept, self._schedule, self._pace, self._processes = kept, schedule, pace, processes
+        self._share = local_share(schedule.batch, pace.micro_batch, processes.size)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in self._trained if parameter.dim() > 1]
+        vectors = [parameter for parameter in self._trained if parameter.dim() <= 1]
+        groups = [{'params': matrices, 'weight_decay': schedule.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+        self._optimizer = torch.optim.AdamW([group for group in groups if group['params']], lr=schedule.rate)
+        self._rates = get_cosine_with_min_lr_schedule_with_warmup(
+            self._optimizer, schedule.rise, schedule.steps, min_lr=schedule.least_rate
+        )
+
+    def run(self, folder: RunFolder, log: Log, console: Console) -> None:
+        """Go on from the folder's newest state to the last step, and keep that.
+
+        Raises:
+            TrainingError: the loss is no number any more.
+        """
+        begun = folder.newest(self._name) or 0
+        if begun:
+            self._restore(folder, begun)
+        log.forget_after(self._name, begun)
+        batches = iter(self._loader(begun))
+        with self._progress(console) as progress:
+            task = progress.add_task(self._name, total=self._schedule.steps, completed=begun, loss='')
+            for step in range(begun + 1, self._schedule.steps + 1):
+                values = self._step(batches, step)
+                progress.update(task, completed=step, loss=f'loss {values["loss"]:.4g}')
+                if step % self._pace.log_every == 0 or step == self._schedule.steps:
+                    log.write(self._name, step, values)
+                if step % self._pace.save_every == 0 or step == self._schedule.steps:
+                    folder.save(self._name, step, self._state())
+
+    def _step(self, batches: Iterator[list[Any]], step: int) -> dict[str, float]:
+        began, total = time.perf_counter(), 0.0
+        for _ in range(self._share // self._pace.micro_batch):
+            items = next(batches)
+            for item in items:
+                if isinstance(item, TrainingError):
+                    raise item
+            with self._processes.autocast():
+                losses = self._objective(items)
+            loss = losses.sum() / self._share
+            loss.backward()
+            total += loss.item()
+        [total] = self._processes.mean([total])
+        if not math.isfinite(total):
+            raise TrainingError(f'{self._name}, step {step}: the loss is {total}: lower the learning rate.')
+        norm = whole(nn.utils.clip_grad_norm_(self._trained, self._schedule.clip)).item()
+        rate = self._rates.get_last_lr()[0]
+        self._optimizer.step()
+        self._rates.step()
+        self._optimizer.zero_grad()
+        return {'loss': total, 'rate': rate, 'gradient_norm': norm, 'seconds': time.perf_counter() - began}
+
+    def _loader(self, begun: int) -> DataLoader:
+        """Micro-batches of this process from the step after ``begun`` on."""
+        size, share = self._schedule.batch, self._share
+        first = self._processes.rank * share
+        places = [step * size + first + i for step in range(begun, self._schedule.steps) for i in range(share)]
+        return DataLoader(
+            _Sentences(self._places),
+            batch_size=self._pace.micro_batch,
+            sampler=places,
+            num_workers=self._pace.workers,
+            collate_fn=list,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        model = {name: value for name, value in get_model_state_dict(self._model).items() if self._kept(name)}
+        optimizer = get_optimizer_state_dict(self._model, self._optimizer)
+        return {'model': model, 'optimizer': optimizer, 'rates': self._rates.state_dict()}
+
+    def _restore(self, folder: RunFolder, step: int) -> None:
+        state = self._state()
+        folder.load(self._name, step, state)
+        set_model_state_dict(self._model, state['model'], options=StateDictOptions(strict=False))
+        set_optimizer_state_dict(self._model, self._optimizer, state['optimizer'])
+        self._rates.load_state_dict(state['rates'])
+
+    def _progress(self, console: Console) -> Progress:
+        columns = (
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('{task.fields[loss]}'),
+        )
+        return Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._processes.first)
+
+
+class _Sentences(Dataset):
+    """Hands errors on as they are: what a worker process raises would come with its whole traceback as its text."""
+
+    def __init__(self, places: Dataset) -> None:
+        self._places = places
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self._places[place]
+        except TrainingError as error:
+            return error
+
+
+def local_share(batch: int, micro_batch: int, processes: int) -> int:
+    """The samples that each process takes of a step; raises TrainingError where they cannot be divided."""
+    if batch % (micro_batch * processes):
+        raise TrainingError(
+            f'A batch of {batch} samples cannot be divided among {processes} processes in micro-batches of '
+            f'{micro_batch}.'
+        )
+    return batch // processes

@@ -1,0 +1,69 @@
+"""LoRA: instead of the weights of a layer, a product of two small matrices that is added to them is trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lmdeploy_vico.checkpoints.initialisation import seed_of
+from lmdeploy_vico.training.model.weights import assign, whole
+
+NAME = 'default'
+# Linear layers of the ViT, of mlp1 and of the language model. Experts are one tensor of a layer, and left alone.
+TARGETS = (
+    r'vision_model\..*\.(qkv|proj|fc1|fc2)|mlp1\.[13]'
+    r'|language_model\.model\..*\.([qkvo]_proj|gate_proj|up_proj|down_proj)'
+)
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: int) -> None:
+    """Add adapters of a rank to every linear layer of :data:`TARGETS`; they change nothing until they are trained.
+
+    Args:
+        model: on the meta device.
+        rank: of the products.
+        alpha: they are scaled by alpha / rank.
+    """
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS), model, NAME)
+
+
+def reset_adapters(model: nn.Module, seed: int) -> None:
+    """Initialise adapters that came from the meta device, as peft does: the first matrix uniform, the second zero."""
+    for name, parameter in model.named_parameters():
+        if '.lora_A.' in name:
+            generator = torch.Generator().manual_seed((seed_of(name) << 20) + seed)
+            bound = parameter.shape[1] ** -0.5
+            assign(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+        elif '.lora_B.' in name:
+            assign(parameter, torch.zeros(parameter.shape))
+
+
+def layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """The layers that have adapters."""
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before adapters: the frozen reference."""
+    adapted = list(layers(model))
+    for layer in adapted:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
+
+
+def merged(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A whole weight with what its adapter adds; any other parameter as it is."""
+    if not name.endswith('.base_layer.weight'):
+        return value
+    layer = model.get_submodule(name.removesuffix('.base_layer.weight'))
+    assert isinstance(layer, LoraLayer)
+    down, up = (whole(layer.get_parameter(f'lora_{side}.{NAME}.weight').detach()) for side in 'AB')
+    return value + (layer.scaling[NAME] * up.float() @ down.float()).to(value.dtype)

@@ -1,0 +1,1 @@
+"""The stages of training: initialisation, consistency training, loss ratios, router training."""

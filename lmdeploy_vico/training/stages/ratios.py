@@ -1,0 +1,118 @@
+"""Loss ratios (paper, Eq. 2): what it costs to compress a single tile. Each is computed once and kept.
+
+They do not change while the router alone is trained.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from lmdeploy_vico.training.compression import one_tile
+from lmdeploy_vico.training.data.batches import lay_out
+from lmdeploy_vico.training.data.samples import Samples
+from lmdeploy_vico.training.loop.processes import Processes
+from lmdeploy_vico.training.model.losses import Target, sample_means
+from lmdeploy_vico.training.model.pair import Pair
+from lmdeploy_vico.training.stages.plan import Tile
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Eq. 1 of the trained policy against the frozen reference, for one tile of a sample.
+
+    Attributes:
+        full: with no tile compressed.
+        compressed: with this tile, and no other, compressed.
+    """
+
+    full: float
+    compressed: float
+
+
+def ratio(losses: Losses, epsilon: float) -> float:
+    """Eq. 2, with epsilon added to both losses, so that it is defined where the policy has not drifted at all."""
+    if losses.full + epsilon == 0:
+        return float('inf') if losses.compressed else 1.0
+    return (losses.compressed + epsilon) / (losses.full + epsilon)
+
+
+class RatioFile:
+    """Losses by file, line and tile, in a file of each process; those of all are read.
+
+    Args:
+        path: the run's folder.
+        name: of the files.
+        samples: whose losses they are.
+        processes: of the run.
+    """
+
+    def __init__(self, path: Path, name: str, samples: Samples, processes: Processes) -> None:
+        self._path, self._name = path, name
+        self._samples, self._processes = samples, processes
+        self._losses: dict[tuple[tuple[int, int], int], Losses] = {}
+        self._read()
+
+    def __getitem__(self, tile: Tile) -> Losses:
+        """The losses of a tile, which have been computed."""
+        return self._losses[self._key(tile)]
+
+    def missing(self, tiles: Sequence[Tile]) -> list[Tile]:
+        """Those that have not been computed, each once."""
+        wanted = {self._key(tile): tile for tile in tiles}
+        return [tile for key, tile in wanted.items() if key not in self._losses]
+
+    def compute(self, pair: Pair, tiles: Sequence[Tile], console: Console) -> None:
+        """Compute what is missing, every process its share, and keep it; all processes have to call this."""
+        left = self.missing(tiles)
+        share = -(-len(left) // self._processes.size)
+        # Sharded models are run by all processes together, so each has as many tiles: some are computed twice.
+        mine = [left[(self._processes.rank * share + i) % len(left)] for i in range(share)]
+        file = self._path / f'{self._name}-{self._processes.rank}.jsonl'
+        with file.open('a', encoding='utf-8') as output, Progress(console=console) as progress:
+            task = progress.add_task('loss ratios', total=share, visible=self._processes.first)
+            for tile in mine:
+                losses = tile_losses(pair, self._samples, tile, self._processes)
+                entry = {'line': self._samples.records.line(tile.sample), 'tile': tile.tile, **asdict(losses)}
+                output.write(json.dumps(entry) + '\n')
+                output.flush()
+                progress.advance(task)
+        self._processes.wait()
+        self._read()
+
+    def _key(self, tile: Tile) -> tuple[tuple[int, int], int]:
+        return self._samples.records.line(tile.sample), tile.tile
+
+    def _read(self) -> None:
+        for path in sorted(self._path.glob(f'{self._name}-*.jsonl')):
+            for entry in _whole_lines(path):
+                file, line = entry['line']
+                self._losses[(file, line), entry['tile']] = Losses(entry['full'], entry['compressed'])
+
+
+def _whole_lines(path: Path) -> Iterator[dict]:
+    """The entries of a file, whose last line may have been broken off; that is removed."""
+    text = path.read_text(encoding='utf-8')
+    end = text.rfind('\n') + 1
+    if end < len(text):
+        path.write_text(text[:end], encoding='utf-8')
+    return (json.loads(line) for line in text[:end].splitlines())
+
+
+@torch.no_grad()
+def tile_losses(pair: Pair, samples: Samples, tile: Tile, processes: Processes) -> Losses:
+    """The two losses of Eq. 2: the sample with no tile compressed, and with one."""
+    sample = samples[tile.sample]
+    count = len(sample.tiles)
+    target = pair.target(lay_out([sample], [one_tile(count, None)]))
+    batch = lay_out([sample, sample], [one_tile(count, None), one_tile(count, tile.tile)]).to(processes.device)
+    with processes.autocast():
+        divergence = pair.policy(batch, Target(target.hidden.repeat(2, 1), target.head))
+    full, compressed = sample_means(divergence, batch.responses).tolist()
+    # Rounding may take a divergence of zero below it.
+    return Losses(*np.maximum([full, compressed], 0).tolist())

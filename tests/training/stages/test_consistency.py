@@ -1,0 +1,210 @@
+"""Consistency training: the loss falls, a run goes on as if it had not stopped, and two processes do what one does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from training.made import SAMPLES, write_lines
+from training.runs import BFLOAT16, log_of, made, report_of, torchrun, weights_of
+
+from lmdeploy_vico import cli
+from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
+from lmdeploy_vico.training import TrainingError, arguments
+from lmdeploy_vico.training.model.build import PARTS
+from lmdeploy_vico.training.stages.consistency import ConsistencyTraining
+
+RATES = ['--rate', '3e-4', '--least-rate', '1e-4', '--warm-up-rate', '3e-3']
+SHORT = ['--steps', 4, '--batch', 2, '--warm-up-steps', 3, *RATES]
+
+
+def options(start, plain, data, output, *more):
+    return ['--model', start, '--reference', plain, '--data', data, '--output', output, *more]
+
+
+@pytest.fixture(scope='module')
+def short(start, plain, few, tmp_path_factory):
+    """A short run in one go."""
+    path = tmp_path_factory.mktemp('short') / 'run'
+    made('consistency', *options(start, plain, few, path, *SHORT)).run()
+    return path
+
+
+@pytest.fixture(scope='module')
+def long(start, plain, few, tmp_path_factory):
+    """20 steps of each phase, judged before and after."""
+    path = tmp_path_factory.mktemp('long') / 'run'
+    steps = ['--steps', 20, '--batch', 2, '--warm-up-steps', 20, '--held-out', few, *RATES]
+    made('consistency', *options(start, plain, few, path, *steps)).run()
+    return path
+
+
+def test_20_steps_lower_the_loss_of_either_phase(long):
+    losses = [loss for phase, _, loss in log_of(long, 'loss') if phase == 'warm-up']
+    assert len(losses) == 20 and np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
+    report = report_of(long)
+    warmed = losses[-1]
+    assert report['before']['0'] == 0, 'the policy begins as the reference'
+    assert report['after']['1'] < 0.7 * warmed < report['before']['1']
+
+
+def test_the_schedule_is_the_papers(long):
+    rates = [rate for phase, _, rate in log_of(long, 'rate') if phase == 'main']
+    assert rates[0] == 3e-4
+    assert rates == sorted(rates, reverse=True)
+    assert rates[10] == pytest.approx(2e-4, rel=0.01), 'half way down a cosine'
+
+
+def test_the_output_is_the_published_layout(short, start):
+    config, weights = json.loads((short / 'config.json').read_text()), weights_of(short)
+    assert config == json.loads((start / 'config.json').read_text())
+    assert {name: tuple(value.shape) for name, value in weights.items()} == checkpoint_shapes(config)
+    index = json.loads((short / 'model.safetensors.index.json').read_text())
+    assert set(index['weight_map']) == set(weights) and len(set(index['weight_map'].values())) > 1
+    assert (short / 'tokenizer.json').read_bytes() == (start / 'tokenizer.json').read_bytes()
+
+
+def test_all_but_the_router_is_trained(short, start):
+    before, after = weights_of(start), weights_of(short)
+    for name, value in after.items():
+        router = name.startswith(('pooling_before_gating', 'gating'))
+        assert torch.equal(value, before[name]) == router, name
+
+
+def test_only_what_is_chosen_is_trained(start, plain, few, tmp_path):
+    words = options(start, plain, few, tmp_path / 'run', '--train', 'mlp1', *SHORT, '--warm-up-steps', 1, '--steps', 2)
+    made('consistency', *words).run()
+    before, after = weights_of(start), weights_of(tmp_path / 'run')
+    changed = {name.partition('.')[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {'mlp1', 'mlp2'}
+
+
+@pytest.mark.parametrize('calls', [5, 10], ids=['in the warm-up', 'in the second phase'])
+def test_a_run_goes_on_as_if_it_had_not_stopped(start, plain, few, short, tmp_path, monkeypatch, calls):
+    """Bit for bit; the interruption comes between two micro-batches of a step, and after a state was kept."""
+    words = options(start, plain, few, tmp_path / 'run', *SHORT, '--save-every', 1)
+    losses, left = ConsistencyTraining._losses, iter(range(calls))
+
+    def interrupted(self, items):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return losses(self, items)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ConsistencyTraining, '_losses', interrupted)
+        made('consistency', *words).run()
+    begun = log_of(tmp_path / 'run', 'loss')
+    assert len(begun) == calls // 2
+    made('consistency', *words).run()
+    names = 'loss', 'rate', 'gradient_norm'
+    assert log_of(tmp_path / 'run', *names) == log_of(short, *names)
+    ours, theirs = weights_of(tmp_path / 'run'), weights_of(short)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_two_processes_do_what_one_does(start, plain, few, short, tmp_path):
+    """Sharded with FSDP over gloo; one process has the sample with an image, the other the one without."""
+    words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--workers', 0]
+    torchrun('consistency', words)
+    kept = {file.name for file in (tmp_path / 'run' / 'state').glob('main-*/*.distcp')}
+    assert kept == {'__0_0.distcp', '__1_0.distcp'}, 'each has kept its shards'
+    names = 'loss', 'gradient_norm'
+    for ours, theirs in zip(log_of(tmp_path / 'run', *names), log_of(short, *names), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-3)
+    before, one, two = weights_of(start), weights_of(short), weights_of(tmp_path / 'run')
+    moved = sum((one[name] - before[name]).square().sum() for name in one).sqrt()
+    apart = sum((one[name] - two[name]).square().sum() for name in one).sqrt()
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 4], ids=['weights', 'adapters'])
+def test_two_processes_in_bfloat16(start, plain, few, short, tmp_path, rank):
+    """As on GPUs: shards in float32 and gathered in bfloat16, beside frozen ones in bfloat16; judged before, too."""
+    words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--held-out', few, '--lora-rank', rank]
+    torchrun('consistency', [*words, '--workers', 0], BFLOAT16)
+    names = 'loss', 'gradient_norm'
+    ours, theirs = log_of(tmp_path / 'run', *names), log_of(short, *names)
+    # Rounding grows from step to step, and with adapters the second phase trains something else.
+    assert ours[0][2] == pytest.approx(theirs[0][2], rel=0.01)
+    assert ours[0][3] == pytest.approx(theirs[0][3], rel=0.05)
+    assert [each[2] for each in ours[:3]] == pytest.approx([each[2] for each in theirs[:3]], rel=0.2)
+    before, after = weights_of(start), weights_of(tmp_path / 'run')
+    changed = {name.partition('.')[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {'vision_model', 'mlp1', 'mlp2', 'language_model'}
+
+
+def test_adapters_are_merged(plain, start, few, tmp_path):
+    """With LoRA the model without adapters is the reference; what is written is an ordinary checkpoint."""
+    words = ['--model', start, '--data', few, '--output', tmp_path / 'run', '--held-out', few, '--lora-rank', 4, *SHORT]
+    made('consistency', *words, '--rate', '3e-3').run()
+    report = report_of(tmp_path / 'run')
+    assert report['before']['0'] == 0
+    assert report['after']['1'] < report['before']['1']
+    before, after = weights_of(start), weights_of(tmp_path / 'run')
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {name for name in changed if name.startswith('mlp2')} == {n for n in before if n.startswith('mlp2')}
+    others = {name for name in changed if not name.startswith('mlp2')}
+    assert 'language_model.model.layers.0.self_attn.q_proj.weight' in others
+    assert all(name.endswith('.weight') and 'norm' not in name for name in others)
+
+
+def test_a_folder_of_other_settings_is_refused(start, plain, few, short, tmp_path):
+    with pytest.raises(TrainingError, match=r'begun with other settings \(main, seed\)'):
+        made('consistency', *options(start, plain, few, short, *SHORT, '--steps', 5, '--seed', 1))
+    (tmp_path / 'precious').touch()
+    with pytest.raises(TrainingError, match='not of a training run'):
+        made('consistency', *options(start, plain, few, tmp_path, *SHORT))
+
+
+def test_a_batch_that_cannot_be_divided(start, plain, few, tmp_path):
+    run = made('consistency', *options(start, plain, few, tmp_path / 'run', *SHORT, '--batch', 3, '--micro-batch', 2))
+    with pytest.raises(TrainingError, match='3 samples cannot be divided among 1 processes in micro-batches of 2'):
+        run.run()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(start, plain, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ConsistencyTraining, '_losses', lambda self, items: torch.full((1,), float('nan')).requires_grad_()
+    )
+    run = made('consistency', *options(start, plain, few, tmp_path / 'run', *SHORT))
+    with pytest.raises(TrainingError, match='warm-up, step 1: the loss is nan: lower the learning rate'):
+        run.run()
+
+
+def test_bad_samples_end_the_command_before_it_begins(start, plain, data, tmp_path, capsys):
+    bad = {'image': 'gone.png', 'conversations': SAMPLES[0]['conversations']}
+    path = write_lines(data.parent / 'partly.jsonl', [SAMPLES[0], *[bad] * 7])
+    words = map(str, options(start, plain, path, tmp_path / 'run'))
+    assert cli.main(['train', 'consistency', *words]) == 1
+    said = capsys.readouterr().err
+    assert f'{path}, line 2: the image' in said and 'line 6' in said and 'line 7' not in said
+    assert '... and 2 more' in said
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_pixels_that_are_damaged_end_the_run_with_a_sentence(start, plain, data, tmp_path, workers):
+    """They are found where they are decoded; here in a process of the loader, too."""
+    whole = (data.parent / 'cup.png').read_bytes()
+    (tmp_path / 'cup.png').write_bytes(whole[: len(whole) // 2])
+    path = write_lines(tmp_path / 'a.jsonl', [SAMPLES[3], SAMPLES[0]])
+    run = made('consistency', *options(start, plain, path, tmp_path / 'run', *SHORT), workers=workers)
+    with pytest.raises(TrainingError) as error:
+        run.run()
+    said = str(error.value)
+    assert said.startswith(f'{path}, line 2: the image ') and 'cannot be read: The image is damaged' in said
+    assert '\n' not in said
+
+
+def test_every_part_can_be_chosen():
+    """The command line knows their names without loading torch."""
+    assert {*arguments.PARTS, 'router'} == set(PARTS)
+
+
+def test_what_the_command_needs(capsys):
+    assert cli.main(['train', 'consistency', '--data', 'a.jsonl']) == 1
+    assert 'train consistency needs --model, --output (or --dry-run).' in capsys.readouterr().err

@@ -18,8 +18,8 @@ import transformers
 
 from benchmarks.lib.facts import facts
 from benchmarks.training.data import write
-from lmdeploy_vico import cli
 from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
+from lmdeploy_vico.cli import main as lmdeploy_vico
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'training-cpu.json'
 
@@ -80,7 +80,7 @@ def _words(options: dict[str, Any]) -> list[Any]:
 
 
 def _train(*words: Any) -> None:
-    status = cli.main(['train', *map(str, words)])
+    status = lmdeploy_vico(['train', *map(str, words)])
     if status:
         raise SystemExit(status)
 

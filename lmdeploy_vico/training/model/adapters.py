@@ -17,6 +17,7 @@ TARGETS = (
     r'vision_model\..*\.(qkv|proj|fc1|fc2)|mlp1\.[13]'
     r'|language_model\.model\..*\.([qkvo]_proj|gate_proj|up_proj|down_proj)'
 )
+_ADAPTED = '.base_layer.weight'
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: int) -> None:
@@ -59,11 +60,16 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def is_adapted(name: str) -> bool:
+    """Whether a parameter is a weight that an adapter adds to."""
+    return name.endswith(_ADAPTED)
+
+
 def merged(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A whole weight with what its adapter adds; any other parameter as it is."""
-    if not name.endswith('.base_layer.weight'):
+    """A whole weight with what its adapter adds, in float32; any other parameter as it is."""
+    if not is_adapted(name):
         return value
-    layer = model.get_submodule(name.removesuffix('.base_layer.weight'))
+    layer = model.get_submodule(name.removesuffix(_ADAPTED))
     assert isinstance(layer, LoraLayer)
     down, up = (whole(layer.get_parameter(f'lora_{side}.{NAME}.weight').detach()) for side in 'AB')
-    return value + (layer.scaling[NAME] * up.float() @ down.float()).to(value.dtype)
+    return value.float() + layer.scaling[NAME] * up.float() @ down.float()

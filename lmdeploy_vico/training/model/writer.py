@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from lmdeploy_vico.checkpoints.random import shards
 from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE, index_text
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
-from lmdeploy_vico.training.model.adapters import merged
+from lmdeploy_vico.training.model.adapters import is_adapted, merged
 from lmdeploy_vico.training.model.weights import (
     TYPES,
     Tensors,
@@ -78,23 +78,34 @@ def copy_rest(source: Path, path: Path) -> None:
             shutil.copyfile(file, path / file.name)
 
 
-def publish_model(path: Path, config: Mapping[str, Any], source: Path, model: nn.Module, first: bool) -> None:
-    """Write the checkpoint of a model, and of what it lacks the source's; all processes have to call this.
+def publish_model(
+    path: Path,
+    config: Mapping[str, Any],
+    source: Path,
+    model: nn.Module,
+    trained: Callable[[str], bool],
+    first: bool,
+) -> None:
+    """Write the checkpoint of a model; all processes have to call this.
 
     Args:
         path, config, source: as for :func:`publish`.
         model: whole or sharded.
+        trained: whether a parameter of this name has been; all others are the source's, which may be more precise.
         first: whether this process is the one that writes.
     """
-    made = published_tensors(model)
+    parameters = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if not is_adapter(name) and (trained(name) or is_adapted(name))
+    ]
+    made = _published(model, parameters)
     if first:
-        publish(path, config, source, Tensors(source), published_shapes(model.named_parameters()), made)
+        publish(path, config, source, Tensors(source), published_shapes(parameters), made)
     for _ in made:  # to the end in every process, as each has a part of each tensor
         pass
 
 
-def published_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every published tensor that a model's parameters are made of, adapters merged; all processes have to iterate."""
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name):
-            yield from disassemble(plain_name(name), merged(model, name, whole(parameter.detach())))
+def _published(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in parameters:
+        yield from disassemble(plain_name(name), merged(model, name, whole(parameter.detach())))

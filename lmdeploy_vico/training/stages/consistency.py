@@ -127,8 +127,9 @@ class ConsistencyTraining:
         round_as_stored(self._pair.policy.named_parameters(), Tensors(self._settings.model))
         if self._held_out is not None:
             report['after'] = self._judged('after')
-        publish_model(self._output, self._config, self._settings.model, self._pair.policy, self._processes.first)
-        if self._processes.first:
+        first = self._processes.first
+        publish_model(self._output, self._config, self._settings.model, self._pair.policy, self._kept, first)
+        if first:
             (self._output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
         self._processes.wait()
 

@@ -205,7 +205,7 @@ class RouterTraining:
 
         places = Places(self._samples, self._plan, labels)
         loop = Loop(
-            PHASE, model, places, losses, lambda name: name.startswith(PARTS['router']), settings.schedule, self._pace,
+            PHASE, model, places, losses, _is_routers, settings.schedule, self._pace,
             processes,
         )  # fmt: skip
         log = self._folder.log()
@@ -217,8 +217,12 @@ class RouterTraining:
     def _write(self, model: RouterModel, chosen: Thresholds, report: dict[str, Any]) -> None:
         config = self._config | chosen.as_config()
         report['thresholds'] = chosen.as_config()
-        publish_model(self._output, config, self._settings.model, model, self._processes.first)
+        publish_model(self._output, config, self._settings.model, model, _is_routers, self._processes.first)
         if self._processes.first:
             (self._output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
             self._console.print_json(json.dumps(report))
         self._processes.wait()
+
+
+def _is_routers(name: str) -> bool:
+    return name.startswith(PARTS['router'])

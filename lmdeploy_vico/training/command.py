@@ -1,14 +1,17 @@
 """From the options of ``lmdeploy-vico train`` to a run."""
 
 import argparse
+import sys
 
 from rich.console import Console
 
 from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.cost.dry_run import dry_run
 from lmdeploy_vico.training.loop.processes import Processes
-from lmdeploy_vico.training.loop.steps import Pace, Schedule
+from lmdeploy_vico.training.loop.steps import Pace, Schedule, require_possible
 from lmdeploy_vico.training.stages import consistency, router
+
+WIDTH = 140  # columns of a table that goes into a file
 
 
 def train(arguments: argparse.Namespace, stage: str) -> None:
@@ -26,20 +29,28 @@ def train(arguments: argparse.Namespace, stage: str) -> None:
 
 def estimate(arguments: argparse.Namespace, stage: str) -> None:
     """Print what a run of the stage would cost; raises TrainingError."""
-    dry_run(arguments, stage, Console())
+    dry_run(arguments, stage, Console(width=None if sys.stdout.isatty() else WIDTH))
 
 
 def make(
     arguments: argparse.Namespace, stage: str, pace: Pace, processes: Processes, console: Console
 ) -> consistency.ConsistencyTraining | router.RouterTraining:
-    """The run that is asked for."""
+    """The run that is asked for; raises TrainingError before anything is read if it cannot be made."""
+    if min(arguments.seed, arguments.max_tiles - 1, arguments.max_length - 1) < 0:
+        raise TrainingError('--seed must be 0 or more, --max-tiles and --max-length 1 or more.')
     if stage == 'router':
-        return router.RouterTraining(router_settings(arguments), pace, arguments.output, processes, console)
-    return consistency.ConsistencyTraining(consistency_settings(arguments), pace, arguments.output, processes, console)
+        settings = router_settings(arguments)
+        require_possible([settings.schedule], pace, processes.size)
+        return router.RouterTraining(settings, pace, arguments.output, processes, console)
+    asked = consistency_settings(arguments)
+    require_possible([asked.warm_up, asked.main], pace, processes.size)
+    return consistency.ConsistencyTraining(asked, pace, arguments.output, processes, console)
 
 
 def consistency_settings(arguments: argparse.Namespace) -> consistency.Settings:
     """The settings of consistency training; raises TrainingError where two options do not go together."""
+    if arguments.lora_rank < 0:
+        raise TrainingError('--lora-rank must be 0 or more.')
     if arguments.reference is None and not arguments.lora_rank:
         raise TrainingError('train consistency needs --reference, or --lora-rank, which makes the model its own.')
     schedule = main_schedule(arguments)

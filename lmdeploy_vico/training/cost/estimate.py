@@ -10,6 +10,7 @@ from lmdeploy_vico.training.model.losses import CHUNK
 ASSUMPTIONS = """\
 Memory: 16 bytes for each trained parameter (float32 weight and gradient, AdamW), 2 for each frozen one and for each of
 the reference, shared by the GPUs. Gathered, in bfloat16: the root of both models and two units; the root's gradient.
+Gradients of one of them at a time in float32, to be reduced.
 Activations: the inputs of all units, what one unit computes from them, and the logits of 1024 tokens, four times in
 float32. Allocator and NCCL come on top: leave a tenth free.
 Time: 2 FLOP a parameter and token, and attention; a trained part three times that, and once more as it is computed
@@ -80,6 +81,7 @@ def consistency(shapes: Shapes, parts: Sequence[str], work: Workload) -> Estimat
     trained = sum(shapes.parameters[part] for part in {*parts, 'mlp2'})
     states = (16 * trained + 2 * (shapes.total - trained) + 2 * shapes.total) / work.gpus
     gathered = 2 * 3 * shapes.units['root'] + 2 * 2 * shapes.largest_unit
+    gathered += 4 * max(shapes.units['root'], shapes.largest_unit)  # gradients are reduced in float32
     main, warm_up = _sample(shapes, parts, work), _sample(shapes, ['mlp2'], work)
     tokens = work.batch * (work.reference_tokens + work.policy_tokens)
     seconds = work.batch * main / work.gpus / work.flops

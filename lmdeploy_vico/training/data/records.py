@@ -2,18 +2,22 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE
 from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.wording import shown
 
 IMAGE = '<image>'  # stands for an image in a human's turn
+CONFIG_FILE = 'config.json'
 ROLES = {'system': 'system', 'human': 'user', 'gpt': 'assistant'}
+# Keys of InternVL's meta files that change the data.
+NOT_SUPPORTED = ('max_dynamic_patch', 'min_dynamic_patch', 'data_augment')
 
 
 class DataError(TrainingError):
@@ -122,10 +126,21 @@ def sources(path: Path) -> list[Source]:
         raise DataError(f'{path} is not a meta file, a JSON object of data sets by name: {error}.') from error
 
 
+def deciding_files(checkpoints: Iterable[Path], data: Iterable[Path | None]) -> list[Path]:
+    """The files that say which models and samples a run has; weights and images themselves are too large to compare."""
+    files = [directory / name for directory in checkpoints for name in (CONFIG_FILE, INDEX_FILE)]
+    for path in data:
+        files += [path, *(source.annotation for source in sources(path))] if path else []
+    return list(dict.fromkeys(files))
+
+
 def _source(name: str, entry: Any, path: Path) -> Source:
     annotation = entry.get('annotation') if isinstance(entry, dict) else None
     if not isinstance(annotation, str):
         raise DataError(f'{path}: {name} needs "annotation", the path of a JSONL file.')
+    refused = [key for key in NOT_SUPPORTED if entry.get(key)]
+    if refused:
+        raise DataError(f'{path}: {refused[0]} of {name} is not supported: images are cut as a server cuts them.')
     repeat = entry.get('repeat_time', 1)
     if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 <= repeat < math.inf:
         raise DataError(f'{path}: repeat_time of {name} must be a number from 0, not {shown(repeat)}.')

@@ -1,8 +1,9 @@
 """The folder of a run: what was asked for, how far it has come, and its log."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.loop.processes import Processes
 
 SETTINGS, LOG, STATE, TENSORBOARD = 'training.json', 'log.jsonl', 'state', 'tensorboard'
+PIECE = 1 << 20  # bytes
 
 
 class RunFolder:
@@ -22,26 +24,30 @@ class RunFolder:
         path: the folder; it is made if need be.
         settings: what decides the run's result. A folder that was begun with others is refused.
         processes: of the run.
+        files: whose content decides it too; those that do not exist are left out.
 
     Raises:
         TrainingError: the folder belongs to a run with other settings, or holds something else.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], processes: Processes) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], processes: Processes, files: Iterable[Path] = ()
+    ) -> None:
         self.path, self._processes = path, processes
         if processes.first:
-            self._claim(json.loads(json.dumps(settings)))
+            content = {f'content of {file}': _digest(file) for file in files if file.is_file()}
+            self._claim(json.loads(json.dumps({**settings, **content})))
         processes.wait()
 
     def _claim(self, settings: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / SETTINGS
         if not file.exists():
-            if any(self.path.iterdir()):
+            if any(other.suffix != '.partial' for other in self.path.iterdir()):
                 raise TrainingError(
                     f'{self.path} holds something that is not of a training run: choose another folder.'
                 )
-            file.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
+            write_json(file, settings)
             return
         before = json.loads(file.read_text(encoding='utf-8'))
         other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
@@ -111,8 +117,27 @@ class Log:
             self._writer.close()
 
 
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open('rb') as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def entries(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's log."""
-    with (path / LOG).open(encoding='utf-8') as file:
-        for line in file:
-            yield json.loads(line)
+    return whole_lines(path / LOG)
+
+
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a file of JSON lines, without a last line that an interruption has broken off."""
+    for line in path.read_text(encoding='utf-8').split('\n')[:-1]:
+        yield json.loads(line)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a file that is there as a whole or not at all."""
+    partial = path.with_name(path.name + '.partial')
+    partial.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+    partial.replace(path)

@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun starts them, and what they do together."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lmdeploy_vico.training.data.batches import Batch
 from lmdeploy_vico.training.model.build import shard
+
+PATIENCE = timedelta(hours=12)  # while one process writes a large checkpoint, or checks data, the others wait
 
 
 class Processes:
@@ -24,7 +27,7 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank, self.size = self._state.process_index, self._state.num_processes
         self.device: torch.device = self._state.device
         self.compute = torch.bfloat16 if self.device.type == 'cuda' else torch.float32

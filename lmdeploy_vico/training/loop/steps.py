@@ -30,6 +30,7 @@ from lmdeploy_vico.training.loop.folder import Log, RunFolder
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.model.weights import whole
 
+LOWER = 'lower the learning rate, and repeat the command to go on from the last state that was kept.'
 # Samples of a micro-batch in, the loss of each out, ``[B]``.
 Objective = Callable[[Sequence[Any]], torch.Tensor]
 
@@ -99,6 +100,7 @@ class Loop:
         self._name, self._model, self._places, self._objective = name, model, places, objective
         self._kept, self._schedule, self._pace, self._processes = kept, schedule, pace, processes
         self._share = local_share(schedule.batch, pace.micro_batch, processes.size)
+        model.zero_grad()  # nothing of an earlier phase is left
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in self._trained if parameter.dim() > 1]
         vectors = [parameter for parameter in self._trained if parameter.dim() <= 1]
@@ -112,7 +114,7 @@ class Loop:
         """Go on from the folder's newest state to the last step, and keep that.
 
         Raises:
-            TrainingError: the loss is no number any more.
+            TrainingError: the loss or its gradient is no number any more.
         """
         begun = folder.newest(self._name) or 0
         if begun:
@@ -143,8 +145,10 @@ class Loop:
             total += loss.item()
         [total] = self._processes.mean([total])
         if not math.isfinite(total):
-            raise TrainingError(f'{self._name}, step {step}: the loss is {total}: lower the learning rate.')
+            raise TrainingError(f'{self._name}, step {step}: the loss is {total}: {LOWER}')
         norm = whole(nn.utils.clip_grad_norm_(self._trained, self._schedule.clip)).item()
+        if not math.isfinite(norm):
+            raise TrainingError(f'{self._name}, step {step}: the norm of the gradient is {norm}: {LOWER}')
         rate = self._rates.get_last_lr()[0]
         self._optimizer.step()
         self._rates.step()
@@ -197,6 +201,21 @@ class _Sentences(Dataset):
             return self._places[place]
         except TrainingError as error:
             return error
+
+
+def require_possible(schedules: Sequence[Schedule], pace: Pace, processes: int) -> None:
+    """Raise TrainingError where a run could not be made of these; before anything is read."""
+    for schedule in schedules:
+        if schedule.steps < 0 or schedule.batch < 1 or not 0 < schedule.rate < math.inf:
+            raise TrainingError('Steps must be 0 or more, --batch 1 or more, and learning rates more than 0.')
+        if not 0 <= schedule.least_rate <= schedule.rate or schedule.weight_decay < 0:
+            raise TrainingError('--least-rate must be from 0 to --rate, and --weight-decay 0 or more.')
+    if not sum(schedule.steps for schedule in schedules):
+        raise TrainingError('There are no steps: nothing would be trained.')
+    if min(pace.micro_batch, pace.save_every, pace.log_every) < 1 or pace.workers < 0:
+        raise TrainingError('--micro-batch, --save-every and --log-every must be 1 or more, --workers 0 or more.')
+    for schedule in schedules:
+        local_share(schedule.batch, pace.micro_batch, processes)
 
 
 def local_share(batch: int, micro_batch: int, processes: int) -> int:

@@ -51,6 +51,8 @@ def layers(model: nn.Module) -> Iterator[LoraLayer]:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The model as it was before adapters: the frozen reference."""
     adapted = list(layers(model))
+    # peft makes adapters trained when it enables them, whether they were or not.
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in adapted:
         layer.enable_adapters(False)
     try:
@@ -58,6 +60,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in adapted:
             layer.enable_adapters(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 def is_adapted(name: str) -> bool:

@@ -14,6 +14,7 @@ from lmdeploy_vico.training.model.losses import Target, token_kl
 from lmdeploy_vico.vision.model.tower import VisionTower
 from lmdeploy_vico.vision.tiling import TILE_SHAPE
 
+TIED = 'llm_config.tie_word_embeddings: models without a head of their own cannot be trained.'
 LANGUAGE_MODELS = ('qwen3', 'qwen3_moe')
 
 
@@ -36,7 +37,7 @@ class VicoModel(VisionTower):
         if kind not in LANGUAGE_MODELS:
             raise TrainingError(f'llm_config.model_type is {kind!r}; {" and ".join(LANGUAGE_MODELS)} can be trained.')
         if llm.get('tie_word_embeddings'):
-            raise TrainingError('llm_config.tie_word_embeddings: models without a head of their own cannot be trained.')
+            raise TrainingError(TIED)
         # Published configs name FlashAttention; without a mask, PyTorch's own takes the same way.
         self.language_model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, **llm), attn_implementation='sdpa'

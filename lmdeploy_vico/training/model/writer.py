@@ -48,7 +48,8 @@ def publish(
         names: the tensors that are.
         made: these and their values, about in the order of the files.
     """
-    default = getattr(torch, str(config.get('dtype') or config.get('torch_dtype') or 'bfloat16'))
+    named = getattr(torch, str(config.get('dtype') or config.get('torch_dtype')), None)
+    default = named if isinstance(named, torch.dtype) else torch.bfloat16  # transformers writes "auto", too
     waiting: dict[str, torch.Tensor] = {}
 
     def take(name: str) -> torch.Tensor:

@@ -15,9 +15,10 @@ from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training.compression import WARM_UP_SHARE, draw_sample, draw_share, draw_tiles
 from lmdeploy_vico.training.data.batches import lay_out
 from lmdeploy_vico.training.data.check import Reader
+from lmdeploy_vico.training.data.records import deciding_files
 from lmdeploy_vico.training.data.samples import Sample, Samples
 from lmdeploy_vico.training.data.tokens import load_tokenizer
-from lmdeploy_vico.training.loop.folder import Log, RunFolder
+from lmdeploy_vico.training.loop.folder import Log, RunFolder, write_json
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule
 from lmdeploy_vico.training.model.adapters import add_adapters, reset_adapters
@@ -112,7 +113,12 @@ class ConsistencyTraining:
         )
         self._samples, _ = reader.read(settings.data)
         self._held_out = reader.read(settings.held_out)[0] if settings.held_out else None
-        self._folder = RunFolder(output, settings.as_json(), processes)
+        self._folder = RunFolder(
+            output,
+            settings.as_json(),
+            processes,
+            deciding_files([settings.model, settings.reference], [settings.data, settings.held_out]),
+        )
         self._pair = self._make_pair()
 
     def run(self) -> None:
@@ -130,7 +136,7 @@ class ConsistencyTraining:
         first = self._processes.first
         publish_model(self._output, self._config, self._settings.model, self._pair.policy, self._kept, first)
         if first:
-            (self._output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+            write_json(self._output / REPORT, report)
         self._processes.wait()
 
     def _left(self) -> list[str]:
@@ -195,7 +201,7 @@ class ConsistencyTraining:
             assert self._held_out is not None
             values = divergence(self._pair, self._held_out, SHARES, self._settings.seed, self._processes)
             if self._processes.first:
-                file.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+                write_json(file, values)
             self._processes.wait()
         measured: dict[str, float] = json.loads(file.read_text(encoding='utf-8'))
         return measured

@@ -12,6 +12,7 @@ from lmdeploy_vico.checkpoints.names import FLASH, GATING, Shape
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
 from lmdeploy_vico.config import VicoConfig, is_vico
 from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training.model.vico_model import TIED
 from lmdeploy_vico.training.model.weights import Tensors
 from lmdeploy_vico.training.model.writer import CONFIG, publish
 
@@ -42,7 +43,12 @@ def initialise(source: Path, path: Path, seed: int = 0) -> None:
     config = config | {'flash_mode': True} | thresholds
     VicoConfig.from_dict(config)
     tensors = Tensors(source)
-    shapes = checkpoint_shapes(config)
+    if config['llm_config'].get('tie_word_embeddings'):
+        raise TrainingError(TIED)
+    try:
+        shapes = checkpoint_shapes(config)
+    except AttributeError as error:
+        raise TrainingError(f'{source}: llm_config of its config.json has no {error.name}: write it down.') from error
     tensors.require({name: shape for name, shape in shapes.items() if not name.startswith(FLASH)})
     path.mkdir(parents=True, exist_ok=True)
     new = {name: shape for name, shape in shapes.items() if name.startswith(FLASH)}
@@ -63,4 +69,6 @@ def read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise TrainingError(f'{path} is not a checkpoint: its config.json cannot be read ({error}).') from error
+    if not isinstance(config, dict):
+        raise TrainingError(f'{path} is not a checkpoint: its config.json is not an object.')
     return config

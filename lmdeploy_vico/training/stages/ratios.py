@@ -4,7 +4,9 @@ They do not change while the router alone is trained.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.compression import one_tile
 from lmdeploy_vico.training.data.batches import lay_out
 from lmdeploy_vico.training.data.samples import Samples
+from lmdeploy_vico.training.loop.folder import whole_lines
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.model.losses import Target, sample_means
 from lmdeploy_vico.training.model.pair import Pair
@@ -57,6 +61,7 @@ class RatioFile:
         self._samples, self._processes = samples, processes
         self._losses: dict[tuple[tuple[int, int], int], Losses] = {}
         self._read()
+        processes.wait()  # nobody adds to the files while others still read them: all find the same missing
 
     def __getitem__(self, tile: Tile) -> Losses:
         """The losses of a tile, which have been computed."""
@@ -74,6 +79,7 @@ class RatioFile:
         # Sharded models are run by all processes together, so each has as many tiles: some are computed twice.
         mine = [left[(self._processes.rank * share + i) % len(left)] for i in range(share)]
         file = self._path / f'{self._name}-{self._processes.rank}.jsonl'
+        _remove_broken_line(file)
         with file.open('a', encoding='utf-8') as output, Progress(console=console) as progress:
             task = progress.add_task('loss ratios', total=share, visible=self._processes.first)
             for tile in mine:
@@ -90,18 +96,15 @@ class RatioFile:
 
     def _read(self) -> None:
         for path in sorted(self._path.glob(f'{self._name}-*.jsonl')):
-            for entry in _whole_lines(path):
+            for entry in whole_lines(path):
                 file, line = entry['line']
                 self._losses[(file, line), entry['tile']] = Losses(entry['full'], entry['compressed'])
 
 
-def _whole_lines(path: Path) -> Iterator[dict]:
-    """The entries of a file, whose last line may have been broken off; that is removed."""
-    text = path.read_text(encoding='utf-8')
-    end = text.rfind('\n') + 1
-    if end < len(text):
-        path.write_text(text[:end], encoding='utf-8')
-    return (json.loads(line) for line in text[:end].splitlines())
+def _remove_broken_line(path: Path) -> None:
+    """Cut off a last line that an interruption has broken off."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
 
 
 @torch.no_grad()
@@ -114,5 +117,7 @@ def tile_losses(pair: Pair, samples: Samples, tile: Tile, processes: Processes) 
     with processes.autocast():
         divergence = pair.policy(batch, Target(target.hidden.repeat(2, 1), target.head))
     full, compressed = sample_means(divergence, batch.responses).tolist()
+    if not (math.isfinite(full) and math.isfinite(compressed)):
+        raise TrainingError(f'{sample.place}: the loss of a tile is no number: is the checkpoint whole?')
     # Rounding may take a divergence of zero below it.
     return Losses(*np.maximum([full, compressed], 0).tolist())

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.data.check import Reader
+from lmdeploy_vico.training.data.records import deciding_files
 from lmdeploy_vico.training.data.samples import Samples
 from lmdeploy_vico.training.data.tokens import load_tokenizer
-from lmdeploy_vico.training.loop.folder import RunFolder
+from lmdeploy_vico.training.loop.folder import RunFolder, write_json
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule
 from lmdeploy_vico.training.model.build import PARTS, choose, fill, outline, outline_router, set_types
@@ -140,7 +141,12 @@ class RouterTraining:
         if settings.held_out:
             held_out, tiles = reader.read(settings.held_out)
             self._held_out = held_out, Plan(tiles, settings.seed)
-        self._folder = RunFolder(output, settings.as_json(), processes)
+        self._folder = RunFolder(
+            output,
+            settings.as_json(),
+            processes,
+            deciding_files([settings.model, settings.reference], [settings.data, settings.held_out]),
+        )
 
     def run(self) -> None:
         """Compute the ratios, train, judge, and write the checkpoint and the report."""
@@ -219,7 +225,7 @@ class RouterTraining:
         report['thresholds'] = chosen.as_config()
         publish_model(self._output, config, self._settings.model, model, _is_routers, self._processes.first)
         if self._processes.first:
-            (self._output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+            write_json(self._output / REPORT, report)
             self._console.print_json(json.dumps(report))
         self._processes.wait()
 

@@ -98,3 +98,11 @@ def test_bad_meta_files(data, content, said):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r'gone\.jsonl does not exist'):
         Records(tmp_path / 'gone.jsonl')
+
+
+def test_keys_that_would_change_the_data_are_refused(tmp_path):
+    write_lines(tmp_path / 'a.jsonl', SAMPLES)
+    meta = tmp_path / 'meta.json'
+    meta.write_text(json.dumps({'set': {'root': '.', 'annotation': 'a.jsonl', 'max_dynamic_patch': 6}}))
+    with pytest.raises(DataError, match='max_dynamic_patch of set is not supported'):
+        Records(meta)

@@ -57,3 +57,23 @@ def test_a_batch_is_shared():
     assert local_share(256, 2, 8) == 32
     with pytest.raises(TrainingError, match='12 samples cannot be divided among 8 processes'):
         local_share(12, 1, 8)
+
+
+def test_a_line_of_the_log_that_was_broken_off_does_not_count(folder):
+    log = folder.log()
+    log.write('main', 1, {'loss': 1.0})
+    log.write('main', 2, {'loss': 2.0})
+    log.close()
+    file = folder.path / 'log.jsonl'
+    file.write_text(file.read_text()[:-5])
+    assert [entry['step'] for entry in entries(folder.path)] == [1]
+
+
+def test_files_that_have_changed_belong_to_another_run(tmp_path):
+    file = tmp_path / 'data.jsonl'
+    file.write_text('one')
+    for _ in range(2):
+        RunFolder(tmp_path / 'run', {}, Processes(), [file, tmp_path / 'missing'])
+    file.write_text('two')
+    with pytest.raises(TrainingError, match='content of .*data.jsonl'):
+        RunFolder(tmp_path / 'run', {}, Processes(), [file])

@@ -11,6 +11,7 @@ from training.runs import BFLOAT16, log_of, made, report_of, torchrun, weights_o
 from lmdeploy_vico import cli
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
 from lmdeploy_vico.training import TrainingError, arguments
+from lmdeploy_vico.training.loop.steps import Loop
 from lmdeploy_vico.training.model.build import PARTS
 from lmdeploy_vico.training.stages.consistency import ConsistencyTraining
 
@@ -103,6 +104,76 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(start, plain, few, short, tmp_pa
         assert torch.equal(ours[name], value), name
 
 
+def test_adapters_go_on_as_if_they_had_not_stopped(start, few, tmp_path, monkeypatch):
+    """Interrupted between the phases; the first one leaves no gradients of adapters to the second."""
+    words = ['--model', start, '--data', few, '--lora-rank', 4, *SHORT, '--save-every', 1]
+    step, norms, left = Loop._step, [], iter(range(3))
+
+    def watched(self, *given):
+        adapters = [value for name, value in self._model.named_parameters() if '.lora_' in name]
+        norms.append(sum(value.grad.abs().sum().item() for value in adapters if value.grad is not None))
+        return step(self, *given)
+
+    def interrupted(self, *given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, '_step', watched)
+        made('consistency', *words, '--output', tmp_path / 'whole').run()
+    assert len(norms) == 7 and not any(norms)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, '_step', interrupted)
+        made('consistency', *words, '--output', tmp_path / 'run').run()
+    made('consistency', *words, '--output', tmp_path / 'run').run()
+    names = 'loss', 'gradient_norm'
+    assert log_of(tmp_path / 'run', *names) == log_of(tmp_path / 'whole', *names)
+    ours, theirs = weights_of(tmp_path / 'run'), weights_of(tmp_path / 'whole')
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_gradient_that_is_no_number_harms_nothing(start, plain, few, tmp_path, monkeypatch):
+    """The last state that was kept stays, and nothing is written to be served."""
+    words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--save-every', 1]
+    clip, left = torch.nn.utils.clip_grad_norm_, iter(range(2))
+
+    def infinite(*given):
+        return clip(*given) if next(left, None) is not None else torch.tensor(float('inf'))
+
+    with monkeypatch.context() as patch:
+        patch.setattr('torch.nn.utils.clip_grad_norm_', infinite)
+        with pytest.raises(TrainingError, match='warm-up, step 3: the norm of the gradient is inf: lower the'):
+            made('consistency', *words).run()
+    assert [path.name for path in (tmp_path / 'run' / 'state').iterdir()] == ['warm-up-00000002']
+    assert not list((tmp_path / 'run').glob('*.safetensors'))
+
+
+def test_data_that_have_changed_belong_to_another_run(start, plain, data, tmp_path):
+    file = write_lines(data.parent / 'changing.jsonl', [SAMPLES[0], SAMPLES[3]])
+    made('consistency', *options(start, plain, file, tmp_path / 'run', *SHORT))
+    write_lines(file, [SAMPLES[3], SAMPLES[0]])
+    with pytest.raises(TrainingError, match=r'begun with other settings \(content of .*changing.jsonl\)'):
+        made('consistency', *options(start, plain, file, tmp_path / 'run', *SHORT))
+
+
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['--batch', 0], '--batch 1 or more'), (['--batch', 3, '--micro-batch', 2], '3 samples cannot be divided'),
+        (['--rate', 0], 'learning rates more than 0'), (['--least-rate', 1], '--least-rate must be from 0 to --rate'),
+        (['--steps', 0, '--warm-up-steps', 0], 'There are no steps'), (['--save-every', 0], '--save-every'),
+        (['--log-every', 0], '--log-every'), (['--micro-batch', 0], '--micro-batch'), (['--seed', -1], '--seed'),
+        (['--lora-rank', -1], '--lora-rank must be 0 or more'), (['--max-tiles', 0], '--max-tiles'),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_refused_before_anything_is_read(tmp_path, words, said):
+    missing = tmp_path / 'missing'
+    with pytest.raises(TrainingError, match=said):
+        made('consistency', *options(missing, missing, missing, tmp_path / 'run', *SHORT, *words))
+    assert not (tmp_path / 'run').exists()
+
+
 def test_two_processes_do_what_one_does(start, plain, few, short, tmp_path):
     """Sharded with FSDP over gloo; one process has the sample with an image, the other the one without."""
     words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--workers', 0]
@@ -158,12 +229,6 @@ def test_a_folder_of_other_settings_is_refused(start, plain, few, short, tmp_pat
     (tmp_path / 'precious').touch()
     with pytest.raises(TrainingError, match='not of a training run'):
         made('consistency', *options(start, plain, few, tmp_path, *SHORT))
-
-
-def test_a_batch_that_cannot_be_divided(start, plain, few, tmp_path):
-    run = made('consistency', *options(start, plain, few, tmp_path / 'run', *SHORT, '--batch', 3, '--micro-batch', 2))
-    with pytest.raises(TrainingError, match='3 samples cannot be divided among 1 processes in micro-batches of 2'):
-        run.run()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(start, plain, few, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What init adds to a plain checkpoint."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -84,3 +85,23 @@ def test_a_package_that_is_missing_is_named(tmp_path, stage):
     )
     assert done.returncode == 1
     assert done.stderr == 'lmdeploy-vico: peft is missing; in a checkout of the plugin: pip install ".[train]"\n'
+
+
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        ({'tie_word_embeddings': True}, 'models without a head of their own'),
+        ({'tie_word_embeddings': None, 'architectures': None}, 'has no'),
+    ],
+)
+def test_language_models_that_cannot_be_trained(plain, tmp_path, change, said):
+    source = tmp_path / 'source'
+    shutil.copytree(plain, source)
+    config = config_of(source)
+    config['llm_config'] = {name: value for name, value in (config['llm_config'] | change).items() if value is not None}
+    (source / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(TrainingError, match=said):
+        initialise(source, tmp_path / 'new')
+    (source / 'config.json').write_text('[]')
+    with pytest.raises(TrainingError, match='is not an object'):
+        initialise(source, tmp_path / 'new')

@@ -54,6 +54,12 @@ def options(policy, plain, data, output, *more):
     return ['--model', policy, '--reference', plain, '--data', data, '--output', output, *more]
 
 
+def losses_of(file):
+    """What was computed, by line and tile."""
+    entries = map(json.loads, file.read_text().splitlines())
+    return {(*entry['line'], entry['tile']): (entry['full'], entry['compressed']) for entry in entries}
+
+
 @pytest.fixture(scope='module')
 def short(policy, plain, data, tmp_path_factory):
     path = tmp_path_factory.mktemp('router') / 'run'
@@ -118,13 +124,16 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(policy, plain, data, short, tmp_
 def test_two_processes_do_what_one_does(policy, plain, data, short, tmp_path):
     path = tmp_path / 'run'
     torchrun('router', [*options(policy, plain, data, path, *SHORT), '--workers', 0])
-    both = [(path / f'ratios-{rank}.jsonl').read_text().splitlines() for rank in range(2)]
-    assert all(both)
-    ours, theirs = ({tuple(json.loads(x)['line']): json.loads(x)['full'] for x in each} for each in both)
+    both = [losses_of(path / f'ratios-{rank}.jsonl') for rank in range(2)]
+    assert all(both), 'each has computed some'
+    alone = losses_of(short / 'ratios-0.jsonl')
+    together = both[0] | both[1]
+    assert together.keys() == alone.keys()
+    for tile, losses in together.items():
+        assert losses == pytest.approx(alone[tile], rel=1e-3, abs=1e-6)
     names = 'loss', 'gradient_norm'
     for one, two in zip(log_of(path, *names), log_of(short, *names), strict=True):
         assert one[:2] == two[:2] and one[2:] == pytest.approx(two[2:], rel=1e-3)
-    assert ours and theirs
 
 
 def test_thresholds_are_written(policy, plain, tiles, tmp_path, by_kind):
@@ -160,3 +169,20 @@ def test_a_router_needs_a_reference(policy, data, tmp_path, capsys):
     words = ['--model', str(policy), '--data', str(data), '--output', str(tmp_path / 'run')]
     assert cli.main(['train', 'router', *words]) == 1
     assert 'train router needs --reference.' in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_not_kept(policy, plain, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ratios, 'sample_means', lambda tokens, responses: torch.full((2,), float('nan')))
+    with pytest.raises(TrainingError, match='line 1: the loss of a tile is no number|line [0-9]+: the loss of a tile'):
+        made('router', *options(policy, plain, data, tmp_path / 'run', *SHORT)).run()
+    assert not (tmp_path / 'run' / 'ratios-0.jsonl').read_text()
+
+
+def test_a_line_that_was_broken_off_is_computed_again(policy, plain, data, short, tmp_path):
+    path = tmp_path / 'run'
+    words = options(policy, plain, data, path, *SHORT)
+    made('router', *words)
+    whole = (short / 'ratios-0.jsonl').read_text()
+    (path / 'ratios-0.jsonl').write_text(whole[:-10])
+    made('router', *words).run()
+    assert losses_of(path / 'ratios-0.jsonl') == losses_of(short / 'ratios-0.jsonl')

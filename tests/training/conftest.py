@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import ImageFile
 from training.made import SAMPLES, Made, write_data, write_lines
 
 from lmdeploy_vico.kernels import implementation
@@ -16,6 +17,12 @@ def plain_torch():
     before = implementation.requested()
     yield
     implementation.use(before)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own(monkeypatch):
+    """Importing LMDeploy, as other tests of this process do, has Pillow accept pictures that are cut off."""
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', False)
 
 
 @pytest.fixture(scope='session')

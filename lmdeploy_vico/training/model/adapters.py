@@ -1,6 +1,6 @@
 """LoRA: instead of the weights of a layer, a product of two small matrices that is added to them is trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -50,18 +50,23 @@ def layers(model: nn.Module) -> Iterator[LoraLayer]:
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The model as it was before adapters: the frozen reference."""
-    adapted = list(layers(model))
-    # peft makes adapters trained when it enables them, whether they were or not.
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for layer in adapted:
-        layer.enable_adapters(False)
+    _enable(model, False, trained)
     try:
         yield
     finally:
-        for layer in adapted:
-            layer.enable_adapters(True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
+        _enable(model, True, trained)
+
+
+def _enable(model: nn.Module, enabled: bool, trained: Mapping[str, bool]) -> None:
+    """Switch adapters on or off; what is trained, by name, stays so, though peft would change that.
+
+    Where the model is sharded, other tensors may be its parameters before than after: both are told.
+    """
+    for layer in layers(model):
+        layer.enable_adapters(enabled)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
 
 
 def is_adapted(name: str) -> bool:

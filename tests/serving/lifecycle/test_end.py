@@ -150,6 +150,7 @@ FEW_FILES = (
 )
 
 
+@pytest.mark.server
 def test_a_server_with_few_descriptors_refuses_connections(make_checkpoint, tmp_path):
     program = [sys.executable, '-c', FEW_FILES]
     with ApiServer(make_checkpoint(), '--model-name', 'vico', log=tmp_path / 'log', program=program) as server:

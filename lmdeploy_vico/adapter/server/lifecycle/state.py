@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-from lmdeploy.pytorch.engine.mp_engine.zmq_rpc import RPCServerDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +133,9 @@ def _is_stopped(pid: int | None) -> bool:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Leave out the tracebacks, some three for each request, that say again that the engine has died."""
+    # There already: it is its error. This module is imported where the engine is not.
+    from lmdeploy.pytorch.engine.mp_engine.zmq_rpc import RPCServerDeadError
+
     error = record.exc_info[1] if record.exc_info else None
     return not any(isinstance(one, RPCServerDeadError) for one in (error, getattr(error, '__cause__', None)))
 

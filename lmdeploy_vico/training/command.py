@@ -1,6 +1,7 @@
 """From the options of ``lmdeploy-vico train`` to a run."""
 
 import argparse
+import os
 import sys
 
 from rich.console import Console
@@ -15,7 +16,10 @@ WIDTH = 140  # columns of a table that goes into a file
 
 
 def train(arguments: argparse.Namespace, stage: str) -> None:
-    """Run the stage ``consistency`` or ``router``; raises TrainingError and UnsupportedCheckpointError."""
+    """Run the stage ``consistency`` or ``router``; raises TrainingError and UnsupportedCheckpointError.
+
+    One of several processes does not return from a run that is complete.
+    """
     processes = Processes()
     console = Console(stderr=True)
     pace = Pace(arguments.micro_batch, arguments.workers, arguments.save_every, arguments.log_every)
@@ -25,6 +29,19 @@ def train(arguments: argparse.Namespace, stage: str) -> None:
         processes.close()
     if processes.first:
         console.print(f'Written: {arguments.output}. Serve it: lmdeploy serve api_server {arguments.output}')
+    if processes.size > 1:
+        leave()
+
+
+def leave() -> None:
+    """End this process, one of several whose run is complete, without the interpreter's own end.
+
+    There threads of PyTorch's process groups now and then abort it ("terminate called without an active exception"),
+    and torchrun would report a run as failed whose checkpoint is whole.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def estimate(arguments: argparse.Namespace, stage: str) -> None:

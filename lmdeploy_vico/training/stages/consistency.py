@@ -11,14 +11,10 @@ import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 
-from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training.compression import WARM_UP_SHARE, draw_sample, draw_share, draw_tiles
 from lmdeploy_vico.training.data.batches import lay_out
-from lmdeploy_vico.training.data.check import Reader
-from lmdeploy_vico.training.data.records import deciding_files
 from lmdeploy_vico.training.data.samples import Sample, Samples
-from lmdeploy_vico.training.data.tokens import load_tokenizer
-from lmdeploy_vico.training.loop.folder import Log, RunFolder, write_json
+from lmdeploy_vico.training.loop.folder import Log, write_json
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule
 from lmdeploy_vico.training.model.adapters import add_adapters, reset_adapters
@@ -27,6 +23,7 @@ from lmdeploy_vico.training.model.losses import sample_means
 from lmdeploy_vico.training.model.pair import Pair
 from lmdeploy_vico.training.model.weights import Tensors, is_adapter, round_as_stored
 from lmdeploy_vico.training.model.writer import publish_model
+from lmdeploy_vico.training.stages.beginning import folder_of, reader_of
 from lmdeploy_vico.training.stages.divergence import SHARES, divergence
 from lmdeploy_vico.training.stages.initialise import read_config
 
@@ -102,23 +99,10 @@ class ConsistencyTraining:
         self._settings, self._pace, self._output = settings, pace, output
         self._processes, self._console = processes, console
         self._config = read_config(settings.model)
-        reader = Reader(
-            load_tokenizer(settings.model),
-            VicoConfig.from_dict(self._config),
-            settings.max_tiles,
-            settings.max_length,
-            settings.seed,
-            processes,
-            console,
-        )
+        reader = reader_of(settings, self._config, processes, console)
         self._samples, _ = reader.read(settings.data)
         self._held_out = reader.read(settings.held_out)[0] if settings.held_out else None
-        self._folder = RunFolder(
-            output,
-            settings.as_json(),
-            processes,
-            deciding_files([settings.model, settings.reference], [settings.data, settings.held_out]),
-        )
+        self._folder = folder_of(settings, output, processes)
         self._pair = self._make_pair()
 
     def run(self) -> None:

@@ -12,13 +12,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch.utils.data import Dataset
 
-from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.training import TrainingError
-from lmdeploy_vico.training.data.check import Reader
-from lmdeploy_vico.training.data.records import deciding_files
 from lmdeploy_vico.training.data.samples import Samples
-from lmdeploy_vico.training.data.tokens import load_tokenizer
-from lmdeploy_vico.training.loop.folder import RunFolder, write_json
+from lmdeploy_vico.training.loop.folder import write_json
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule
 from lmdeploy_vico.training.model.build import PARTS, choose, fill, outline, outline_router, set_types
@@ -26,6 +22,7 @@ from lmdeploy_vico.training.model.pair import Pair
 from lmdeploy_vico.training.model.vico_model import RouterModel
 from lmdeploy_vico.training.model.weights import Tensors, round_as_stored
 from lmdeploy_vico.training.model.writer import publish_model
+from lmdeploy_vico.training.stages.beginning import folder_of, reader_of
 from lmdeploy_vico.training.stages.initialise import ABSOLUTE_THRESHOLD, read_config
 from lmdeploy_vico.training.stages.labels import Labels, classify, effect_of_epsilon, label
 from lmdeploy_vico.training.stages.plan import Plan, Tile
@@ -126,27 +123,14 @@ class RouterTraining:
         self._settings, self._pace, self._output = settings, pace, output
         self._processes, self._console = processes, console
         self._config = read_config(settings.model)
-        reader = Reader(
-            load_tokenizer(settings.model),
-            VicoConfig.from_dict(self._config),
-            settings.max_tiles,
-            settings.max_length,
-            settings.seed,
-            processes,
-            console,
-        )
+        reader = reader_of(settings, self._config, processes, console)
         self._samples, tiles = reader.read(settings.data)
         self._plan = Plan(tiles, settings.seed)
         self._held_out: tuple[Samples, Plan] | None = None
         if settings.held_out:
             held_out, tiles = reader.read(settings.held_out)
             self._held_out = held_out, Plan(tiles, settings.seed)
-        self._folder = RunFolder(
-            output,
-            settings.as_json(),
-            processes,
-            deciding_files([settings.model, settings.reference], [settings.data, settings.held_out]),
-        )
+        self._folder = folder_of(settings, output, processes)
 
     def run(self) -> None:
         """Compute the ratios, train, judge, and write the checkpoint and the report."""

@@ -18,6 +18,7 @@ COMMANDS = {
     'one-process': ('benchmarks.serving.one_process', "lmdeploy with the engine in the API server's process"),
     'soak': ('benchmarks.serving.soak', 'send thousands of requests with cancels: answers right, nothing grows'),
     'training': ('benchmarks.training.run', 'train a tiny checkpoint with photographs: divergence before and after'),
+    'reader': ('benchmarks.reader.run', 'ask the reader documents through a server, by compression'),
     'check': ('benchmarks.gates.check', 'fail if anything got slower than a stored baseline'),
     'counters': ('benchmarks.gates.counters', 'compare what requests make the engine do with the committed counts'),
     'targets': ('benchmarks.gates.targets', 'compare results of GPUs with the targets'),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, documents, env, eval, options, tiny, train
+from lmdeploy_vico.cli import bench, demo, documents, env, eval, options, reader, tiny, train
 from lmdeploy_vico.cli.errors import CommandError
 
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument('--version', action='version', version=f'lmdeploy-vico {__version__}')
     whole.set_defaults(run=lambda arguments: _help(whole))
     commands = whole.add_subparsers(title='commands', metavar='COMMAND')
+    reader.add_parser(commands)
     tiny.add_parser(commands)
     options.add_parser(commands)
     env.add_parser(commands)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Render documents, and write questions about them into a tab-separated FILE that `lmdeploy-vico eval` reads: codes beside
-key letters in fine, medium and large print, shapes in colours, parts of photographs that come with scikit-image. A
+key letters in fine and medium print, shapes in colours, parts of photographs that come with scikit-image. A
 picture has one or several tiles. The same options give the same file.
 
 The codes are arbitrary digits, and none of them is ever printed in training. The photographs are those that the reader
@@ -31,7 +31,7 @@ def add_parser(commands: 'Commands') -> None:
     parser.add_argument('--seed', type=int, default=0, help='of what is drawn, from 0 to 999 (default: %(default)s)')
     parser.add_argument('--count', type=int, default=500, help='of questions (default: %(default)s)')
     parser.add_argument(
-        '--kinds', nargs='+', metavar='KIND', help='of tiles: fine, medium, large, shape, photo (default: all)'
+        '--kinds', nargs='+', metavar='KIND', help='of tiles: fine, medium, shape, photo (default: all)'
     )
     parser.add_argument(
         '--tiles',
@@ -40,6 +40,9 @@ def add_parser(commands: 'Commands') -> None:
         metavar='N',
         default=[1, 3, 5],
         help='how many tiles the pictures have, in turn: 1 to 6 (default: 1 3 5)',
+    )
+    parser.add_argument(
+        '--separate', action='store_true', help='show the tiles of a picture as pictures of their own, in one request'
     )
     parser.set_defaults(run=run)
 
@@ -62,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise CommandError('--count: at least 1 question.')
     try:
-        pictures = write_questions(arguments.file, arguments.seed, arguments.count, kinds, arguments.tiles)
+        pictures = write_questions(
+            arguments.file, arguments.seed, arguments.count, kinds, arguments.tiles, arguments.separate
+        )
     except ValueError as error:
         raise CommandError(f'--seed: {error}') from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The limits with which LMDeploy's engine is started for a tiny checkpoint, and the file that marks one.
+"""The limits with which LMDeploy's engine is started for a checkpoint of a few megabytes, and the file that marks one.
 
 By default LMDeploy fills the device with KV blocks and decodes up to 1024 sequences at a time. A block of a tiny
 checkpoint is 32 KiB, so a GPU of 80 GB holds two million. Every decode graph has a block table of its own, int32
@@ -11,8 +11,9 @@ with and without a GPU, so that both are tried with one command.
 import json
 from pathlib import Path
 
-MARKER = 'tiny_checkpoint.json'  # a file in every random checkpoint
+MARKER = 'tiny_checkpoint.json'  # a file in every checkpoint that this package writes from nothing
 MADE_BY = 'lmdeploy-vico tiny'
+READER_MADE_BY = 'lmdeploy-vico reader'
 # As keywords of lmdeploy.PytorchEngineConfig.
 TINY_ENGINE = {'max_batch_size': 32, 'num_gpu_blocks': 4096}
 # The same as arguments of ``lmdeploy serve api_server``.
@@ -23,6 +24,6 @@ def server_arguments(checkpoint: str | Path) -> tuple[str, ...]:
     """Return the arguments that ``lmdeploy serve api_server`` needs for a tiny checkpoint; none for any other."""
     try:
         marker = json.loads((Path(checkpoint) / MARKER).read_text())
-    except (OSError, ValueError):  # a name on the hub, or a checkpoint that is not random
+    except (OSError, ValueError):  # a name on the hub, or a checkpoint that is not ours
         return ()
-    return TINY_SERVER if marker.get('made_by') == MADE_BY else ()
+    return TINY_SERVER if marker.get('made_by') in (MADE_BY, READER_MADE_BY) else ()

@@ -75,7 +75,7 @@ def make_tiny_checkpoint(
     weights = vision_weights(shapes, noise)
     calibrate(weights, InternViTConfig.from_dict(config['vision_config']))
     weights |= as_stored(language_weights(shapes, config['llm_config'], VOCABULARY, noise))
-    _save(path, weights, getattr(torch, dtype))
+    save_weights(path, weights, getattr(torch, dtype))
     return path
 
 
@@ -88,9 +88,14 @@ def write_configuration(path: Path, config: dict[str, Any], token_ids: dict[str,
         token_ids: the id of every special token.
     """
     write_json(path / 'config.json', config)
-    shutil.copy(Path(__file__).with_name(f'_{REMOTE_CODE}'), path / REMOTE_CODE)
+    copy_remote_code(path)
     write_json(path / 'generation_config.json', configuration.generation_config(token_ids))
     write_json(path / 'preprocessor_config.json', configuration.preprocessor_config())
+
+
+def copy_remote_code(path: Path) -> None:
+    """Write the module that ``auto_map`` of a config names."""
+    shutil.copyfile(Path(__file__).with_name(f'_{REMOTE_CODE}'), path / REMOTE_CODE)
 
 
 def prepare_directory(path: Path, force: bool) -> None:
@@ -106,7 +111,7 @@ def prepare_directory(path: Path, force: bool) -> None:
         raise FileExistsError(f'{path} is not empty and is not a tiny checkpoint')
 
 
-def _save(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+def save_weights(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Write the tensors into files of about the same size, and their index."""
     stored = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
     total = sum(tensor.nbytes for tensor in stored.values())

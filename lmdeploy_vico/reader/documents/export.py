@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from lmdeploy_vico.reader.documents.codes import Split
@@ -37,12 +38,23 @@ def pages(seed: int, kinds: Sequence[str], tiles: Sequence[int]) -> Iterator[Pag
 
 
 def write_questions(
-    path: Path, seed: int, count: int, kinds: Sequence[str] = KINDS, tiles: Sequence[int] = (1, 3, 5)
+    path: Path,
+    seed: int,
+    count: int,
+    kinds: Sequence[str] = KINDS,
+    tiles: Sequence[int] = (1, 3, 5),
+    separate: bool = False,
 ) -> int:
-    """Write ``count`` questions; each picture stands in the first of its rows, the others name that row.
+    """Write ``count`` questions; what one shows stands in the first of its rows, the others name that row.
+
+    Args:
+        path: the file.
+        seed, kinds, tiles: as of :func:`pages`.
+        count: of questions.
+        separate: whether the tiles of a picture are shown as pictures of their own.
 
     Returns:
-        How many pictures there are.
+        How many different pictures, or groups of them, are shown.
 
     Raises:
         ValueError: a seed that is for training.
@@ -57,15 +69,22 @@ def write_questions(
             page = next(source)
             asked = page.questions[: count - written]
             for number, question in enumerate(asked):
-                image = png(page) if number == 0 else str(written)
+                image = shown(page, separate) if number == 0 else str(written)
                 rows.writerow([written + number, image, question.text, question.answer, question.kind])
             written += len(asked)
             pictures += bool(asked)
     return pictures
 
 
-def png(page: Page) -> str:
-    """Return the picture as PNG, in base64."""
+def shown(page: Page, separate: bool) -> str:
+    """The picture in base64; with ``separate``, its tiles, as a list that Python writes."""
+    if not separate:
+        return png(page.pixels)
+    return str([png(page.part(number)) for number in range(len(page.tiles))])
+
+
+def png(pixels: NDArray[np.uint8]) -> str:
+    """Pixels as PNG, in base64."""
     file = io.BytesIO()
-    Image.fromarray(page.pixels).save(file, 'PNG')
+    Image.fromarray(pixels).save(file, 'PNG')
     return base64.b64encode(file.getvalue()).decode()

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from lmdeploy_vico.reader.documents.codes import KEYS, Split
 from lmdeploy_vico.reader.documents.pictures import photo_tile, shape_tile
-from lmdeploy_vico.reader.documents.print import FINE, LARGE, MEDIUM, printed_tile
+from lmdeploy_vico.reader.documents.print import FINE, MEDIUM, printed_tile
 from lmdeploy_vico.reader.documents.tile import SIZE, Question, Tile, with_noise
 
-PRINTS = {size.kind: size for size in (FINE, MEDIUM, LARGE)}
+PRINTS = {size.kind: size for size in (FINE, MEDIUM)}
 KINDS = (*PRINTS, 'shape', 'photo')
 # Columns and rows by the number of tiles: InternVL's tiling cuts a picture of this shape into just these tiles.
 GRIDS = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 5: (5, 1), 6: (3, 2)}
@@ -34,6 +34,16 @@ class Page:
     kinds: Sequence[str]
     questions: Sequence[Question]
 
+    def part(self, number: int) -> NDArray[np.uint8]:
+        """The pixels of a tile."""
+        return self.pixels[part_of(number, len(self.tiles))]
+
+
+def part_of(number: int, tiles: int) -> tuple[slice, slice]:
+    """Where a tile of a picture stands."""
+    row, column = divmod(number, GRIDS[tiles][0])
+    return slice(row * SIZE, (row + 1) * SIZE), slice(column * SIZE, (column + 1) * SIZE)
+
 
 def make_tile(rng: np.random.Generator, kind: str, keys: Sequence[str], split: Split) -> Tile:
     """Make one tile.
@@ -45,8 +55,7 @@ def make_tile(rng: np.random.Generator, kind: str, keys: Sequence[str], split: S
         split: which codes are printed.
     """
     if kind in PRINTS:
-        size = PRINTS[kind]
-        return printed_tile(rng, size, keys[: size.entries], split)
+        return printed_tile(rng, PRINTS[kind], keys, split)
     return shape_tile(rng) if kind == 'shape' else photo_tile(rng)
 
 
@@ -69,9 +78,7 @@ def make_page(rng: np.random.Generator, kinds: Sequence[str], split: Split) -> P
         tiles.append(make_tile(rng, kind, mine, split))
     pixels = np.empty((rows * SIZE, columns * SIZE, 3), np.uint8)
     for number, tile in enumerate(tiles):
-        row, column = divmod(number, columns)
-        part = np.s_[row * SIZE : (row + 1) * SIZE, column * SIZE : (column + 1) * SIZE]
-        pixels[part] = with_noise(rng, tile.pixels)
+        pixels[part_of(number, len(tiles))] = with_noise(rng, tile.pixels)
     asked = [question for tile in tiles for question in tile.questions]
     often = Counter(question.text for question in asked)
     return Page(pixels, tiles, kinds, [question for question in asked if often[question.text] == 1])

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from lmdeploy_vico.reader.documents.tile import SIZE, Pixels, Question, Tile, blank
 
+SHAPE_QUESTION, COLOUR_QUESTION, PHOTO_QUESTION = 'Which shape?', 'Which colour?', 'Which photograph?'
 COLOURS = {
     'red': (210, 40, 40), 'green': (40, 160, 60), 'blue': (40, 70, 210), 'yellow': (235, 210, 40),
     'purple': (140, 50, 170), 'orange': (240, 140, 30),
@@ -35,8 +36,8 @@ def shape_tile(rng: np.random.Generator) -> Tile:
     _draw(ImageDraw.Draw(image), SHAPES[shape], (left, top, side), tuple(int(one) for one in shade.clip(0, 255)))
     tile.pixels = np.asarray(image, np.float32)
     tile.questions = [
-        Question('Which shape?', SHAPES[shape], 'shape'),
-        Question('Which colour?', list(COLOURS)[colour], 'shape'),
+        Question(SHAPE_QUESTION, SHAPES[shape], 'shape'),
+        Question(COLOUR_QUESTION, list(COLOURS)[colour], 'shape'),
     ]
     tile.mark_pixels(left, top, side, {'shape': 1 + shape, 'colour': 1 + colour})
     return tile
@@ -76,6 +77,6 @@ def photo_tile(rng: np.random.Generator) -> Tile:
     pixels: Pixels = np.asarray(part, np.float32)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    tile = Tile(pixels * np.float32(rng.uniform(0.8, 1.2)), [Question('Which photograph?', name, 'photo')])
+    tile = Tile(pixels * np.float32(rng.uniform(0.8, 1.2)), [Question(PHOTO_QUESTION, name, 'photo')])
     tile.labels['photo'][:] = 1 + number
     return tile

@@ -32,6 +32,22 @@ class Question:
     kind: str
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A printed entry.
+
+    Attributes:
+        question: what asks for its code.
+        code: digits.
+        rows, columns: the patches that it covers.
+    """
+
+    question: str
+    code: str
+    rows: slice
+    columns: slice
+
+
 @dataclass
 class Tile:
     """One tile of a picture.
@@ -39,11 +55,13 @@ class Tile:
     Attributes:
         pixels: RGB, float32 ``[448, 448, 3]`` from 0 to 255.
         questions: what can be asked about it.
+        entries: that are printed on it.
         labels: for each of :data:`HEADS` int64 ``[32, 32]``: what a patch shows, 0 for nothing.
     """
 
     pixels: Pixels
     questions: list[Question] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     labels: Labels = field(default_factory=lambda: {name: np.zeros((PATCHES, PATCHES), np.int64) for name in HEADS})
 
     def mark(self, rows: slice, columns: slice, values: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ def test_eval_reads_what_is_written(tmp_path):
     count = write_questions(path, seed=3, count=25)
     questions = read(path).questions
     assert len(questions) == 25
-    drawn = pages(3, ['fine', 'medium', 'large', 'shape', 'photo'], [1, 3, 5])
+    drawn = pages(3, ['fine', 'medium', 'shape', 'photo'], [1, 3, 5])
     expected = list(itertools.islice(((question, page) for page in drawn for question in page.questions), 25))
     assert count == len({id(page) for _, page in expected})
     for found, (question, page) in zip(questions, expected, strict=True):
@@ -43,7 +43,7 @@ def test_the_command(tmp_path, capsys):
     'arguments, sentence',
     [
         (['--seed', '1000'], '--seed: The seed has to be from 0 to 999'),
-        (['--kinds', 'tiny'], "--kinds: 'tiny' is none of fine, medium, large, shape, photo."),
+        (['--kinds', 'tiny'], "--kinds: 'tiny' is none of fine, medium, shape, photo."),
         (['--tiles', '7'], '--tiles: 7 is none of 1, 2, 3, 4, 5, 6.'),
         (['--count', '0'], '--count: at least 1 question.'),
     ],

@@ -1,0 +1,26 @@
+"""The reader through an api_server: it reads what it has never seen, and the router costs next to nothing."""
+
+import pytest
+from rich.console import Console
+
+from benchmarks.reader.asking import Client, everywhere
+from benchmarks.reader.run import Set, documents, table
+from lmdeploy_vico.reader.shipped import write_reader
+
+
+@pytest.fixture(scope='module')
+def reader(tmp_path_factory):
+    path = tmp_path_factory.mktemp('shipped') / 'reader'
+    write_reader(path)
+    return path
+
+
+def test_twenty_questions(serve, reader, tmp_path):
+    """One picture of one tile, others of several: the answers are right, with and without the router."""
+    data = documents(tmp_path, 'few', Set(21, (1, 3, 5)), 20)
+    scratch = tmp_path / 'answers'
+    scratch.mkdir()
+    answers = Client(serve(reader), Console(quiet=True), scratch).ask(data, everywhere(data, 'none', 'auto'))
+    lines = table(data.questions, answers)['all kinds']
+    assert lines['none']['right'][0] >= 90
+    assert lines['auto']['right'][0] >= 90 and lines['auto']['compressed tiles'] > 30

@@ -22,11 +22,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.loop.folder import Log, RunFolder
+from lmdeploy_vico.training.loop.loader import prepared
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.model.weights import whole
 
@@ -120,7 +121,7 @@ class Loop:
         if begun:
             self._restore(folder, begun)
         log.forget_after(self._name, begun)
-        batches = iter(self._loader(begun))
+        batches = self._batches(begun)
         with self._progress(console) as progress:
             task = progress.add_task(self._name, total=self._schedule.steps, completed=begun, loss='')
             for step in range(begun + 1, self._schedule.steps + 1):
@@ -135,9 +136,6 @@ class Loop:
         began, total = time.perf_counter(), 0.0
         for _ in range(self._share // self._pace.micro_batch):
             items = next(batches)
-            for item in items:
-                if isinstance(item, TrainingError):
-                    raise item
             with self._processes.autocast():
                 losses = self._objective(items)
             loss = losses.sum() / self._share
@@ -155,18 +153,12 @@ class Loop:
         self._optimizer.zero_grad()
         return {'loss': total, 'rate': rate, 'gradient_norm': norm, 'seconds': time.perf_counter() - began}
 
-    def _loader(self, begun: int) -> DataLoader:
+    def _batches(self, begun: int) -> Iterator[list[Any]]:
         """Micro-batches of this process from the step after ``begun`` on."""
         size, share = self._schedule.batch, self._share
         first = self._processes.rank * share
         places = [step * size + first + i for step in range(begun, self._schedule.steps) for i in range(share)]
-        return DataLoader(
-            _Sentences(self._places),
-            batch_size=self._pace.micro_batch,
-            sampler=places,
-            num_workers=self._pace.workers,
-            collate_fn=list,
-        )
+        return prepared(self._places, places, self._pace.micro_batch, self._pace.workers)
 
     def _state(self) -> dict[str, Any]:
         model = {name: value for name, value in get_model_state_dict(self._model).items() if self._kept(name)}
@@ -188,19 +180,6 @@ class Loop:
             TextColumn('{task.fields[loss]}'),
         )
         return Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._processes.first)
-
-
-class _Sentences(Dataset):
-    """Hands errors on as they are: what a worker process raises would come with its whole traceback as its text."""
-
-    def __init__(self, places: Dataset) -> None:
-        self._places = places
-
-    def __getitem__(self, place: int) -> Any:
-        try:
-            return self._places[place]
-        except TrainingError as error:
-            return error
 
 
 def require_possible(schedules: Sequence[Schedule], pace: Pace, processes: int) -> None:

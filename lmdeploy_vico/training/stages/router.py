@@ -177,7 +177,7 @@ class RouterTraining:
         pair = Pair(models[0], models[1], processes)
         for file, tiles in wanted:
             if file.missing(tiles):
-                file.compute(pair, tiles, self._console)
+                file.compute(pair, tiles, self._pace.workers, self._console)
 
     def _train(self, labels: Labels) -> RouterModel:
         settings, processes = self._settings, self._processes

@@ -70,13 +70,15 @@ class Places(Dataset):
         samples: of the data.
         seed: of the draws.
         share: of tiles that are compressed; None draws one for each place (paper, Eq. 1).
+        first: the place that a phase begins with; each goes on through the data where the one before it has ended.
     """
 
-    def __init__(self, samples: Samples, seed: int, share: float | None = None) -> None:
-        self._samples, self._seed, self._share = samples, seed, share
+    def __init__(self, samples: Samples, seed: int, share: float | None = None, first: int = 0) -> None:
+        self._samples, self._seed, self._share, self._first = samples, seed, share, first
 
-    def __getitem__(self, place: int) -> tuple[Sample, np.ndarray]:
-        """The sample, and bool for each of its tiles."""
+    def __getitem__(self, index: int) -> tuple[Sample, np.ndarray]:
+        """The sample, and bool for each of its tiles, at a place of the phase."""
+        place = self._first + index
         sample = self._samples[draw_sample(self._seed, place, len(self._samples))]
         share = draw_share(self._seed, place) if self._share is None else self._share
         return sample, draw_tiles(self._seed, place, len(sample.tiles), share)
@@ -131,9 +133,10 @@ class ConsistencyTraining:
 
     def _phase(self, name: str, log: Log) -> None:
         self._choose(name)
-        warm_up = name == WARM_UP
-        schedule = self._settings.warm_up if warm_up else self._settings.main
-        places = Places(self._samples, self._settings.seed, WARM_UP_SHARE if warm_up else None)
+        warm_up, schedule, seed = self._settings.warm_up, self._settings.main, self._settings.seed
+        places = Places(self._samples, seed, first=warm_up.steps * warm_up.batch)
+        if name == WARM_UP:
+            schedule, places = warm_up, Places(self._samples, seed, WARM_UP_SHARE)
         loop = Loop(name, self._pair.policy, places, self._losses, self._kept, schedule, self._pace, self._processes)
         loop.run(self._folder, log, self._console)
 

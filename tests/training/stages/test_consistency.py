@@ -50,10 +50,26 @@ def test_20_steps_lower_the_loss_of_either_phase(long):
 
 
 def test_the_schedule_is_the_papers(long):
+    rises = [rate for phase, _, rate in log_of(long, 'rate') if phase == 'warm-up']
+    assert rises[:5] == pytest.approx([7.5e-4, 1.5e-3, 2.25e-3, 3e-3, 3e-3]), 'a fifth of the steps'
     rates = [rate for phase, _, rate in log_of(long, 'rate') if phase == 'main']
     assert rates[0] == 3e-4
     assert rates == sorted(rates, reverse=True)
     assert rates[10] == pytest.approx(2e-4, rel=0.01), 'half way down a cosine'
+
+
+def test_the_second_phase_goes_on_through_the_data(start, plain, data, tmp_path, monkeypatch):
+    """The warm-up's places are not seen again: two steps of two samples each see all four."""
+    seen = []
+
+    def noted(self, items):
+        seen.extend((sample.place, *chosen.tolist()) for sample, chosen in items)
+        return self._pair.policy.mlp2[1].weight.sum()[None] * 0
+
+    monkeypatch.setattr(ConsistencyTraining, '_losses', noted)
+    words = options(start, plain, data, tmp_path / 'run', *SHORT, '--warm-up-steps', 1, '--steps', 1)
+    made('consistency', *words).run()
+    assert {place for place, *_ in seen} == {f'{data}, line {i}' for i in range(1, 5)}
 
 
 def test_the_output_is_the_published_layout(short, start):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.names import Shape
@@ -35,7 +35,14 @@ class Tensors:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored."""
-        return next(one for one in self._checkpoints if name in one.shapes).read(name)
+        return self._holder(name).read(name)
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of a tensor as they are stored; no others are read."""
+        return self._holder(name).read_rows(name, rows)
+
+    def _holder(self, name: str) -> Checkpoint:
+        return next(one for one in self._checkpoints if name in one.shapes)
 
     def require(self, expected: dict[str, Shape]) -> None:
         """Raise UnsupportedCheckpointError unless all are there, unquantised, with these shapes."""
@@ -83,8 +90,11 @@ def published_shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str
     }
 
 
+@torch.no_grad()
 def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> None:
     """Fill parameters, cast to their dtype; of a sharded one, every process keeps its own shard.
+
+    It reads no more than that, but of experts, whose tensors are stacked: these are read whole.
 
     Args:
         parameters: by the names of :func:`plain_name`; those of adapters are left as they are.
@@ -93,7 +103,21 @@ def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> No
     for name, parameter in parameters:
         if is_adapter(name):
             continue
-        assign(parameter, assemble(plain_name(name), parameter.shape, tensors))
+        published, own = plain_name(name), own_rows(parameter)
+        if own is None or _EXPERTS.fullmatch(published):
+            assign(parameter, assemble(published, parameter.shape, tensors))
+        elif len(own[0]):
+            shard, rows = own
+            shard.copy_(tensors.read_rows(published, rows))
+
+
+def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice] | None:
+    """This process's shard of a tensor that is sharded by rows, and which rows these are; None of any other tensor."""
+    if not isinstance(tensor, DTensor) or tensor.placements != (Shard(0),):
+        return None
+    shard, mesh = tensor.to_local(), tensor.device_mesh
+    first = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())  # as torch.chunk divides them
+    return shard, slice(first, first + len(shard))
 
 
 @torch.no_grad()

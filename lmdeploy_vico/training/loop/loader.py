@@ -1,14 +1,20 @@
 """Samples, read and cut in the order of a run by processes of their own."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
 from lmdeploy_vico.training import TrainingError
 
 
-def prepared(items: Dataset, order: Sequence[int], at_a_time: int, workers: int) -> Iterator[list[Any]]:
+class Items(Protocol):
+    """What is prepared, by number."""
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
+def prepared(items: Items, order: Sequence[int], at_a_time: int, workers: int) -> Iterator[list[Any]]:
     """Items in this order.
 
     Args:
@@ -31,7 +37,7 @@ def prepared(items: Dataset, order: Sequence[int], at_a_time: int, workers: int)
 class _Sentences(Dataset):
     """Hands errors on as they are: what a worker process raises would come with its whole traceback as its text."""
 
-    def __init__(self, items: Dataset) -> None:
+    def __init__(self, items: Items) -> None:
         self._items = items
 
     def __getitem__(self, number: int) -> Any:

@@ -156,7 +156,7 @@ class Loop:
         norm = whole(nn.utils.clip_grad_norm_(self._trained, self._schedule.clip)).item()
         if not math.isfinite(norm):
             raise TrainingError(f'{self._name}, step {step}: the norm of the gradient is {norm}: {LOWER}')
-        rate = self._rates.get_last_lr()[0]
+        rate = float(self._rates.get_last_lr()[0])
         self._optimizer.step()
         self._rates.step()
         self._optimizer.zero_grad()

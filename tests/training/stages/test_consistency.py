@@ -10,7 +10,8 @@ from training.runs import BFLOAT16, log_of, made, report_of, torchrun, weights_o
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
-from lmdeploy_vico.training import TrainingError, arguments
+from lmdeploy_vico.training import TrainingError, arguments, command
+from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop
 from lmdeploy_vico.training.model.build import PARTS
 from lmdeploy_vico.training.stages.consistency import ConsistencyTraining
@@ -265,6 +266,40 @@ def test_bad_samples_end_the_command_before_it_begins(start, plain, data, tmp_pa
     assert f'{path}, line 2: the image' in said and 'line 6' in said and 'line 7' not in said
     assert '... and 2 more' in said
     assert not (tmp_path / 'run').exists()
+
+
+class OneOfTwo(Processes):
+    """One of two processes, which have found the same; it notes when it has waited for the other one."""
+
+    def __init__(self, rank, output):
+        super().__init__()
+        self.rank, self.size, self._output, self.said = rank, 2, output, None
+
+    def gather(self, values):
+        return values * 2
+
+    def wait(self):
+        self.said = self._output()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('lines', [True, False], ids=['samples', 'no file'])
+def test_bad_data_is_said_by_the_first_process_alone(start, plain, data, tmp_path, capsys, monkeypatch, rank, lines):
+    """Before any has ended, for then torchrun ends the others."""
+    path = tmp_path / 'bad.jsonl'
+    if lines:
+        write_lines(path, [{'image': 'gone.png', 'conversations': SAMPLES[0]['conversations']}] * 2)
+    process = OneOfTwo(rank, lambda: capsys.readouterr().err)
+    monkeypatch.setattr(command, 'Processes', lambda: process)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(['train', 'consistency', *map(str, options(start, plain, path, tmp_path / 'run')), '--batch', '2'])
+    assert ended.value.code == 1
+    sentence = 'gone.png does not exist' if lines else 'bad.jsonl does not exist'
+    assert process.said.count(sentence) == (rank == 0)
+    assert capsys.readouterr().err == ''
 
 
 @pytest.mark.parametrize('workers', [0, 1])

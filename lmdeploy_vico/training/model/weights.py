@@ -135,7 +135,8 @@ def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
 def round_as_stored(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> None:
     """Give parameters the values that they will have when they are written with the types of ``tensors``.
 
-    What is judged, and what thresholds are chosen by, is then what is served.
+    What is judged, and what thresholds are chosen by, is then what is served. Adapters are left alone: they are rounded
+    together with what they are merged into, see :func:`~lmdeploy_vico.training.model.writer.publish_model`.
     """
     for name, parameter in parameters:
         if not is_adapter(name):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from training.made import SAMPLES, write_lines
+from training.made import SAMPLES, Made, write_lines
 from training.runs import BFLOAT16, log_of, made, report_of, torchrun, weights_of
 
 from lmdeploy_vico import cli
@@ -14,7 +14,9 @@ from lmdeploy_vico.training import TrainingError, arguments, command
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop
 from lmdeploy_vico.training.model.build import PARTS
+from lmdeploy_vico.training.model.pair import Pair
 from lmdeploy_vico.training.stages.consistency import ConsistencyTraining
+from lmdeploy_vico.training.stages.divergence import SHARES, divergence, targets_of
 
 RATES = ['--rate', '3e-4', '--least-rate', '1e-4', '--warm-up-rate', '3e-3']
 SHORT = ['--steps', 4, '--batch', 2, '--warm-up-steps', 3, *RATES]
@@ -238,6 +240,18 @@ def test_adapters_are_merged(plain, start, few, tmp_path):
     others = {name for name in changed if not name.startswith('mlp2')}
     assert 'language_model.model.layers.0.self_attn.q_proj.weight' in others
     assert all(name.endswith('.weight') and 'norm' not in name for name in others)
+
+
+def test_adapters_are_judged_as_they_are_written(make_checkpoint, few, tmp_path):
+    """Merged, and rounded to the checkpoint's bfloat16."""
+    source, path = make_checkpoint(), tmp_path / 'run'
+    words = ['--model', source, '--data', few, '--output', path, '--held-out', few, '--lora-rank', 4, '--batch', 2]
+    made('consistency', *words, '--steps', 2, '--rate', '1e-3', '--warm-up-steps', 0).run()
+    written, reference = Made(path, few), Made(source, few)
+    processes, pair = Processes(), Pair(written.model(), reference.model(), Processes())
+    targets = targets_of(pair, reference.samples, processes)
+    expected = divergence(pair.policy, targets, reference.samples, SHARES, 0, processes)
+    assert report_of(path)['after'] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
 def test_a_folder_of_other_settings_is_refused(start, plain, few, short, tmp_path):

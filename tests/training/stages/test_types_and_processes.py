@@ -1,7 +1,6 @@
 """Two processes do what one does; and computing in bfloat16, as on a GPU, does about the same, in one or in two.
 
-The command line of two processes is started by itself once. Other runs of two share a start, which is most of their
-time.
+All runs of two processes share a start, which is most of their time.
 """
 
 import json
@@ -14,25 +13,9 @@ TRAINED = {'vision_model', 'mlp1', 'mlp2', 'language_model'}
 ROUTER = {'pooling_before_gating', 'gating'}
 
 
-def test_two_processes_do_what_one_does(start, plain, few, short, tmp_path):
-    """Sharded with FSDP over gloo; one process has the sample with an image, the other the one without."""
-    words = [*options(start, plain, few, tmp_path / 'run', *SHORT), '--workers', 0]
-    torchrun('-m', 'lmdeploy_vico.cli', 'train', 'consistency', *words)
-    kept = {file.name for file in (tmp_path / 'run' / 'state').glob('main-*/*.distcp')}
-    assert kept == {'__0_0.distcp', '__1_0.distcp'}, 'each has kept its shards'
-    names = 'loss', 'gradient_norm'
-    for ours, theirs in zip(log_of(tmp_path / 'run', *names), log_of(short, *names), strict=True):
-        assert ours[:2] == theirs[:2]
-        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-3)
-    before, one, two = weights_of(start), weights_of(short), weights_of(tmp_path / 'run')
-    moved = sum((one[name] - before[name]).square().sum() for name in one).sqrt()
-    apart = sum((one[name] - two[name]).square().sum() for name in one).sqrt()
-    assert apart < 0.02 * moved
-
-
 @pytest.fixture(scope='module')
-def together(start, policy, plain, few, data, tmp_path_factory):
-    """The folder of the runs that share a start of two processes, by name."""
+def together(request, start, policy, plain, few, data, tmp_path_factory):
+    """The folder of the runs that share a start of two processes, by name; without those that slow tests look at."""
     folder = tmp_path_factory.mktemp('together')
 
     def line(name, compute, stage, *words):
@@ -45,10 +28,29 @@ def together(start, policy, plain, few, data, tmp_path_factory):
         line('adapters', 'bfloat16', 'consistency', *SHORT, '--held-out', few, '--lora-rank', 4),
         line('router', 'float32', 'router', *SHORT_ROUTER),
         line('router in bfloat16', 'bfloat16', 'router', *SHORT_ROUTER),
+        line('float32', 'float32', 'consistency', *SHORT),
     ]
+    here = [item for item in request.session.items if item.path == request.path]
+    if not any(item.get_closest_marker('slow') for item in here):
+        lines = lines[-1:]
     (folder / 'runs.json').write_text(json.dumps(lines))
     torchrun(TOGETHER, folder / 'runs.json')
     return folder
+
+
+def test_two_processes_do_what_one_does(together, start, short):
+    """Sharded with FSDP over gloo; one process has the sample with an image, the other the one without."""
+    path = together / 'float32'
+    kept = {file.name for file in (path / 'state').glob('main-*/*.distcp')}
+    assert kept == {'__0_0.distcp', '__1_0.distcp'}, 'each has kept its shards'
+    names = 'loss', 'gradient_norm'
+    for ours, theirs in zip(log_of(path, *names), log_of(short, *names), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-3)
+    before, one, two = weights_of(start), weights_of(short), weights_of(path)
+    moved = sum((one[name] - before[name]).square().sum() for name in one).sqrt()
+    apart = sum((one[name] - two[name]).square().sum() for name in one).sqrt()
+    assert apart < 0.02 * moved
 
 
 def require_about_the_same(path, short):

@@ -119,11 +119,9 @@ class Checkpoint:
         with safe_open(self._files[name], framework='pt') as tensors:
             return tensors.get_tensor(name)
 
-    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of a tensor as they are stored; no others are read."""
-        with safe_open(self._files[name], framework='pt') as tensors:
-            part: torch.Tensor = tensors.get_slice(name)[rows]
-            return part
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
 
     def load_into(self, module: nn.Module) -> None:
         """Fill every parameter of ``module``, whose names and shapes are the checkpoint's; cast to their dtype."""

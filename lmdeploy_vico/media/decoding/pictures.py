@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -14,6 +15,7 @@ from lmdeploy_vico.media.decoding.formats import image_format
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions
 
+START = 64  # bytes by which a format is known
 STRIP = 1 << 18  # pixels that are converted at a time
 # Bytes of a pixel while it is decoded: four as decoded, four more where it is turned, three as RGB.
 DECODING = 11
@@ -35,35 +37,75 @@ TURNS = {
 LYING = {5, 6, 7, 8}  # those that exchange width and height
 
 
-class Picture:
-    """A picture whose header has been read.
+class Header:
+    """What the header of a picture says: nothing is decoded, and of most formats nothing else is read.
+
+    Pillow reads WebP and AVIF as a whole.
 
     Args:
-        data: the file.
+        file: the picture, which stays open as long as something is asked.
+        options: how it is to be shown.
 
     Raises:
         MediaError: it is not a picture that can be read, or its header is damaged.
 
     Attributes:
         size: width and height as they will be decoded: upright, if that is asked for.
-        memory: bytes that it is going to take, besides the file.
     """
 
-    def __init__(self, data: bytes, options: PictureOptions) -> None:
-        self._data, self._options = data, options
-        self._format = image_format(data)
-        self._image = _open(data, self._format)
+    def __init__(self, file: BinaryIO, options: PictureOptions) -> None:
+        self._file, self._options = file, options
+        self._format = image_format(file.read(START))
+        self._image = _open(file, self._format)
         orientation = self._orientation() if options.upright else 1
         self._turn = TURNS.get(orientation)
         width, height = self._image.size
         self.size = (height, width) if orientation in LYING else (width, height)
-        # A JPEG may have to be completed, which takes a copy of it.
-        completed = len(data) if self._format == 'JPEG' else 0
-        self.memory = width * height * DECODING_MORE.get(self._format, DECODING) + completed
         if self._deep() is None:
             raise MediaError(
                 f'A picture with values of 32 bits (mode {self._image.mode}) cannot be shown: send 8 or 16 bits.'
             )
+
+    def _orientation(self) -> int:
+        if self._format == 'TIFF':
+            return 1  # Pillow turns them
+        if self._format == 'PNG':  # Pillow would decode it first, as there may be one at its end
+            self._image.info.setdefault('exif', png_exif(self._file))
+        try:
+            return int(self._image.getexif().get(ExifTags.Base.Orientation, 1))
+        except Exception:
+            return 1  # it is not of the pixels
+
+    def _deep(self) -> bool | None:
+        """Whether grey values have 16 bits; None where they have more, or are no integers."""
+        if self._image.mode in DEEP:
+            return True
+        if self._image.mode == 'I' and self._format in DEEP_AS_INTEGERS:
+            return True
+        return None if self._image.mode in ('I', 'F') else False
+
+
+class Picture(Header):
+    """A picture whose header has been read.
+
+    Args:
+        data: the file.
+        options: how it is to be shown.
+
+    Raises:
+        MediaError: it is not a picture that can be read, or its header is damaged.
+
+    Attributes:
+        memory: bytes that it is going to take, besides the file.
+    """
+
+    def __init__(self, data: bytes, options: PictureOptions) -> None:
+        super().__init__(io.BytesIO(data), options)
+        self._data = data
+        width, height = self.size
+        # A JPEG may have to be completed, which takes a copy of it.
+        completed = len(data) if self._format == 'JPEG' else 0
+        self.memory = width * height * DECODING_MORE.get(self._format, DECODING) + completed
 
     def write(self, file: int) -> None:
         """Decode, and write the RGB bytes ``[height, width, 3]`` to a file descriptor.
@@ -76,16 +118,6 @@ class Picture:
             image = image.transpose(self._turn)
         for strip in _strips(image):
             _write_all(file, self._rgb(strip).tobytes())
-
-    def _orientation(self) -> int:
-        if self._format == 'TIFF':
-            return 1  # Pillow turns them
-        if self._format == 'PNG':  # Pillow would decode it first, as there may be one at its end
-            self._image.info.setdefault('exif', png_exif(self._data))
-        try:
-            return int(self._image.getexif().get(ExifTags.Base.Orientation, 1))
-        except Exception:
-            return 1  # it is not of the pixels
 
     def _whole(self) -> Image.Image:
         """The decoded picture; of a damaged file that lacks no pixels too."""
@@ -107,17 +139,9 @@ class Picture:
             return None
         self._image.close()  # its pixels make room for others; its mode is still asked for
         try:
-            return jpeg_without_end(self._data, lambda data: _load(_open(data, self._format)), _digest)
+            return jpeg_without_end(self._data, lambda data: _load(_open(io.BytesIO(data), self._format)), _digest)
         except Exception:
             return None
-
-    def _deep(self) -> bool | None:
-        """Whether grey values have 16 bits; None where they have more, or are no integers."""
-        if self._image.mode in DEEP:
-            return True
-        if self._image.mode == 'I' and self._format in DEEP_AS_INTEGERS:
-            return True
-        return None if self._image.mode in ('I', 'F') else False
 
     def _rgb(self, strip: Image.Image) -> Image.Image:
         if self._deep():
@@ -131,15 +155,15 @@ class Picture:
         return strip.convert('RGB')
 
 
-def _open(data: bytes, name: str) -> ImageFile.ImageFile:
+def _open(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     warnings.simplefilter('ignore')  # Pillow's, of things that are wrong with a client's file
     try:
-        return _image(data, name)
+        return _image(file, name)
     except UnidentifiedImageError:
-        repaired = without_bad_ancillary_chunks(data) if name == 'PNG' else None
+        repaired = without_bad_ancillary_chunks(_all_of(file)) if name == 'PNG' else None
         if repaired is not None:
             try:
-                return _image(repaired, name)
+                return _image(io.BytesIO(repaired), name)
             except UnidentifiedImageError:
                 pass
         raise MediaError(f'The image is damaged or truncated: its {name} header cannot be read.') from None
@@ -151,8 +175,13 @@ def _open(data: bytes, name: str) -> ImageFile.ImageFile:
         raise _damaged(error) from None
 
 
-def _image(data: bytes, name: str) -> ImageFile.ImageFile:
-    image = Image.open(io.BytesIO(data), formats=[name])
+def _all_of(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _image(file: BinaryIO, name: str) -> ImageFile.ImageFile:
+    image = Image.open(file, formats=[name])
     assert isinstance(image, ImageFile.ImageFile)
     return image
 

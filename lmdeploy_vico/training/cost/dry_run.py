@@ -12,11 +12,14 @@ from lmdeploy_vico.training.cost import estimate
 from lmdeploy_vico.training.cost.estimate import Estimate, Workload
 from lmdeploy_vico.training.cost.shapes import Shapes
 from lmdeploy_vico.training.cost.table import show
+from lmdeploy_vico.training.model.adapters import require_rank
 from lmdeploy_vico.training.stages.initialise import read_config
 
 
 def dry_run(arguments: argparse.Namespace, stage: str, console: Console) -> None:
-    """Print the estimate; raises TrainingError for a model that is not known."""
+    """Print the estimate; raises TrainingError for a model that is not known, or a rank that cannot be."""
+    rank = getattr(arguments, 'lora_rank', 0)
+    require_rank(rank)
     work = Workload(
         tiles=arguments.tiles,
         text=arguments.text,
@@ -29,16 +32,11 @@ def dry_run(arguments: argparse.Namespace, stage: str, console: Console) -> None
     )
     rows: dict[str, tuple[Shapes, Estimate]] = {}
     for name, config in _configs(arguments).items():
-        shapes = Shapes.of(config)
-        cost = estimate.router(shapes, work) if stage == 'router' else _consistency(shapes, arguments, work)
+        shapes = Shapes.of(config, rank)
+        router = stage == 'router'
+        cost = estimate.router(shapes, work) if router else estimate.consistency(shapes, arguments.train, work)
         rows[name] = shapes, cost
     show(f'train {stage}, estimated', rows, work, console)
-
-
-def _consistency(shapes: Shapes, arguments: argparse.Namespace, work: Workload) -> Estimate:
-    if arguments.lora_rank:
-        raise TrainingError('--dry-run estimates training without adapters: leave out --lora-rank.')
-    return estimate.consistency(shapes, arguments.train, work)
 
 
 def _configs(arguments: argparse.Namespace) -> dict[str, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """Memory and time of a run, by a model that is stated: :data:`ASSUMPTIONS` is printed below every table of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
@@ -10,12 +10,13 @@ from lmdeploy_vico.training.model.losses import CHUNK
 ASSUMPTIONS = """\
 Memory: 16 bytes for each trained parameter (float32 weight and gradient, AdamW), 2 for each frozen one and for each of
 the reference, shared by the GPUs. Gathered, in bfloat16: the root of both models and two units; the root's gradient.
-Gradients of one of them at a time in float32, to be reduced.
+Gradients of one of them at a time in float32, to be reduced. With adapters, these and mlp2 are what is trained, and
+there is no reference beside the model.
 Activations: the inputs of all units, what one unit computes from them, and the logits of 1024 tokens, four times in
 float32. Allocator and NCCL come on top: leave a tenth free.
 Time: 2 FLOP a parameter and token, and attention; a trained part three times that, and once more as it is computed
-again; half of a sample's tiles compressed for the policy, none for the reference. Reading data is not counted, nor is
-communication.
+again; one with adapters three times in all. Half of a sample's tiles are compressed for the policy, none for the
+reference. Reading data is not counted, nor is communication.
 """
 
 
@@ -77,16 +78,17 @@ class Estimate:
 
 
 def consistency(shapes: Shapes, parts: Sequence[str], work: Workload) -> Estimate:
-    """Consistency training of these parts, sharded over all GPUs."""
-    trained = sum(shapes.parameters[part] for part in {*parts, 'mlp2'})
-    states = (16 * trained + 2 * (shapes.total - trained) + 2 * shapes.total) / work.gpus
-    gathered = 2 * 3 * shapes.units['root'] + 2 * 2 * shapes.largest_unit
-    gathered += 4 * max(shapes.units['root'], shapes.largest_unit)  # gradients are reduced in float32
-    main, warm_up = _sample(shapes, parts, work), _sample(shapes, ['mlp2'], work)
+    """Consistency training of these parts, sharded over all GPUs; or of the adapters where ``shapes`` has some."""
+    lora = sum(shapes.adapters.values())
+    weights = sum(shapes.parameters[part] for part in ({'mlp2'} if lora else {*parts, 'mlp2'}))
+    reference = 0 if lora else shapes.total  # with adapters off, the model is its own
+    states = (16 * (weights + lora) + 2 * (shapes.total - weights) + 2 * reference) / work.gpus
+    main = _sample(shapes, (), work, adapters=True) if lora else _sample(shapes, parts, work)
+    warm_up = _sample(shapes, (), work)
     tokens = work.batch * (work.reference_tokens + work.policy_tokens)
     seconds = work.batch * main / work.gpus / work.flops
     hours = (work.steps * seconds + work.warm_up * seconds * warm_up / main) / 3600
-    return Estimate(trained, states, gathered, _activations(shapes, work), tokens, seconds, hours)
+    return Estimate(weights + lora, states, _gathered(shapes), _activations(shapes, work), tokens, seconds, hours)
 
 
 def router(shapes: Shapes, work: Workload) -> Estimate:
@@ -110,12 +112,31 @@ def router(shapes: Shapes, work: Workload) -> Estimate:
     return Estimate(trained, states, gathered, unit + logits, tokens, seconds, work.steps * seconds / 3600)
 
 
-def _sample(shapes: Shapes, parts: Sequence[str], work: Workload) -> float:
-    """FLOP of a sample in training: the reference's forward pass, and the policy's with its gradient."""
+def _gathered(shapes: Shapes) -> float:
+    """Bytes of what FSDP has gathered in consistency training, and of its gradients."""
+    root, unit = shapes.units['root'], shapes.largest_unit
+    if not shapes.adapters:
+        return 2 * 3 * root + 2 * 2 * unit + 4 * max(root, unit)  # gradients are reduced in float32
+    # One model, in which mlp2 and the adapters alone have gradients.
+    of_units = max(count for name, count in shapes.adapters.items() if name != 'root')
+    of_root = shapes.adapters['root']
+    trained = shapes.parameters['mlp2'] + of_root
+    return 2 * (root + of_root + trained) + 2 * 2 * (unit + of_units) + 4 * max(trained, of_units)
+
+
+def _sample(shapes: Shapes, parts: Collection[str], work: Workload, adapters: bool = False) -> float:
+    """FLOP of a sample in training: the reference's forward pass, and the policy's with its gradient.
+
+    Args:
+        shapes: the model's.
+        parts: that are trained, besides mlp2.
+        work: what a sample is.
+        adapters: whether those of all parts are trained: their own work is nothing beside that of what they add to.
+    """
     responses, half = work.text / 2, work.tiles / 2
     reference = shapes.vit_flops(work.tiles) + shapes.language_flops(work.reference_tokens, responses)
-    vit = shapes.vit_flops(work.tiles) * (4 if 'vit' in parts else 1)
-    # Gradients pass through the language model to the projectors even where its weights are frozen.
+    # Gradients pass through the language model to the projectors even where its weights are frozen, and to adapters.
+    vit = shapes.vit_flops(work.tiles) * (4 if 'vit' in parts else 3 if adapters else 1)
     language = shapes.language_flops(work.policy_tokens, responses) * (4 if 'language' in parts else 3)
     return reference + vit + language + 3 * shapes.projector_flops(half, half)
 

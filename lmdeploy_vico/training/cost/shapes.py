@@ -1,14 +1,17 @@
 """What a model is made of, counted on the meta device: parameters of its parts, units of FSDP, work of a pass."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lmdeploy_vico.checkpoints.names import VIT
 from lmdeploy_vico.config import GRID, TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.training.model.adapters import add_adapters
 from lmdeploy_vico.training.model.build import PARTS, outline, units
+from lmdeploy_vico.training.model.vico_model import VicoModel
+from lmdeploy_vico.training.model.weights import is_adapter
 
 VIT_TOKENS = GRID * GRID + 1  # of a tile, with the class token
 _EXPERTS = '.mlp.experts.'
@@ -24,6 +27,7 @@ class Shapes:
         llm: the language model's section of the config.
         vit_width, vit_layers: of the ViT.
         active: of the language model's layers, the parameters that a token meets.
+        adapters: parameters of adapters in each unit, which are in none of the other numbers; empty without adapters.
     """
 
     parameters: dict[str, int]
@@ -32,10 +36,16 @@ class Shapes:
     vit_width: int
     vit_layers: int
     active: int
+    adapters: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> 'Shapes':
-        """Count the model of a ViCO checkpoint's config; nothing takes memory."""
+    def of(cls, config: Mapping[str, Any], lora_rank: int = 0) -> 'Shapes':
+        """Count the model of a ViCO checkpoint's config; nothing takes memory.
+
+        Args:
+            config: the content of its ``config.json``.
+            lora_rank: of adapters; 0 for none.
+        """
         model, llm = outline(config), config['llm_config']
         parameters = {
             part: sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
@@ -53,6 +63,7 @@ class Shapes:
             vit_width=config['vision_config']['hidden_size'],
             vit_layers=config['vision_config']['num_hidden_layers'],
             active=_count(layers) - round(experts * (1 - share)),
+            adapters=_adapters(model, lora_rank) if lora_rank else {},
         )
 
     @property
@@ -88,3 +99,14 @@ class Shapes:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _adapters(model: VicoModel, rank: int) -> dict[str, int]:
+    """Add adapters to a model and count their parameters by unit."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for name, parameter in module.named_parameters() if is_adapter(name))
+
+    add_adapters(model, rank, 2 * rank)
+    by_unit = {name: count(unit) for name, unit in units(model)}
+    return by_unit | {'root': count(model) - sum(by_unit.values())}

@@ -1,6 +1,8 @@
 """Samples: a record's conversation as token ids, and its images as tiles, exactly as a server would make them."""
 
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lmdeploy_vico.config import TOKENS_FULL, VicoConfig
-from lmdeploy_vico.media.decoding.pictures import Picture
+from lmdeploy_vico.media.decoding.pictures import Header, Picture
 from lmdeploy_vico.media.errors import MediaError
 from lmdeploy_vico.media.options import PictureOptions
 from lmdeploy_vico.training.data.conversation import render
@@ -66,29 +68,27 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         """Read, decode and cut; raises DataError with the sample's file and line."""
         record = self.records[index]
-        pictures = [self._picture(path, record) for path in record.images]
-        grids = self._grids(pictures, record)
+        pictures = [_picture(path, record) for path in record.images]
+        grids = self._grids([picture.size for picture in pictures], record)
         spans = self._spans(record, sum(grid.tiles for grid in grids))
-        tiles = [cut_grid(_decoded(*each, record), grid) for each, grid in zip(pictures, grids, strict=True)]
+        images = zip(record.images, pictures, grids, strict=True)
+        tiles = [cut_grid(_decoded(path, picture, record), grid) for path, picture, grid in images]
         together = np.concatenate(tiles) if tiles else np.empty((0, *TILE_SHAPE), np.uint8)
         return Sample(record.place, spans, together, [grid.tiles for grid in grids])
 
     def tiles_of(self, index: int) -> int:
-        """Check a sample without decoding its images and return its number of tiles; raises as ``[index]`` does."""
+        """Check a sample and return its number of tiles; raises as ``[index]`` does.
+
+        Of its images only the headers are read, so damaged pixels are not found.
+        """
         record = self.records[index]
-        grids = self._grids([self._picture(path, record) for path in record.images], record)
+        grids = self._grids([_size(path, record) for path in record.images], record)
         tiles = sum(grid.tiles for grid in grids)
         self._spans(record, tiles)
         return tiles
 
-    def _picture(self, path: Path, record: Record) -> tuple[Path, Picture]:
-        try:
-            return path, Picture(path.read_bytes(), PictureOptions())
-        except (OSError, MediaError) as error:
-            raise DataError(f'{record.place}: the image {path} cannot be read: {error}') from error
-
-    def _grids(self, pictures: list[tuple[Path, Picture]], record: Record) -> list[Grid]:
-        grids = [self._tiling.grid(picture.size) for _, picture in pictures]
+    def _grids(self, sizes: Sequence[tuple[int, int]], record: Record) -> list[Grid]:
+        grids = [self._tiling.grid(size) for size in sizes]
         tiles = sum(grid.tiles for grid in grids)
         if tiles > self._max_tiles:
             raise DataError(f'{record.place}: the images have {tiles} tiles, and at most {self._max_tiles} are taken.')
@@ -109,13 +109,31 @@ class Samples:
         return spans
 
 
+@contextmanager
+def _reading(path: Path, record: Record) -> Iterator[None]:
+    """Say of an image that cannot be read whose it is."""
+    try:
+        yield
+    except (OSError, MediaError) as error:
+        raise DataError(f'{record.place}: the image {path} cannot be read: {error}') from error
+
+
+def _size(path: Path, record: Record) -> tuple[int, int]:
+    """Width and height of the upright picture."""
+    with _reading(path, record), path.open('rb') as file:
+        return Header(file, PictureOptions()).size
+
+
+def _picture(path: Path, record: Record) -> Picture:
+    with _reading(path, record):
+        return Picture(path.read_bytes(), PictureOptions())
+
+
 def _decoded(path: Path, picture: Picture, record: Record) -> Image.Image:
     """The RGB picture, upright and on white, decoded by what decodes a server's pictures."""
     width, height = picture.size
     with tempfile.TemporaryFile() as file:
-        try:
+        with _reading(path, record):
             picture.write(file.fileno())
-        except MediaError as error:
-            raise DataError(f'{record.place}: the image {path} cannot be read: {error}') from error
         file.seek(0)
         return Image.frombuffer('RGB', (width, height), file.read(), 'raw', 'RGB', 0, 1)

@@ -1,8 +1,8 @@
 """The loop over steps: micro-batches, gradients, optimiser, schedule, log, state.
 
-It is written out, with PyTorch's FSDP2, distributed checkpoints and AdamW, and with the schedule and the processes of
-``transformers`` and ``accelerate``. Their own loops shard on GPUs only; here a run on two CPU processes has to give
-what one gives.
+It is written out, with PyTorch's FSDP2, distributed checkpoints and AdamW, and with the processes of ``accelerate``.
+The loops of ``transformers`` and ``accelerate`` shard on GPUs only; here a run on two CPU processes has to give what
+one gives.
 """
 
 import math
@@ -22,15 +22,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.utils.data import DataLoader, Dataset
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 
 from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.loop.folder import Log, RunFolder
+from lmdeploy_vico.training.loop.loader import prepared
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.model.weights import whole
 
 LOWER = 'lower the learning rate, and repeat the command to go on from the last state that was kept.'
+VECTORS = ('class_embedding', 'position_embedding', 'query_token')
 # Samples of a micro-batch in, the loss of each out, ``[B]``.
 Objective = Callable[[Sequence[Any]], torch.Tensor]
 
@@ -43,8 +45,8 @@ class Schedule:
         steps: of the optimiser.
         batch: samples of a step, of all processes together.
         rate, least_rate: learning rates at the top and at the end of the cosine.
-        rise: steps of linear warm-up before it.
-        weight_decay: AdamW's, of matrices; norms and biases have none.
+        rise: steps in which the rate rises to the top before it: step k of them, from 1 on, has k / rise of it.
+        weight_decay: AdamW's; see :func:`is_decayed`.
         clip: the norm that gradients are brought down to.
     """
 
@@ -55,6 +57,14 @@ class Schedule:
     rise: int = 0
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def share_of_rate(self, done: int) -> float:
+        """The learning rate of the step after so many that are done, as a share of the top."""
+        if done < self.rise:
+            return (done + 1) / self.rise
+        least = self.least_rate / self.rate
+        progress = (done - self.rise) / max(1, self.steps - self.rise)
+        return (1 - least) * 0.5 * (1 + math.cos(math.pi * progress)) + least
 
 
 @dataclass(frozen=True)
@@ -101,14 +111,14 @@ class Loop:
         self._kept, self._schedule, self._pace, self._processes = kept, schedule, pace, processes
         self._share = local_share(schedule.batch, pace.micro_batch, processes.size)
         model.zero_grad()  # nothing of an earlier phase is left
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in self._trained if parameter.dim() > 1]
-        vectors = [parameter for parameter in self._trained if parameter.dim() <= 1]
-        groups = [{'params': matrices, 'weight_decay': schedule.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._trained = [parameter for _, parameter in trained]
+        groups: list[dict[str, Any]] = [
+            {'params': [one for name, one in trained if is_decayed(name, one) == decayed], 'weight_decay': decay}
+            for decayed, decay in ((True, schedule.weight_decay), (False, 0.0))
+        ]
         self._optimizer = torch.optim.AdamW([group for group in groups if group['params']], lr=schedule.rate)
-        self._rates = get_cosine_with_min_lr_schedule_with_warmup(
-            self._optimizer, schedule.rise, schedule.steps, min_lr=schedule.least_rate
-        )
+        self._rates = LambdaLR(self._optimizer, schedule.share_of_rate)
 
     def run(self, folder: RunFolder, log: Log, console: Console) -> None:
         """Go on from the folder's newest state to the last step, and keep that.
@@ -120,7 +130,7 @@ class Loop:
         if begun:
             self._restore(folder, begun)
         log.forget_after(self._name, begun)
-        batches = iter(self._loader(begun))
+        batches = self._batches(begun)
         with self._progress(console) as progress:
             task = progress.add_task(self._name, total=self._schedule.steps, completed=begun, loss='')
             for step in range(begun + 1, self._schedule.steps + 1):
@@ -135,9 +145,6 @@ class Loop:
         began, total = time.perf_counter(), 0.0
         for _ in range(self._share // self._pace.micro_batch):
             items = next(batches)
-            for item in items:
-                if isinstance(item, TrainingError):
-                    raise item
             with self._processes.autocast():
                 losses = self._objective(items)
             loss = losses.sum() / self._share
@@ -149,24 +156,18 @@ class Loop:
         norm = whole(nn.utils.clip_grad_norm_(self._trained, self._schedule.clip)).item()
         if not math.isfinite(norm):
             raise TrainingError(f'{self._name}, step {step}: the norm of the gradient is {norm}: {LOWER}')
-        rate = self._rates.get_last_lr()[0]
+        rate = float(self._rates.get_last_lr()[0])
         self._optimizer.step()
         self._rates.step()
         self._optimizer.zero_grad()
         return {'loss': total, 'rate': rate, 'gradient_norm': norm, 'seconds': time.perf_counter() - began}
 
-    def _loader(self, begun: int) -> DataLoader:
+    def _batches(self, begun: int) -> Iterator[list[Any]]:
         """Micro-batches of this process from the step after ``begun`` on."""
         size, share = self._schedule.batch, self._share
         first = self._processes.rank * share
         places = [step * size + first + i for step in range(begun, self._schedule.steps) for i in range(share)]
-        return DataLoader(
-            _Sentences(self._places),
-            batch_size=self._pace.micro_batch,
-            sampler=places,
-            num_workers=self._pace.workers,
-            collate_fn=list,
-        )
+        return prepared(self._places, places, self._pace.micro_batch, self._pace.workers)
 
     def _state(self) -> dict[str, Any]:
         model = {name: value for name, value in get_model_state_dict(self._model).items() if self._kept(name)}
@@ -190,17 +191,14 @@ class Loop:
         return Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._processes.first)
 
 
-class _Sentences(Dataset):
-    """Hands errors on as they are: what a worker process raises would come with its whole traceback as its text."""
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter.
 
-    def __init__(self, places: Dataset) -> None:
-        self._places = places
-
-    def __getitem__(self, place: int) -> Any:
-        try:
-            return self._places[place]
-        except TrainingError as error:
-            return error
+    As is common in the field (``transformers``' Trainer, nanoGPT), it does to matrices, among them the embedding of
+    tokens, and not to norms and biases. The ViT's class and position embeddings and the router's query token are
+    vectors that are added or asked with, though they have more dimensions: they are not decayed either.
+    """
+    return parameter.dim() > 1 and name.rpartition('.')[2] not in VECTORS
 
 
 def require_possible(schedules: Sequence[Schedule], pace: Pace, processes: int) -> None:

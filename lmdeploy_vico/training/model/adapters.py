@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lmdeploy_vico.checkpoints.initialisation import seed_of
+from lmdeploy_vico.training import TrainingError
 from lmdeploy_vico.training.model.weights import assign, whole
 
 NAME = 'default'
@@ -18,6 +19,12 @@ TARGETS = (
     r'|language_model\.model\..*\.([qkvo]_proj|gate_proj|up_proj|down_proj)'
 )
 _ADAPTED = '.base_layer.weight'
+
+
+def require_rank(rank: int) -> None:
+    """Raise TrainingError unless adapters can have this rank; 0 stands for none."""
+    if rank < 0:
+        raise TrainingError('--lora-rank must be 0 or more.')
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: int) -> None:

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.names import Shape
@@ -27,6 +29,7 @@ class Tensors:
 
     def __init__(self, *directories: Path) -> None:
         self._checkpoints = [Checkpoint(directory) for directory in directories]
+        self._files: dict[Path, Any] = {}
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         for checkpoint in reversed(self._checkpoints):
@@ -35,7 +38,20 @@ class Tensors:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored."""
-        return next(one for one in self._checkpoints if name in one.shapes).read(name)
+        tensor: torch.Tensor = self._file_of(name).get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Rows of a tensor as they are stored; no others are read."""
+        part: torch.Tensor = self._file_of(name).get_slice(name)[rows]
+        return part
+
+    def _file_of(self, name: str) -> Any:
+        """The file that holds a tensor. It stays open: it may hold hundreds of experts."""
+        path = next(one for one in self._checkpoints if name in one.shapes).file_of(name)
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework='pt')
+        return self._files[path]
 
     def require(self, expected: dict[str, Shape]) -> None:
         """Raise UnsupportedCheckpointError unless all are there, unquantised, with these shapes."""
@@ -83,8 +99,11 @@ def published_shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str
     }
 
 
+@torch.no_grad()
 def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> None:
     """Fill parameters, cast to their dtype; of a sharded one, every process keeps its own shard.
+
+    It reads no more than that, but of experts, whose tensors are stacked: these are read whole.
 
     Args:
         parameters: by the names of :func:`plain_name`; those of adapters are left as they are.
@@ -93,7 +112,21 @@ def load(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> No
     for name, parameter in parameters:
         if is_adapter(name):
             continue
-        assign(parameter, assemble(plain_name(name), parameter.shape, tensors))
+        published, own = plain_name(name), own_rows(parameter)
+        if own is None or _EXPERTS.fullmatch(published):
+            assign(parameter, assemble(published, parameter.shape, tensors))
+        elif len(own[0]):
+            shard, rows = own
+            shard.copy_(tensors.read_rows(published, rows))
+
+
+def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice] | None:
+    """This process's shard of a tensor that is sharded by rows, and which rows these are; None of any other tensor."""
+    if not isinstance(tensor, DTensor) or tensor.placements != (Shard(0),):
+        return None
+    shard, mesh = tensor.to_local(), tensor.device_mesh
+    first = mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size())  # as torch.chunk divides them
+    return shard, slice(first, first + len(shard))
 
 
 @torch.no_grad()
@@ -111,7 +144,8 @@ def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
 def round_as_stored(parameters: Iterable[tuple[str, nn.Parameter]], tensors: Tensors) -> None:
     """Give parameters the values that they will have when they are written with the types of ``tensors``.
 
-    What is judged, and what thresholds are chosen by, is then what is served.
+    What is judged, and what thresholds are chosen by, is then what is served. Adapters are left alone: they are rounded
+    together with what they are merged into, see :func:`~lmdeploy_vico.training.model.writer.publish_model`.
     """
     for name, parameter in parameters:
         if not is_adapter(name):

@@ -17,17 +17,18 @@ from lmdeploy_vico.training.data.samples import Sample, Samples
 from lmdeploy_vico.training.loop.folder import Log, write_json
 from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule
-from lmdeploy_vico.training.model.adapters import add_adapters, reset_adapters
+from lmdeploy_vico.training.model.adapters import add_adapters, reset_adapters, without_adapters
 from lmdeploy_vico.training.model.build import PARTS, choose, fill, outline, recompute, set_types
-from lmdeploy_vico.training.model.losses import sample_means
+from lmdeploy_vico.training.model.losses import Target, sample_means
 from lmdeploy_vico.training.model.pair import Pair
-from lmdeploy_vico.training.model.weights import Tensors, is_adapter, round_as_stored
+from lmdeploy_vico.training.model.weights import Tensors, is_adapter, load, round_as_stored, whole
 from lmdeploy_vico.training.model.writer import publish_model
 from lmdeploy_vico.training.stages.beginning import folder_of, reader_of
-from lmdeploy_vico.training.stages.divergence import SHARES, divergence
+from lmdeploy_vico.training.stages.divergence import SHARES, divergence, targets_of
 from lmdeploy_vico.training.stages.initialise import read_config
 
 REPORT = 'report.json'
+BEFORE, AFTER = 'before', 'after'  # training, in the report
 WARM_UP, MAIN = 'warm-up', 'main'  # the phases
 
 
@@ -70,13 +71,15 @@ class Places(Dataset):
         samples: of the data.
         seed: of the draws.
         share: of tiles that are compressed; None draws one for each place (paper, Eq. 1).
+        first: the place that a phase begins with; each goes on through the data where the one before it has ended.
     """
 
-    def __init__(self, samples: Samples, seed: int, share: float | None = None) -> None:
-        self._samples, self._seed, self._share = samples, seed, share
+    def __init__(self, samples: Samples, seed: int, share: float | None = None, first: int = 0) -> None:
+        self._samples, self._seed, self._share, self._first = samples, seed, share, first
 
-    def __getitem__(self, place: int) -> tuple[Sample, np.ndarray]:
-        """The sample, and bool for each of its tiles."""
+    def __getitem__(self, index: int) -> tuple[Sample, np.ndarray]:
+        """The sample, and bool for each of its tiles, at a place of the phase."""
+        place = self._first + index
         sample = self._samples[draw_sample(self._seed, place, len(self._samples))]
         share = draw_share(self._seed, place) if self._share is None else self._share
         return sample, draw_tiles(self._seed, place, len(sample.tiles), share)
@@ -110,15 +113,16 @@ class ConsistencyTraining:
         log = self._folder.log()
         report: dict[str, Any] = {}
         if self._held_out is not None:
-            report['before'] = self._judged('before')
+            report[BEFORE] = self._judged(BEFORE)
         for name in self._left():
             self._phase(name, log)
         log.close()
         round_as_stored(self._pair.policy.named_parameters(), Tensors(self._settings.model))
-        if self._held_out is not None:
-            report['after'] = self._judged('after')
         first = self._processes.first
         publish_model(self._output, self._config, self._settings.model, self._pair.policy, self._kept, first)
+        self._processes.wait()
+        if self._held_out is not None:
+            report[AFTER] = self._judged(AFTER)
         if first:
             write_json(self._output / REPORT, report)
         self._processes.wait()
@@ -131,9 +135,10 @@ class ConsistencyTraining:
 
     def _phase(self, name: str, log: Log) -> None:
         self._choose(name)
-        warm_up = name == WARM_UP
-        schedule = self._settings.warm_up if warm_up else self._settings.main
-        places = Places(self._samples, self._settings.seed, WARM_UP_SHARE if warm_up else None)
+        warm_up, schedule, seed = self._settings.warm_up, self._settings.main, self._settings.seed
+        places = Places(self._samples, seed, first=warm_up.steps * warm_up.batch)
+        if name == WARM_UP:
+            schedule, places = warm_up, Places(self._samples, seed, WARM_UP_SHARE)
         loop = Loop(name, self._pair.policy, places, self._losses, self._kept, schedule, self._pace, self._processes)
         loop.run(self._folder, log, self._console)
 
@@ -182,10 +187,25 @@ class ConsistencyTraining:
         """The mean divergence on held-out samples by the share of compressed tiles."""
         file = self._output / f'divergence-{when}.json'
         if not file.exists():
-            assert self._held_out is not None
-            values = divergence(self._pair, self._held_out, SHARES, self._settings.seed, self._processes)
+            values = self._divergence(merged=when == AFTER and self._settings.lora_rank > 0)
             if self._processes.first:
                 write_json(file, values)
             self._processes.wait()
         measured: dict[str, float] = json.loads(file.read_text(encoding='utf-8'))
         return measured
+
+    def _divergence(self, merged: bool) -> dict[str, float]:
+        """The divergence of the policy; or, ``merged``, of what has been written of it, which it is from then on."""
+        assert self._held_out is not None
+        policy, processes, device = self._pair.policy, self._processes, self._processes.device
+        targets = targets_of(self._pair, self._held_out, processes)
+        last = self._held_out, SHARES, self._settings.seed, processes
+        if not merged:
+            return divergence(policy, targets, *last)
+        # The reference is the model before adapters: it has to have said everything before it is overwritten.
+        said = [each.hidden.cpu() for each in targets]
+        processes.release(policy)
+        head = whole(policy.language_model.lm_head.weight.detach())
+        load(policy.named_parameters(), Tensors(self._output))
+        with without_adapters(policy):
+            return divergence(policy, (Target(hidden.to(device), head) for hidden in said), *last)

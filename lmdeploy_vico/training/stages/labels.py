@@ -51,13 +51,20 @@ def classify(ratios: np.ndarray, tau: np.ndarray | float) -> np.ndarray:
     return np.where(ratios < tau, COMPRESS, KEEP)
 
 
-def effect_of_epsilon(losses: Sequence[Losses], epsilon: float, percentile: float) -> dict[str, float]:
-    """The share of labels that stay the same with another epsilon, and with the difference of the losses instead."""
+def effect_of_epsilon(
+    losses: Sequence[Losses], epsilon: float, batch: int, window: int, percentile: float
+) -> dict[str, float]:
+    """The share of labels that stay the same with another epsilon, and with the difference of the losses instead.
 
-    def classes(values: Sequence[float]) -> np.ndarray:
-        return classify(np.asarray(values), threshold(values, percentile))
-
-    chosen = classes([ratio(each, epsilon) for each in losses])
+    Args:
+        losses: of each place of a run.
+        epsilon: that the run has.
+        batch, window, percentile: as for :func:`label`, which labels all of them.
+    """
     others = {f'epsilon {other:g}': [ratio(each, other) for each in losses] for other in OTHER_EPSILONS}
     others['difference'] = [each.compressed - each.full for each in losses]
-    return {name: float(np.mean(classes(values) == chosen)) for name, values in others.items()}
+    chosen = label([ratio(each, epsilon) for each in losses], batch, window, percentile).classes
+    return {
+        name: float(np.mean(label(values, batch, window, percentile).classes == chosen))
+        for name, values in others.items()
+    }

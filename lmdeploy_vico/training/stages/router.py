@@ -143,13 +143,14 @@ class RouterTraining:
 
         losses = [ratios[tile] for tile in places]
         values = [ratio(each, settings.epsilon) for each in losses]
-        labels = label(values, schedule.batch, settings.window, settings.percentile)
+        windowed = schedule.batch, settings.window, settings.percentile
+        labels = label(values, *windowed)
         model = self._train(labels)
         report: dict[str, Any] = {
             'labels': {
                 'compress': float(np.mean(labels.classes == 0)),
                 'threshold': labels.thresholds[-1],
-                'same with': effect_of_epsilon(losses, settings.epsilon, settings.percentile),
+                'same with': effect_of_epsilon(losses, settings.epsilon, *windowed),
             }
         }
         chosen = Thresholds(settings.relative_threshold, settings.absolute)
@@ -177,7 +178,7 @@ class RouterTraining:
         pair = Pair(models[0], models[1], processes)
         for file, tiles in wanted:
             if file.missing(tiles):
-                file.compute(pair, tiles, self._console)
+                file.compute(pair, tiles, self._pace.workers, self._console)
 
     def _train(self, labels: Labels) -> RouterModel:
         settings, processes = self._settings, self._processes

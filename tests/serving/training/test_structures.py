@@ -66,7 +66,7 @@ def plain(request, tmp_path):
 
 def test_all_stages_and_an_engine(plain, pictures, tmp_path):
     data = write_data(tmp_path, pictures, FEW)
-    trained = Trained(train(plain, data, tmp_path), data)
+    trained = Trained(train(plain, data, tmp_path, count=1), data)
     config = PytorchEngineConfig(**TINY_ENGINE, session_len=8192)
     with pipeline(str(trained.path), backend_config=config) as pipe:
         for index, written in enumerate(FEW):

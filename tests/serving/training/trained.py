@@ -23,14 +23,14 @@ SAMPLES = [
 ENDS = ('<|im_end|>', '<|endoftext|>')  # what an engine that is told to ignore them never says
 
 
-def train(plain: Path, data: Path, folder: Path) -> Path:
-    """Init and a few steps of either stage, with thresholds that compress about half of the tiles."""
+def train(plain: Path, data: Path, folder: Path, count: int = 2) -> Path:
+    """Init and ``count`` steps of either stage, with thresholds that compress about half of the tiles."""
     initialise(plain, folder / 'start')
     run = ['--reference', plain, '--data', data, '--batch', 2, '--rate', '1e-3']
-    steps = ['--steps', 2, '--warm-up-steps', 1]
+    steps = ['--steps', count, '--warm-up-steps', 1]
     made('consistency', '--model', folder / 'start', '--output', folder / 'vico', *run, *steps).run()
     judged = ['--held-out', data, '--compress', 0.5]
-    made('router', '--model', folder / 'vico', '--output', folder / 'flash', *run, '--steps', 2, *judged).run()
+    made('router', '--model', folder / 'vico', '--output', folder / 'flash', *run, '--steps', count, *judged).run()
     return folder / 'flash'
 
 

@@ -12,6 +12,7 @@ from lmdeploy_vico.checkpoints.random.published import MODELS, config_of, tensor
 from lmdeploy_vico.training.cost import estimate
 from lmdeploy_vico.training.cost.estimate import Workload
 from lmdeploy_vico.training.cost.shapes import VIT_TOKENS, Shapes
+from lmdeploy_vico.training.model.adapters import add_adapters
 from lmdeploy_vico.training.model.build import choose, outline, set_types, units
 from lmdeploy_vico.training.model.weights import published_shapes
 
@@ -74,6 +75,29 @@ def test_states_are_what_a_model_holds(dense):
     assert cost.trained == sum(p.numel() for p in trained)
 
 
+def test_adapters_are_what_is_trained_and_there_is_no_reference(dense):
+    policy = outline(dense.config)
+    add_adapters(policy, 4, 8)
+    choose(policy, ['mlp2'])
+    set_types(policy, torch.bfloat16)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    cost = estimate.consistency(Shapes.of(dense.config, lora_rank=4), ['vit', 'language'], work(1))
+    assert cost.states == sum(p.nbytes for p in policy.parameters()) + 3 * sum(p.nbytes for p in trained)
+    assert cost.trained == sum(p.numel() for p in trained)
+
+
+def test_adapters_cost_less():
+    parts = ['vit', 'mlp1', 'mlp2', 'language']
+    config = config_of('8B')
+    whole, adapted = Shapes.of(config), Shapes.of(config, lora_rank=16)
+    assert adapted.total == whole.total and adapted.units == whole.units
+    weights, adapters = (estimate.consistency(shapes, parts, WORK) for shapes in (whole, adapted))
+    assert adapters.gathered < weights.gathered and adapters.activations == weights.activations
+    assert 0.6 < adapters.hours / weights.hours < 1, 'all but the products for gradients of weights'
+    assert set(adapted.adapters) == set(adapted.units)
+    assert all(count for name, count in adapted.adapters.items())
+
+
 @pytest.mark.parametrize('name', ['1B', '8B', '38B'])
 def test_operations_are_those_that_pytorch_counts(name):
     """PyTorch counts attention as if it were not causal, and leaves out norms and biases, counted as products here."""
@@ -134,6 +158,17 @@ def test_a_checkpoint_of_ones_own(dense, tmp_path, capsys, monkeypatch):
     (tmp_path / 'mine' / 'config.json').write_text(json.dumps(dense.config))
     assert cli.main(['train', 'consistency', '--dry-run', '--model', str(tmp_path / 'mine'), '--gpus', '1']) == 0
     assert ' mine ' in capsys.readouterr().out
+
+
+def test_the_command_takes_a_rank(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '200')
+    said = []
+    for rank in ('0', '8'):
+        assert cli.main(['train', 'consistency', '--dry-run', '--like', '1B', '--lora-rank', rank]) == 0
+        said.append(next(line for line in capsys.readouterr().out.splitlines() if ' 1B ' in line))
+    assert len(set(said)) == 2
+    assert cli.main(['train', 'consistency', '--dry-run', '--like', '1B', '--lora-rank', '-1']) == 1
+    assert '--lora-rank must be 0 or more.' in capsys.readouterr().err
 
 
 def test_a_size_that_is_not_known(capsys):

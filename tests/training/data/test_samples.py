@@ -1,5 +1,9 @@
 """Samples and batches, against the independent implementation's prompts."""
 
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 from parity.prompts import Picture, chat_segments
@@ -8,6 +12,8 @@ from PIL import Image
 from training.made import TILES, gpt, human, samples_of, write_lines
 
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.media.decoding.pictures import Header
+from lmdeploy_vico.media.options import PictureOptions
 from lmdeploy_vico.training.data.batches import lay_out
 from lmdeploy_vico.training.data.records import DataError, Records
 from lmdeploy_vico.training.data.samples import Samples
@@ -121,6 +127,50 @@ def test_a_damaged_image_is_named(dense, data, tmp_path):
     samples = samples_of(path, dense.path, VicoConfig.from_dict(dense.config))
     with pytest.raises(DataError, match=r'a\.jsonl, line 1: the image .*cup\.png cannot be read'):
         samples[0]
+
+
+def exif_at_the_end(data):
+    """A PNG whose orientation stands behind its pixels."""
+    exif = Image.Exif()
+    exif[274] = 6
+    content = b'eXIf' + exif.tobytes().removeprefix(b'Exif\0\0')
+    chunk = struct.pack('>I', len(content) - 4) + content + struct.pack('>I', zlib.crc32(content))
+    return data[:-12] + chunk + data[-12:]
+
+
+@pytest.mark.parametrize('name', ['photo.jpg', 'photo.png', 'photo.tiff', 'late.png'])
+def test_checking_a_sample_reads_no_pixels(dense, tmp_path, rng, name):
+    """Only headers are read, and the grid is that of the picture as it stands."""
+    image, exif = Image.fromarray(rng.integers(0, 256, (500, 1000, 3), np.uint8)), Image.Exif()
+    exif[274] = 6
+    image.save(tmp_path / name, **({} if name == 'late.png' else {'exif': exif}))
+    if name == 'late.png':
+        (tmp_path / name).write_bytes(exif_at_the_end((tmp_path / name).read_bytes()))
+    path = write_lines(tmp_path / 'a.jsonl', [{'image': name, 'conversations': [human('?'), gpt('!')]}])
+    samples = samples_of(path, dense.path, VicoConfig.from_dict(dense.config))
+    samples.tiles_of(0)  # what is imported or kept for the first one does not count
+    tracemalloc.start()
+    try:
+        tiles = samples.tiles_of(0)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 0.6 * (tmp_path / name).stat().st_size
+    assert tiles == samples[0].counts[0]
+    with (tmp_path / name).open('rb') as file:
+        assert Header(file, PictureOptions()).size == (500, 1000), 'it stands'
+
+
+def test_a_header_that_is_damaged_is_named_alike(dense, data, tmp_path):
+    (tmp_path / 'cup.png').write_bytes((data.parent / 'cup.png').read_bytes()[:20])
+    path = write_lines(tmp_path / 'a.jsonl', [{'image': 'cup.png', 'conversations': [human('?'), gpt('!')]}])
+    samples = samples_of(path, dense.path, VicoConfig.from_dict(dense.config))
+    said = []
+    for look in (samples.tiles_of, samples.__getitem__):
+        with pytest.raises(DataError, match=r'a\.jsonl, line 1: the image .*cup\.png cannot be read') as error:
+            look(0)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 def test_a_template_that_rewrites_history_is_refused(dense, data):

@@ -43,9 +43,17 @@ def test_infinite_ratios_are_never_compressed():
 
 def test_the_effect_of_epsilon_is_the_share_of_equal_labels(rng):
     losses = [Losses(full, full * factor) for full, factor in rng.uniform(0.001, 3, (200, 2))]
-    effect = effect_of_epsilon(losses, 0.01, 60)
+    effect = effect_of_epsilon(losses, 0.01, 8, 200, 60)
     assert effect['epsilon 0.01'] == 1
     assert set(effect) == {'epsilon 0', 'epsilon 0.001', 'epsilon 0.01', 'epsilon 0.1', 'difference'}
     assert all(0.5 < share <= 1 for share in effect.values())
     same = [Losses(1.0, factor) for factor in rng.uniform(0, 3, 200)]
-    assert set(effect_of_epsilon(same, 0.01, 60).values()) == {1.0}, 'all full alike: every form orders alike'
+    assert set(effect_of_epsilon(same, 0.01, 8, 200, 60).values()) == {1.0}, 'all full alike: every form orders alike'
+
+
+def test_the_effect_of_epsilon_is_on_the_labels_of_the_run():
+    """Losses that grow half way: all forms order the ratios of a window alike, but not those of two."""
+    early = [Losses(0.001, 0.001 * factor) for factor in (1, 2, 3, 4)]
+    late = [Losses(1.0, factor) for factor in (1, 2, 3, 4)]
+    assert set(effect_of_epsilon([*early, *late], 0.01, 4, 4, 60).values()) == {1.0}
+    assert min(effect_of_epsilon([*early, *late], 0.01, 8, 8, 60).values()) < 1

@@ -18,7 +18,7 @@ PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults kernel-resources clean
+.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-reader kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -68,7 +68,7 @@ check-rest test-rest: $(STAMP)
 
 test-servers: $(STAMP)
 	@echo '==> $@: tests of servers and pipelines'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server' tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not quality' tests/serving
 
 test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
@@ -79,6 +79,9 @@ test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that s
 
 test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its engine (15 minutes; VICO_FAULTS=100 for fewer attacks)
 	@VICO_FAULTS=$${VICO_FAULTS:-1000} $(ON_CPU) OMP_NUM_THREADS=1 timeout 900 $(BIN)/python -m pytest -s -m faults tests/faults
+
+test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (about 10 minutes)
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(ON_GPU) $(BIN)/python -m pytest tests/kernels

@@ -1,18 +1,9 @@
 """The reader through an api_server: it reads what it has never seen, and the router costs next to nothing."""
 
-import pytest
 from rich.console import Console
 
 from benchmarks.reader.asking import Client, everywhere
 from benchmarks.reader.run import Set, documents, table
-from lmdeploy_vico.reader.shipped import write_reader
-
-
-@pytest.fixture(scope='module')
-def reader(tmp_path_factory):
-    path = tmp_path_factory.mktemp('shipped') / 'reader'
-    write_reader(path)
-    return path
 
 
 def test_twenty_questions(serve, reader, tmp_path):

@@ -23,7 +23,7 @@ SIZE = Size(
     vit_width=64, vit_layers=4, vit_heads=2, vit_mlp=192, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32,
     mlp=320, experts=0, experts_per_token=0, expert_mlp=0,
 )  # fmt: skip
-DTYPE = 'float32'
+DTYPE = 'bfloat16'
 ROLES = ('user', 'assistant')
 ROWS = 128  # the vocabulary is filled up to a multiple
 

@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_attention_is_to_what_is_alike(reader_config):
     torch.manual_seed(1)
-    model = VicoModel(reader_config)
+    model = VicoModel(reader_config).float()
     begin_language(model.language_model, model.mlp1, model.mlp2)
     attention = model.language_model.model.layers[0].self_attn
     tokens = torch.randn(50, 128)

@@ -49,7 +49,7 @@ class Steps:
     compress: int
 
 
-STEPS = Steps(seeing.Plan(1600, 800), answering.Plan(1500, 1500, 400), 1500)
+STEPS = Steps(seeing.Plan(1600, 800), answering.Plan(1500, 1500, 400), 1000)
 
 
 class School:
@@ -73,7 +73,7 @@ class School:
         self._talks = Talks(load_tokenizer(path / PLAIN))
         use('torch')  # the Triton kernels have no gradients
         torch.manual_seed(seed)  # the weights of all processes begin alike
-        self._model = VicoModel(vico_config(read_config(path / PLAIN)))
+        self._model = VicoModel(vico_config(read_config(path / PLAIN))).float()  # small steps are lost in bfloat16
         begin_vision(self._model.vision_model)
         begin_language(self._model.language_model, self._model.mlp1, self._model.mlp2)
 

@@ -21,7 +21,7 @@ from lmdeploy_vico.training.model.vico_model import VicoModel
 def model(reader_config):
     use('torch')
     torch.manual_seed(0)
-    made = VicoModel(reader_config)
+    made = VicoModel(reader_config).float()
     begin_vision(made.vision_model)
     begin_language(made.language_model, made.mlp1, made.mlp2)
     for value in (*made.pooling_before_gating.parameters(), *made.gating.parameters()):

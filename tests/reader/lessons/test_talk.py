@@ -53,7 +53,7 @@ def test_an_answer_is_right_as_a_whole():
 
 def test_padding_and_company_change_nothing(reader_config, reader_tokenizer):
     torch.manual_seed(0)
-    model = VicoModel(reader_config)
+    model = VicoModel(reader_config).float()
     begin_language(model.language_model, model.mlp1)
     talks = Talks(reader_tokenizer)
     visual = torch.randn(9, 128)

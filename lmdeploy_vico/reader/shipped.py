@@ -8,7 +8,7 @@ from lmdeploy_vico.checkpoints.random.tiny import copy_remote_code, write_json
 from lmdeploy_vico.reader import ReaderError
 
 FOLDER = Path(__file__).with_name('checkpoint')
-RUN = ('training.json', 'report.json', 'log.jsonl')  # what a run of training keeps beside its checkpoint
+MADE = 'made.json'  # which command, commit and versions have made it
 
 
 def write_reader(path: Path) -> None:
@@ -22,6 +22,7 @@ def write_reader(path: Path) -> None:
         raise ReaderError(f'{path} exists and is not an empty folder: choose another.')
     path.mkdir(parents=True, exist_ok=True)
     for file in FOLDER.iterdir():
-        shutil.copyfile(file, path / file.name)
+        if file.name != MADE:
+            shutil.copyfile(file, path / file.name)
     copy_remote_code(path)
     write_json(path / MARKER, {'made_by': READER_MADE_BY})

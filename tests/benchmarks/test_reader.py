@@ -1,12 +1,15 @@
 """The reader's tables: intervals over pictures, equal numbers of tiles by lot, and what a table may not mix."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.reader.asking import compressed, tiles
-from benchmarks.reader.run import ablation, lots, table
+from benchmarks.reader.report import markdown
+from benchmarks.reader.run import RESULTS, ablation, lots, table
 from benchmarks.reader.statistics import Resampling, right
 from lmdeploy_vico.evaluation.answers import Answer
 from lmdeploy_vico.evaluation.data import DataSet, Question
@@ -88,3 +91,8 @@ def test_a_table_has_a_line_for_each_kind():
     assert found['shape']['all'] == {
         'questions': 1, 'right': [100.0] * 3, 'retained': [100.0] * 3, 'compressed tiles': 100.0, 'prompt tokens': 276,
     }  # fmt: skip
+
+
+def test_the_documentation_has_the_committed_tables():
+    tables = markdown(json.loads(RESULTS.read_text(encoding='utf-8')))
+    assert tables in Path('docs/reader.md').read_text(encoding='utf-8'), 'python -m benchmarks.reader.report'

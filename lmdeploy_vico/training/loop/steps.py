@@ -7,7 +7,7 @@ one gives.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from lmdeploy_vico.training.loop.processes import Processes
 from lmdeploy_vico.training.model.weights import whole
 
 LOWER = 'lower the learning rate, and repeat the command to go on from the last state that was kept.'
+LINES = 20  # of progress in the log of a run
 VECTORS = ('class_embedding', 'position_embedding', 'query_token')
 # Samples of a micro-batch in, the loss of each out, ``[B]``.
 Objective = Callable[[Sequence[Any]], torch.Tensor]
@@ -136,6 +137,7 @@ class Loop:
             for step in range(begun + 1, self._schedule.steps + 1):
                 values = self._step(batches, step)
                 progress.update(task, completed=step, loss=f'loss {values["loss"]:.4g}')
+                self._say(step, values, console)
                 if step % self._pace.log_every == 0 or step == self._schedule.steps:
                     log.write(self._name, step, values)
                 if step % self._pace.save_every == 0 or step == self._schedule.steps:
@@ -168,6 +170,13 @@ class Loop:
         first = self._processes.rank * share
         places = [step * size + first + i for step in range(begun, self._schedule.steps) for i in range(share)]
         return prepared(self._places, places, self._pace.micro_batch, self._pace.workers)
+
+    def _say(self, step: int, values: Mapping[str, float], console: Console) -> None:
+        """Print a line now and then where no progress bar can be drawn."""
+        every = -(-self._schedule.steps // LINES)
+        if self._processes.first and not console.is_terminal and step % every == 0:
+            line = f'{self._name}: step {step} of {self._schedule.steps}, loss {values["loss"]:.4g}'
+            console.print(line, highlight=False, soft_wrap=True)
 
     def _state(self) -> dict[str, Any]:
         model = {name: value for name, value in get_model_state_dict(self._model).items() if self._kept(name)}

@@ -1,8 +1,15 @@
 """The loop's schedule, and which parameters are decayed."""
 
-import pytest
+import io
 
-from lmdeploy_vico.training.loop.steps import Schedule, is_decayed
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lmdeploy_vico.training.loop.folder import RunFolder
+from lmdeploy_vico.training.loop.processes import Processes
+from lmdeploy_vico.training.loop.steps import Loop, Pace, Schedule, is_decayed
 
 
 def test_the_first_step_of_a_rise_trains():
@@ -30,3 +37,24 @@ def test_matrices_are_decayed_and_vectors_are_not(dense):
     decayed = {name for name, parameter in dense.model().named_parameters() if is_decayed(name, parameter)}
     assert {'language_model.model.embed_tokens.weight', 'mlp2.1.weight', 'language_model.lm_head.weight'} <= decayed
     assert not [name for name in decayed if name.endswith('bias') or 'norm' in name]
+
+
+def test_a_log_has_lines_of_progress(tmp_path):
+    """Where no bar can be drawn, twenty lines say how far a run is."""
+    torch.manual_seed(0)
+    model, output, processes = nn.Linear(3, 1), io.StringIO(), Processes()
+    console = Console(file=output, width=120)
+    places = [torch.ones(3)] * 100
+
+    def losses(items):
+        return model(torch.stack(items)).square()[:, 0]
+
+    folder = RunFolder(tmp_path / 'run', {}, processes)
+    schedule = Schedule(steps=50, batch=2, rate=1e-2, least_rate=1e-3)
+    Loop('lesson', model, places, losses, lambda name: True, schedule, Pace(save_every=50), processes).run(
+        folder, folder.log(), console
+    )
+    lines = [line for line in output.getvalue().splitlines() if line.startswith('lesson: step')]
+    assert [line.split()[2] for line in lines] == [str(step) for step in range(3, 51, 3)]
+    first, last = (float(line.rpartition(' ')[2]) for line in (lines[0], lines[-1]))
+    assert lines[0].startswith('lesson: step 3 of 50, loss ') and last < first

@@ -7,6 +7,7 @@ transform, and the language model attends to what is alike and copies it.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ def begin_vision(vision: InternVisionModel) -> None:
     embeddings.position_embedding.zero_()
     embeddings.position_embedding[0, 1:, :HEAD] = AMPLITUDE * positions()
     embeddings.patch_embedding.weight.copy_(cosine_filters())
-    for layer, heads in zip(vision.encoder.layers, OFFSETS, strict=True):
+    layers: Any = vision.encoder.layers
+    for layer, heads in zip(layers, OFFSETS, strict=True):
         query, key, _ = layer.attn.qkv.weight.chunk(3)
         for number, offsets in enumerate(heads):
             rows = slice(number * HEAD, (number + 1) * HEAD)
@@ -102,8 +104,8 @@ def cosine_filters() -> Tensor:
 
 
 @torch.no_grad()
-def begin_language(language: nn.Module, *projectors: nn.Sequential) -> None:
-    """Fill a Qwen3 and the projectors of its visual tokens from torch's random numbers.
+def begin_language(language: Any, *projectors: nn.Sequential) -> None:
+    """Fill a Qwen3 of ``transformers`` and the projectors of its visual tokens from torch's random numbers.
 
     Queries are made as keys are, and the output of attention undoes its values, so that a token attends to its like and
     takes on what is there.
@@ -111,7 +113,7 @@ def begin_language(language: nn.Module, *projectors: nn.Sequential) -> None:
     _fill_randomly(language)
     for projector in projectors:
         _fill_randomly(projector)
-        projector[-1].weight.normal_(std=0.02)
+        nn.init.normal_(_last(projector).weight, std=0.02)
     model = language.model
     model.embed_tokens.weight.normal_(std=0.05)
     language.lm_head.weight.copy_(model.embed_tokens.weight)
@@ -123,3 +125,9 @@ def begin_language(language: nn.Module, *projectors: nn.Sequential) -> None:
         keys, values = attention.k_proj.weight.split(size), attention.v_proj.weight.split(size)
         attention.q_proj.weight.copy_(torch.cat([key for key in keys for _ in range(groups)]))
         attention.o_proj.weight.copy_(0.5 * torch.cat([value.T for value in values for _ in range(groups)], 1))
+
+
+def _last(projector: nn.Sequential) -> nn.Linear:
+    layer = projector[-1]
+    assert isinstance(layer, nn.Linear)
+    return layer

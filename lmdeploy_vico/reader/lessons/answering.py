@@ -58,7 +58,7 @@ class Answering:
     ) -> None:
         self._model, self._projector, self._talks = model, projector, talks
         self._material, self._console = material, console
-        self._facts = nn.Linear(model.mlp1[-1].out_features, FACTS)
+        self._facts = nn.Linear(model.language_model.config.hidden_size, FACTS)
         self._crowds: dict[str, deque[Crowd]] = {kind: deque(maxlen=CROWDS) for kind in LENGTHS}
         self._tiles: deque[Seen] = deque(maxlen=KEPT_TILES)
         self._pages: deque[Seen] = deque(maxlen=KEPT_PAGES)

@@ -103,7 +103,7 @@ class Material:
     def page(self, kinds: Sequence[str]) -> Seen:
         """A picture of several tiles, cut as a server cuts it, with its thumbnail."""
         page = make_page(self.rng, kinds, self._split)
-        merged = self.look(cut_tiles(Image.fromarray(page.pixels), 1, 12, True))
+        merged = self.look([*cut_tiles(Image.fromarray(page.pixels), 1, 12, True)])
         return Seen(merged.flatten(0, 1), None, [merged.shape[:2].numel()], page.questions)
 
     def pictures(self, kinds: Sequence[str]) -> Seen:
@@ -140,8 +140,8 @@ class Material:
                 chosen.append(question)
                 tokens |= covered
         missing = length - len(tokens)
-        blanks = self.rng.choice(crowd.blank, missing, replace=missing > len(crowd.blank)) if missing else []
-        rows = torch.tensor(sorted([*tokens, *(int(blank) for blank in blanks)]))
+        blanks = self.rng.choice(crowd.blank, missing, replace=missing > len(crowd.blank))
+        rows = torch.tensor(sorted([*tokens, *blanks.tolist()]))
         return Seen(crowd.merged[rows], crowd.facts[rows], [length], chosen)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, documents, env, eval, options, reader, tiny, train
+from lmdeploy_vico.cli import bench, demo, env, eval, options, train
 from lmdeploy_vico.cli.errors import CommandError
+from lmdeploy_vico.cli.making import documents, reader, tiny
 
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
 

@@ -74,6 +74,7 @@ class Fitted:
         return self.request + self.more.get(model, 0.0)
 
 
+# What `lmdeploy-vico plan --check` prints as fitted again.
 FITTED = Fitted(request=0.248e-3, more={'30B-A3B': 0.882e-3})
 
 # ----- The CPU of benchmarks/results/first-token-cpu.json, llm mode: a tiny model, 64 text tokens

@@ -68,8 +68,8 @@ def accuracy() -> str:
     return (
         f"{NATURE.capitalize()}. Its speed-ups of the language model alone are off the paper's Table 4 by "
         f'{worst(fitted):.1%} at most in the 12 ratios that two of its constants are fitted to, and by '
-        f'{worst(others):.1%} in the 12 others. The one ratio measured here, on a CPU: {cpu.ours:.2f}, measured {cpu.measured:.2f}. No GPU '
-        'has confirmed a rate or a time. lmdeploy-vico plan --check shows all.'
+        f'{worst(others):.1%} in the 12 others. The one ratio measured here, on a CPU: {cpu.ours:.2f}, '
+        f'measured {cpu.measured:.2f}. No GPU has confirmed a rate or a time. lmdeploy-vico plan --check shows all.'
     )
 
 

@@ -3,7 +3,8 @@
 A request's picture is prepared on a core, part of the time alone. Its tiles join the queue of the vision side, which
 takes them in padded batches. The visual tokens pass the two event loops one request at a time. The engine then takes
 as many waiting prompts into a prefill step as ``max_prefill_token_num`` allows, the oldest first; a longer prompt is
-cut into chunks, each a step of its own. GPUs that encode and prefill do these in turn. A request ends with its first token.
+cut into chunks, each a step of its own. GPUs that encode and prefill do these in turn. A request ends with its first
+token.
 """
 
 import math

@@ -13,7 +13,7 @@ PREPARATION, VISION, HAND_OVER, LANGUAGE_MODEL = 'preparation', 'vision', 'hand-
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of a deployment for requests of one kind; without images, all but the language model's take nothing."""
+    """The stages of a deployment for requests of one kind; without images, only the language model's takes time."""
 
     deployment: Deployment
     work: Workload

@@ -37,34 +37,39 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from rich.console import Console
 
-        from lmdeploy_vico.planning import calibration, report, simulation  # noqa: F401
+        from lmdeploy_vico.planning import plan  # noqa: F401
     except ImportError as error:
         raise CommandError(f'{error.name} is missing; in a checkout of the plugin: pip install ".[plan]"') from error
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
-    if arguments.check:
-        again = calibration.fit()
-        if arguments.json:
-            print(json.dumps(report.check_as_json(again), indent=2))
-        else:
-            report.show_check(again, console)
-        return 0
     try:
-        return _plan(arguments, console)
+        return _check(arguments, console) if arguments.check else _plan(arguments, console)
     except PlanningError as error:
         raise CommandError(str(error)) from error
+
+
+def _check(arguments: argparse.Namespace, console: 'Console') -> int:
+    from lmdeploy_vico.planning import calibration, report
+
+    again = calibration.fit()
+    if arguments.json:
+        print(json.dumps(report.check_as_json(again), indent=2))
+    else:
+        report.show_check(again, console)
+    return 0
 
 
 def _plan(arguments: argparse.Namespace, console: 'Console') -> int:
     from lmdeploy_vico.planning import plan, report
     from lmdeploy_vico.planning.deployment import Deployment
     from lmdeploy_vico.planning.gpus import gpu_of
+    from lmdeploy_vico.planning.language import model_of
 
     if not arguments.model:
         raise PlanningError('plan needs --model (or --check).')
     deployment = Deployment(
-        model=arguments.model,
+        model=model_of(arguments.model),
         gpu=gpu_of(arguments.gpu),
         tp=arguments.tp,
         dp=arguments.dp,

@@ -8,7 +8,7 @@ from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.planning import PlanningError, constants
 from lmdeploy_vico.planning.gpus import Gpu
-from lmdeploy_vico.planning.language import LanguageModel, shapes_of
+from lmdeploy_vico.planning.language import LanguageModel
 from lmdeploy_vico.planning.memory import Memory, working_tp
 
 MOST = 1 - TOKENS_COMPRESSED / TOKENS_FULL  # the share of visual tokens that is removed where all tiles are compressed
@@ -71,7 +71,6 @@ class Deployment:
     max_prefill_tokens: int = constants.MAX_PREFILL_TOKENS
 
     def __post_init__(self) -> None:
-        shapes_of(self.model)
         if self.tp not in (works := working_tp(self.model)):
             size = MODELS[self.model].size
             raise PlanningError(

@@ -1,5 +1,6 @@
 """The language model: its shapes, and the seconds of a prefill step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,11 +39,17 @@ def pieces(tokens: float, limit: float) -> Iterator[Piece]:
     yield Piece(start, tokens, last=True)
 
 
+def model_of(name: str) -> str:
+    """Return the published model of this name, in capitals or not, with or without "-A3B"; raises PlanningError."""
+    found = [model for model in MODELS if name.upper() in (model, model.partition('-')[0])]
+    if not found:
+        raise PlanningError(f'--model {name} is not known: it takes {", ".join(MODELS)}.')
+    return found[0]
+
+
 @cache
 def shapes_of(model: str) -> dict[str, Shape]:
-    """Return name and shape of every tensor of a published model; raises PlanningError."""
-    if model not in MODELS:
-        raise PlanningError(f'--model {model} is not known: it takes {", ".join(MODELS)}.')
+    """Return name and shape of every tensor of a published model."""
     return checkpoint_shapes(published_config(MODELS[model], dict.fromkeys(SPECIAL_TOKENS, 0)))
 
 
@@ -114,16 +121,21 @@ class LanguageModel:
         once = constants.ALL_REDUCE_LATENCY + moved / (constants.ALL_REDUCE * self.gpu.nvlink)
         return 2 * self.size.layers * once
 
-    def request_seconds(self, tokens: float, limit: float = constants.MAX_PREFILL_TOKENS, most: int = 2**30) -> float:
+    def request_seconds(
+        self, tokens: float, limit: float = constants.MAX_PREFILL_TOKENS, most: float = math.inf
+    ) -> float:
         """Return the seconds of a prompt where the queue never empties: its part of a step that is as full as can be.
 
         Args:
             tokens: of each prompt.
             limit: tokens of a step, ``max_prefill_token_num``.
-            most: prompts of a step, for which there is KV cache.
+            most: prompts of a step, on average, for other reasons; at least 1.
         """
         chunks = list(pieces(tokens, limit))
         if len(chunks) > 1:
             return sum(self.step_seconds([chunk]) for chunk in chunks)
-        together = min(int(limit // tokens), most)
-        return self.step_seconds(chunks * together) / together
+        together = min(limit // tokens, most)
+        fewer = int(together)  # an average of 1.6 is 1 prompt in some steps and 2 in others
+        share = together - fewer
+        smaller, larger = (self.step_seconds(chunks * count) for count in (fewer, fewer + 1))
+        return ((1 - share) * smaller + share * larger) / together

@@ -63,10 +63,21 @@ class Stages:
         return handed if self.work.images else 0.0
 
     @property
+    def prompts(self) -> float:
+        """Prompts that a prefill step could take, were there no limit of tokens: on average, at least 1.
+
+        As many as the KV cache holds. GPUs that encode, too, bring no more with a round of batches than it finishes.
+        """
+        held = float(self.deployment.in_flight(self.work))
+        if self.deployment.vision_devices is not None or not self.work.images:
+            return held
+        return min(held, max(1.0, self.deployment.tp * self.tile_batch / self.work.tiles))
+
+    @property
     def prefill(self) -> float:
         """Seconds of the language model for a prompt, where the queue never empties."""
-        limit, most = self.deployment.max_prefill_tokens, self.deployment.in_flight(self.work)
-        return self.deployment.language_model.request_seconds(self.work.tokens, limit, most)
+        limit = self.deployment.max_prefill_tokens
+        return self.deployment.language_model.request_seconds(self.work.tokens, limit, self.prompts)
 
     def seconds(self) -> dict[str, float]:
         """Return, for each stage, the seconds between two requests that the whole deployment lets through."""

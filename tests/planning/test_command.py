@@ -88,7 +88,8 @@ def test_no_torch_and_no_lmdeploy_are_loaded():
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'simpy', None)
-    monkeypatch.delitem(sys.modules, 'lmdeploy_vico.planning.simulation', raising=False)
-    monkeypatch.delattr('lmdeploy_vico.planning.simulation', raising=False)
+    for module in ('simulation', 'plan'):
+        monkeypatch.delitem(sys.modules, f'lmdeploy_vico.planning.{module}', raising=False)
+        monkeypatch.delattr(f'lmdeploy_vico.planning.{module}', raising=False)
     assert cli.main(PLAN) == 1
     assert 'pip install ".[plan]"' in capsys.readouterr().err

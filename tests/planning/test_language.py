@@ -12,8 +12,8 @@ from lmdeploy_vico.planning.language import (
     LanguageModel,
     Piece,
     active_weights,
+    model_of,
     pieces,
-    shapes_of,
     stored_weights,
 )
 from lmdeploy_vico.training.cost.shapes import Shapes
@@ -96,9 +96,13 @@ def test_chunks_are_the_prompt():
 def test_a_full_step_holds_as_many_prompts_as_fit():
     model = LanguageModel('241B', GPUS['H200'], 8)
     assert model.request_seconds(2637) == pytest.approx(model.step_seconds([whole(2637)] * 3) / 3)
+    mixed = (0.4 * model.step_seconds([whole(2637)]) + 0.6 * model.step_seconds([whole(2637)] * 2)) / 1.6
+    assert model.request_seconds(2637, most=1.6) == pytest.approx(mixed), 'a step of 1 and one of 2 in turn'
     assert model.request_seconds(2637, most=2) == pytest.approx(model.step_seconds([whole(2637)] * 2) / 2)
 
 
-def test_an_unknown_model_names_the_known():
-    with pytest.raises(PlanningError, match=r'--model 9B is not known: it takes 1B, .*, 241B\.'):
-        shapes_of('9B')
+def test_models_are_found_by_the_papers_names_too():
+    assert [model_of(name) for name in ('8B', '241b', '30B', '30b-a3b')] == ['8B', '241B', '30B-A3B', '30B-A3B']
+    for name in ('9B', 'A3B', '30', ''):
+        with pytest.raises(PlanningError, match=rf'--model {name} is not known: it takes 1B, .*, 241B\.'):
+            model_of(name)

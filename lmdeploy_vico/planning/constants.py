@@ -63,7 +63,7 @@ class Fitted:
     Attributes:
         request: seconds of a step that the GPUs wait for each prompt in it: scheduling, copies, sampling.
         more: seconds on top, for models that need more. The 30B's ratios are lower than its FLOP say, at 64 and at 512
-            tokens; the 241B's, also a mixture of experts, are not. Nobody knows why.
+            tokens; the 241B's, also a mixture of experts, are not. Why is not known.
     """
 
     request: float

@@ -67,8 +67,10 @@ class Target:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rate is not None and self.rate <= 0:
+        if self.rate is not None and not 0 < self.rate < math.inf:
             raise PlanningError(f'--rate takes requests a second, more than 0, not {self.rate:g}.')
+        if self.ttft_p99_ms is not None and not 0 < self.ttft_p99_ms < math.inf:
+            raise PlanningError(f'--ttft-p99 takes milliseconds, more than 0, not {self.ttft_p99_ms:g}.')
         if self.ttft_p99_ms is not None and self.rate is None:
             raise PlanningError('--ttft-p99 says how many GPUs a rate needs: add --rate.')
 
@@ -130,22 +132,30 @@ def gpus_for(deployment: Deployment, work: Workload, target: Target) -> int:
     Raises:
         PlanningError: a request exceeds the limit even alone.
     """
-    assert target.rate is not None
+    rate, limit = target.rate, target.ttft_p99_ms
+    assert rate is not None
     encoders = deployment.vision_devices
     per_server = None if encoders is None else max(1, math.ceil(encoders / deployment.dp))
     one = replace(deployment, dp=1, vision_devices=per_server)
     stages = Stages(one, work)
-    servers = math.ceil(target.rate / (FULL_LOAD * stages.requests_per_second))
-    if target.ttft_p99_ms is None:
+    servers = math.ceil(rate / (FULL_LOAD * stages.requests_per_second))
+    if limit is None:
         return servers * one.gpus
     [alone] = simulate(stages, iter([0.0]))
-    if 1e3 * alone > target.ttft_p99_ms:
+    if 1e3 * alone > limit:
         raise PlanningError(
-            f'--ttft-p99 {target.ttft_p99_ms:g} cannot be kept at {work.compression:.0%} compression: a request '
+            f'--ttft-p99 {limit:g} cannot be kept at {work.compression:.0%} compression: a request '
             f'alone takes {1e3 * alone:.0f} ms, whatever the number of servers. Raise the limit, or --tp.'
         )
-    while True:
-        times = simulate(stages, poisson(target.rate / servers, target.requests, target.seed))
-        if 1e3 * percentile(times, 0.99) <= target.ttft_p99_ms:
-            return servers * one.gpus
-        servers += max(1, servers // 10)
+
+    def keeps(servers: int) -> bool:
+        times = simulate(stages, poisson(rate / servers, target.requests, target.seed))
+        return 1e3 * percentile(times, 0.99) <= limit
+
+    too_few, enough = servers - 1, servers
+    while not keeps(enough):
+        too_few, enough = enough, 2 * enough
+    while enough - too_few > 1:
+        between = (too_few + enough) // 2
+        too_few, enough = (too_few, between) if keeps(between) else (between, enough)
+    return enough * one.gpus

@@ -142,7 +142,7 @@ class Server:
         """The GPUs: a prefill step where prompts wait, and a round of batches where tiles of their own wait."""
         while True:
             while not self.prompts and not (self.shared and self.tiles.queue):
-                yield self.news | self.tiles.news
+                yield self.news | self.tiles.news if self.shared else self.news
             if self.shared and self.tiles.queue:
                 batch = self.tiles.take(self.stages.tile_batch * self.stages.deployment.tp)
                 yield self.world.timeout(self.stages.batch)

@@ -1,5 +1,7 @@
 """What is answered: speed-ups, times, and how many GPUs."""
 
+import math
+
 import pytest
 
 from lmdeploy_vico.planning import PlanningError
@@ -78,6 +80,8 @@ def test_a_limit_of_the_time_needs_more_and_is_kept():
         return 1e3 * percentile(simulate(Stages(deployment, work), poisson(40 / servers, 1000)), 0.99)
 
     assert p99(needed) <= 300 < p99(needed - 1)
+    tight = gpus_for(deployment, work, Target(rate=400, ttft_p99_ms=200, requests=300))
+    assert tight > 2 * math.ceil(10 * without), 'found by halving, far above the fewest that answer the rate'
 
 
 def test_a_limit_that_no_number_of_servers_keeps():
@@ -85,10 +89,12 @@ def test_a_limit_that_no_number_of_servers_keeps():
         gpus_for(Deployment('8B', H200), Workload(10, 64, 0.5), Target(rate=40, ttft_p99_ms=10))
 
 
-@pytest.mark.parametrize('rate', [0, -1])
-def test_a_rate_is_positive(rate):
+@pytest.mark.parametrize('number', [0, -1, float('nan'), float('inf')])
+def test_rate_and_limit_are_positive(number):
     with pytest.raises(PlanningError, match='--rate takes requests a second, more than 0'):
-        Target(rate=rate)
+        Target(rate=number)
+    with pytest.raises(PlanningError, match='--ttft-p99 takes milliseconds, more than 0'):
+        Target(rate=1, ttft_p99_ms=number)
 
 
 def test_a_limit_goes_with_a_rate():

@@ -74,12 +74,15 @@ def test_the_mean_wait_is_that_of_one_server_with_constant_service(load):
     assert wait == pytest.approx(service * load / (2 * (1 - load)), rel=WITHIN)
 
 
-def test_prompts_wait_for_each_other_less_where_a_step_holds_several():
-    single, several = stages(images=False, max_prefill_tokens=2637), stages(images=False)
-    rate = 0.8 * single.requests_per_second
-    means = [sum(simulate(one, poisson(rate, 3000))) / 3000 for one in (single, several)]
-    assert means[1] != means[0]
-    assert several.deployment.max_prefill_tokens // several.work.tokens == 3
+def test_prompts_that_wait_are_taken_together_as_far_as_a_step_holds_them():
+    """The first is alone; of the four that come meanwhile, a step of 8192 tokens holds three of 2637."""
+    one = stages(images=False)
+    step = one.deployment.language_model.step_seconds
+    alone, three = (step([Piece(0.0, 2637.0, last=True)] * count) for count in (1, 3))
+    first, *others, last = simulate(one, iter([0.0, 0.01, 0.01, 0.01, 0.01]))
+    assert first == pytest.approx(alone)
+    assert others == pytest.approx([alone + three - 0.01] * 3)
+    assert last == pytest.approx(alone + three + alone - 0.01)
 
 
 def test_the_same_seed_gives_the_same_times():

@@ -6,7 +6,7 @@ import pytest
 from lmdeploy_vico import __version__, cli
 from lmdeploy_vico.checkpoints.random import is_tiny_checkpoint
 from lmdeploy_vico.checkpoints.random.published import MODELS
-from lmdeploy_vico.cli import tiny
+from lmdeploy_vico.cli.making import tiny
 
 
 def test_importing_the_command_loads_nothing_heavy():

@@ -1,31 +1,12 @@
 """The configuration files of random checkpoints: the published ones, with other numbers in them."""
 
-from dataclasses import dataclass
 from typing import Any
 
+from lmdeploy_vico.checkpoints.sizes import Model, Size
 from lmdeploy_vico.config import ARCHITECTURE, IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, PATCH_SIZE
 
 RELATIVE_THRESHOLD = 0.5
 ABSOLUTE_THRESHOLD = 0.5
-
-
-@dataclass(frozen=True)
-class Size:
-    """The dimensions of a model. ``vit_width`` is a multiple of 16, the number of the router's heads."""
-
-    vit_width: int
-    vit_layers: int
-    vit_heads: int
-    vit_mlp: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    experts: int
-    experts_per_token: int
-    expert_mlp: int
 
 
 SIZES = {
@@ -182,6 +163,13 @@ def checkpoint_config(
     for part in (config, config['llm_config'], config['vision_config']):
         part['dtype'] = dtype
     return config
+
+
+def published_config(model: Model, token_ids: dict[str, int]) -> dict[str, Any]:
+    """Return the whole ``config.json`` of a checkpoint with a published model's dimensions."""
+    # Random weights score all tiles about alike, on either side of a fixed threshold. With a threshold of 0, half of
+    # the tiles of any prompt are compressed.
+    return checkpoint_config(model.size, model.llm, model.vit, model.vocab_size, token_ids, absolute_threshold=0.0)
 
 
 def generation_config(token_ids: dict[str, int]) -> dict[str, Any]:

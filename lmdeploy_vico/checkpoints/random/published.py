@@ -1,22 +1,21 @@
-"""The sizes of the published models, and checkpoints of these sizes for measuring: without or with random weights."""
+"""Checkpoints of the published models' sizes, for measuring: without or with random weights."""
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmdeploy_vico.checkpoints.names import Shape
-from lmdeploy_vico.checkpoints.random import configuration, shards
-from lmdeploy_vico.checkpoints.random.configuration import Size
+from lmdeploy_vico.checkpoints.random import shards
+from lmdeploy_vico.checkpoints.random.configuration import published_config
 from lmdeploy_vico.checkpoints.random.limits import MADE_BY, MARKER
 from lmdeploy_vico.checkpoints.random.tiny import prepare_directory, write_configuration, write_json
 from lmdeploy_vico.checkpoints.random.tokenizer import SPECIAL_TOKENS, write_tokenizer
 from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE
 from lmdeploy_vico.checkpoints.shapes import checkpoint_shapes
+from lmdeploy_vico.checkpoints.sizes import MODELS, Model
 
-VOCABULARY = 151936  # embedding rows of the published language models
 WEIGHTS = ('*.safetensors', '*.safetensors.index.json')
 
 
@@ -26,47 +25,6 @@ class WeightsExistError(FileExistsError):
 
 class NoSpaceError(OSError):
     """The disk has not enough room for the weights."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's dimensions: ``llm`` is 'dense' (Qwen3) or 'moe' (Qwen3-MoE), ``vit`` the norm of its InternViT."""
-
-    size: Size
-    llm: str = 'dense'
-    vit: str = 'layer_norm'
-    vocab_size: int = VOCABULARY
-
-
-INTERNVIT_300M = (1024, 24, 16, 4096)
-INTERNVIT_6B = (3200, 45, 25, 12800)
-
-
-def _dense(vit: tuple[int, int, int, int], hidden: int, layers: int, heads: int, mlp: int) -> Model:
-    size = Size(*vit, hidden, layers, heads, 8, 128, mlp, experts=0, experts_per_token=0, expert_mlp=0)
-    return Model(size, 'dense', _vit_norm(vit))
-
-
-def _moe(vit: tuple[int, int, int, int], hidden: int, layers: int, heads: int, mlp: int, expert_mlp: int) -> Model:
-    size = Size(*vit, hidden, layers, heads, 4, 128, mlp, experts=128, experts_per_token=8, expert_mlp=expert_mlp)
-    return Model(size, 'moe', _vit_norm(vit))
-
-
-def _vit_norm(vit: tuple[int, int, int, int]) -> str:
-    return 'rms_norm' if vit is INTERNVIT_6B else 'layer_norm'
-
-
-# No language model has tied embeddings: the 1B is published with 1.06 billion parameters, 0.16 of them its head.
-MODELS = {
-    '1B': _dense(INTERNVIT_300M, 1024, 28, 16, 3072),
-    '2B': _dense(INTERNVIT_300M, 2048, 28, 16, 6144),
-    '4B': _dense(INTERNVIT_300M, 2560, 36, 32, 9728),
-    '8B': _dense(INTERNVIT_300M, 4096, 36, 32, 12288),
-    '14B': _dense(INTERNVIT_300M, 5120, 40, 40, 17408),
-    '30B-A3B': _moe(INTERNVIT_300M, 2048, 48, 32, 6144, expert_mlp=768),
-    '38B': _dense(INTERNVIT_6B, 5120, 64, 64, 25600),
-    '241B': _moe(INTERNVIT_6B, 4096, 94, 64, 12288, expert_mlp=1536),
-}
 
 
 def make_checkpoint_without_weights(path: str | Path, model: str | Model, force: bool = False) -> Path:
@@ -141,15 +99,7 @@ def tensor_shapes(model: Model) -> dict[str, Shape]:
 
 def config_of(model: str | Model) -> dict[str, Any]:
     """Return the config of a model for what depends on shapes alone: all its tokens have the id 0."""
-    return _config(_shape(model), dict.fromkeys(SPECIAL_TOKENS, 0))
-
-
-def _config(model: Model, token_ids: dict[str, int]) -> dict[str, Any]:
-    # Random weights score all tiles about alike, on either side of a fixed threshold. With a threshold of 0, half of
-    # the tiles of any prompt are compressed.
-    return configuration.checkpoint_config(
-        model.size, model.llm, model.vit, model.vocab_size, token_ids, absolute_threshold=0.0
-    )
+    return published_config(_shape(model), dict.fromkeys(SPECIAL_TOKENS, 0))
 
 
 def _shape(model: str | Model) -> Model:
@@ -167,7 +117,7 @@ def _marker(model: str | Model) -> dict[str, Any]:
 def _write_all_but_weights(path: Path, shape: Model, marker: dict[str, Any]) -> None:
     write_json(path / MARKER, marker)
     token_ids = write_tokenizer(path)
-    write_configuration(path, _config(shape, token_ids), token_ids)
+    write_configuration(path, published_config(shape, token_ids), token_ids)
 
 
 def _holds_weights(path: Path) -> bool:

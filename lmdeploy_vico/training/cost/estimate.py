@@ -3,8 +3,9 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from lmdeploy_vico.checkpoints.flops import VIT_TOKENS
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
-from lmdeploy_vico.training.cost.shapes import VIT_TOKENS, Shapes
+from lmdeploy_vico.training.cost.shapes import Shapes
 from lmdeploy_vico.training.model.losses import CHUNK
 
 ASSUMPTIONS = """\

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from lmdeploy_vico.checkpoints import flops
 from lmdeploy_vico.checkpoints.names import VIT
-from lmdeploy_vico.config import GRID, TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.training.model.adapters import add_adapters
 from lmdeploy_vico.training.model.build import PARTS, outline, units
 from lmdeploy_vico.training.model.vico_model import VicoModel
 from lmdeploy_vico.training.model.weights import is_adapter
 
-VIT_TOKENS = GRID * GRID + 1  # of a tile, with the class token
 _EXPERTS = '.mlp.experts.'
 
 
@@ -79,9 +79,7 @@ class Shapes:
     def vit_flops(self, tiles: float) -> float:
         """FLOP of the ViT's forward pass."""
         blocks = sum(count for name, count in self.units.items() if name.startswith(VIT))
-        products = 2 * blocks * VIT_TOKENS
-        attention = 4 * VIT_TOKENS**2 * self.vit_width * self.vit_layers
-        return tiles * (products + attention)
+        return tiles * flops.vit_flops(blocks, self.vit_width, self.vit_layers)
 
     def projector_flops(self, full: float, compressed: float) -> float:
         """FLOP of the projectors' forward passes for so many tiles of either kind."""
@@ -92,7 +90,7 @@ class Shapes:
         """FLOP of the language model's forward pass; the head is computed where responses are predicted."""
         llm = self.llm
         width = llm['num_attention_heads'] * llm['head_dim']
-        attention = 2 * tokens**2 * width * llm['num_hidden_layers']  # half of the square: it is causal
+        attention = flops.causal_attention_flops(tokens, width, llm['num_hidden_layers'])
         head = 2 * llm['hidden_size'] * llm['vocab_size'] * responses
         return 2 * self.active * tokens + attention + head
 

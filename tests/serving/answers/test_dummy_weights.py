@@ -6,7 +6,7 @@ from serving.client import Client
 
 from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
 from lmdeploy_vico.checkpoints.random.configuration import SIZES
-from lmdeploy_vico.checkpoints.random.published import VOCABULARY, Model
+from lmdeploy_vico.checkpoints.sizes import VOCABULARY, Model
 
 # Memory for the logits of a prefill is set aside: 150,000 of each token, however small the model.
 FEW = ('--max-prefill-token-num', '512')

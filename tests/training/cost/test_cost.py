@@ -7,11 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmdeploy_vico import cli
+from lmdeploy_vico.checkpoints.flops import VIT_TOKENS
 from lmdeploy_vico.checkpoints.names import UNUSED
 from lmdeploy_vico.checkpoints.random.published import MODELS, config_of, tensor_shapes
 from lmdeploy_vico.training.cost import estimate
 from lmdeploy_vico.training.cost.estimate import Workload
-from lmdeploy_vico.training.cost.shapes import VIT_TOKENS, Shapes
+from lmdeploy_vico.training.cost.shapes import Shapes
 from lmdeploy_vico.training.model.adapters import add_adapters
 from lmdeploy_vico.training.model.build import choose, outline, set_types, units
 from lmdeploy_vico.training.model.weights import published_shapes

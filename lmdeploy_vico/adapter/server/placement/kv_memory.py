@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lmdeploy.messages import PytorchEngineConfig
@@ -21,58 +21,12 @@ from lmdeploy_vico.adapter.server.placement.replicas import FreeMemory, free_mem
 from lmdeploy_vico.checkpoints.files import Checkpoint, NoWeightsError
 from lmdeploy_vico.checkpoints.language_model import is_quantised, language_model_shapes
 from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
+from lmdeploy_vico.checkpoints.rank_memory import CUDA_CONTEXT, CacheSizing, rank_bytes
 from lmdeploy_vico.host_memory import GIB
-
-if TYPE_CHECKING:
-    from lmdeploy.pytorch.config import DistConfig
 
 logger = logging.getLogger(__name__)
 
-CUDA_CONTEXT = GIB // 2  # bytes that a process takes on every device it uses; an estimate
-RANK_OVERHEAD = GIB  # bytes of a rank's CUDA context, NCCL buffers and workspaces; an estimate
-FEW_BLOCKS = 16  # with fewer KV blocks LMDeploy halves the prefill budget
-TOO_FEW_BLOCKS = 2  # with this many or fewer it does not start
 WARN_FROM = 0.25  # share of the KV cache that a vision side may cost without a warning
-
-
-@dataclass(frozen=True)
-class CacheSizing:
-    """The numbers from which LMDeploy computes a rank's KV cache.
-
-    Attributes:
-        weights: bytes of the language model on a rank.
-        vocab_size: width of the logits, for which LMDeploy reserves memory.
-        max_batches: sequences in a batch. With ``max_prefill_tokens`` it gives the rows of the logits.
-        max_prefill_tokens: tokens in a prefill.
-        share: the share of the remaining memory that becomes KV cache, ``cache_max_entry_count``.
-        block: bytes of a KV block.
-    """
-
-    weights: int
-    vocab_size: int
-    max_batches: int
-    max_prefill_tokens: int
-    share: float
-    block: int
-
-    def kv_bytes(self, free: int) -> int:
-        """Return the bytes of a rank's KV cache; 0 if the engine cannot start.
-
-        The formula is that of ``ExecutorBase._get_runtime_size`` and ``_update_num_gpu_blocks`` in LMDeploy 0.18.
-
-        Args:
-            free: bytes that are free on the device before the engine starts.
-        """
-        left, tokens = free - self.weights - RANK_OVERHEAD, self.max_prefill_tokens
-        while tokens > 0:
-            runtime = (tokens + self.max_batches * 2) * self.vocab_size * 2
-            blocks = int((left - runtime) * self.share) // self.block
-            if blocks <= TOO_FEW_BLOCKS:
-                break
-            if blocks >= FEW_BLOCKS:
-                return blocks * self.block
-            tokens //= 2
-        return 0
 
 
 @dataclass(frozen=True)
@@ -187,33 +141,6 @@ def cache_sizing(model_path: str, hf_config: Any, engine: PytorchEngineConfig) -
         share=engine.cache_max_entry_count,
         block=2 * 2 * llm.num_hidden_layers * kv_heads * head_dim * engine.block_size,
     )
-
-
-def rank_bytes(sizes: Mapping[str, int], dist: 'DistConfig', kv_heads: int) -> int:
-    """Return the bytes of the language model on one rank.
-
-    Every rank has the whole embeddings, head, norms and experts' gates. Where there are fewer key-value heads than
-    ranks, several ranks have the same heads.
-
-    Args:
-        sizes: bytes of each tensor, by name.
-        dist: how LMDeploy splits the model.
-        kv_heads: of the model.
-    """
-    return sum(-(-size // _ranks(name, dist, kv_heads)) for name, size in sizes.items())
-
-
-def _ranks(name: str, dist: 'DistConfig', kv_heads: int) -> int:
-    """Return over how many ranks LMDeploy's Qwen3 models split a tensor."""
-    if '.mlp.experts.' in name:
-        return int(dist.ep * dist.moe_tp)
-    if '.k_proj.' in name or '.v_proj.' in name:
-        return min(dist.attn_tp, kv_heads)
-    if '.self_attn.' in name and '_norm.' not in name:
-        return int(dist.attn_tp)
-    if '.mlp.' in name and '.mlp.gate.' not in name:
-        return int(dist.mlp_tp)
-    return 1
 
 
 def stored_sizes(model_path: str) -> dict[str, int]:

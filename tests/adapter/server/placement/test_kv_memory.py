@@ -14,18 +14,13 @@ from safetensors.torch import load_file
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig, load_vico_config
 from lmdeploy_vico.adapter.server.placement import kv_memory
 from lmdeploy_vico.adapter.server.placement.devices import parallelism
-from lmdeploy_vico.adapter.server.placement.kv_memory import (
-    CUDA_CONTEXT,
-    CacheSizing,
-    cache_sizing,
-    rank_bytes,
-    stored_sizes,
-)
+from lmdeploy_vico.adapter.server.placement.kv_memory import cache_sizing, stored_sizes
 from lmdeploy_vico.adapter.server.placement.replicas import FreeMemory
 from lmdeploy_vico.checkpoints.language_model import language_model_shapes
 from lmdeploy_vico.checkpoints.random import configuration
 from lmdeploy_vico.checkpoints.random.published import MODELS, tensor_shapes
 from lmdeploy_vico.checkpoints.random.tokenizer import SPECIAL_TOKENS
+from lmdeploy_vico.checkpoints.rank_memory import CUDA_CONTEXT, RANK_OVERHEAD, CacheSizing, rank_bytes
 from lmdeploy_vico.host_memory import GIB
 
 H100, H200 = 79.1, 139.8  # GiB, as PyTorch gives their memory
@@ -113,7 +108,7 @@ def test_the_formula_is_lmdeploys(free):
     executor.cache_config = SimpleNamespace(
         cache_max_entry_count=sizing.share, max_prefill_token_num=8192, max_batches=1024, num_gpu_blocks=0
     )
-    after_loading = int(free * GIB) - sizing.weights - kv_memory.RANK_OVERHEAD
+    after_loading = int(free * GIB) - sizing.weights - RANK_OVERHEAD
     sizes = [_WorkerCachePlanSizes(sizing.block)]
     with nullcontext() if free > 60 else pytest.raises(RuntimeError, match='No enough gpu memory'):
         left = executor._reserve_runtime_mem([after_loading], sizes, None)

@@ -1,0 +1,1 @@
+"""Commands that write something: checkpoints, the reader, documents with questions."""

@@ -10,7 +10,12 @@ from house.imports import ROOT, arrows, graph, imported, modules
 
 KERNELS = 'lmdeploy_vico.kernels.'
 # Rooms that may use kernels. Options know the names of the implementations and nothing else of them.
-USERS_OF_KERNELS = ('lmdeploy_vico.vision.', 'lmdeploy_vico.adapter.', 'lmdeploy_vico.training.')
+USERS_OF_KERNELS = (
+    'lmdeploy_vico.vision.',
+    'lmdeploy_vico.adapter.',
+    'lmdeploy_vico.training.',
+    'lmdeploy_vico.reader.',
+)
 DOCUMENT = ROOT / 'docs' / 'architecture.md'
 USERS_OF_LMDEPLOY = ('lmdeploy_vico.adapter', 'lmdeploy_vico.cpu')
 

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from rich.console import Console
+
 from benchmarks.reader.asking import Client, everywhere
 from benchmarks.reader.run import RESULTS, SETS, documents, lots, table
 from benchmarks.reader.statistics import Resampling, right
-from rich.console import Console
 
 pytestmark = [pytest.mark.quality, pytest.mark.server]
 

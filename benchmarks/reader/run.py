@@ -31,6 +31,7 @@ from lmdeploy_vico.reader.documents.page import KINDS
 from lmdeploy_vico.reader.recipe import READER, ROUTED
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'reader-cpu.json'
+ABLATED = 'several tiles'
 Answers = dict[str, dict[str, Answer]]
 
 
@@ -55,7 +56,12 @@ def main(argv: Sequence[str]) -> int:
     """Ask, compare, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', type=Path, required=True, metavar='DIR', help='of `lmdeploy-vico reader DIR --train`')
-    parser.add_argument('--questions', type=int, default=600, help='of each set of documents (default: 600)')
+    parser.add_argument(
+        '--questions',
+        type=int,
+        default=600,
+        help='about pictures of several tiles; half as many about others (default: 600)',
+    )
     parser.add_argument('--output-file', type=Path, default=RESULTS, help=f'(default: {RESULTS.name})')
     arguments = parser.parse_args(argv)
     console = Console(stderr=True)
@@ -68,17 +74,20 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(run: Path, questions: int, folder: Path, console: Console) -> dict[str, Any]:
     """All tables, as JSON has them."""
-    data = {name: documents(folder, name, each, questions) for name, each in SETS.items()}
+    data = {
+        name: documents(folder, name, each, questions if name == ABLATED else questions // 2)
+        for name, each in SETS.items()
+    }
     tables: dict[str, Any] = {}
     scratch = folder / 'answers'
     scratch.mkdir()
-    main_set = data['several tiles']
+    main_set = data[ABLATED]
     with ApiServer(run / READER, log=folder / 'reader.log') as server:
         client = Client(server, console, scratch)
         for name in ('one tile', 'several tiles', 'several pictures'):
             answers = client.ask(data[name], everywhere(data[name], 'none', 'auto', 'all'))
             tables[name] = table(data[name].questions, answers)
-            if name == 'several tiles':
+            if name == ABLATED:
                 ours = answers
         threshold = image_threshold(run / READER, data['calibration'], share(main_set, ours, 'auto'))
         [whole] = everywhere(main_set, f'image:{threshold:.6f}').values()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lmdeploy_vico.cli import Commands
     from lmdeploy_vico.reader.demo import Exhibit
 
+WIDTH = 110  # columns
 REAL_CHECKPOINT = 'OpenGVLab/InternVL3_5-8B-Flash'
 DESCRIPTION = """\
 Start `lmdeploy serve api_server`, ask it about pictures without compression, as the router decides, and with all tiles
@@ -48,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     if checkpoint and not (checkpoint / 'config.json').is_file():
         raise CommandError(f'{checkpoint} is not a checkpoint directory: it holds no config.json')
     try:
-        _show(checkpoint, Console())
+        console = Console()
+        # What goes into a file is as wide as it has to be.
+        _show(checkpoint, console if console.is_terminal else Console(width=WIDTH))
     except ServerError as error:
         raise CommandError(str(error)) from error
     except ImportError as error:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 SEED = 900  # of the documents: the codes on them are withheld from training
 # What stands on the tiles of each picture, and the kind that is asked about.
 DOCUMENTS = {
-    'list beside photographs': (('photo', 'fine', 'photo'), 'fine'),
+    'list, photographs': (('photo', 'fine', 'photo'), 'fine'),
     'three lists': (('fine', 'fine', 'fine'), 'fine'),
     'large type': (('medium', 'photo', 'medium', 'shape'), 'medium'),
-    'shape among photographs': (('photo', 'shape', 'photo', 'photo', 'photo'), 'shape'),
-    'photograph and lists': (('fine', 'photo', 'fine', 'medium', 'shape'), 'photo'),
+    'shape, photographs': (('photo', 'shape', 'photo', 'photo', 'photo'), 'shape'),
+    'photograph, lists': (('fine', 'photo', 'fine', 'medium', 'shape'), 'photo'),
     'mixed page': (('shape', 'fine', 'photo', 'medium', 'photo', 'fine'), 'fine'),
     'one tile': (('fine',), 'fine'),
 }
@@ -154,7 +154,7 @@ def answers_table(exhibits: Sequence[Exhibit], replies: Replies) -> 'Table':
     """The right answer of each question beside those at each compression."""
     table = _table('none: 256 tokens a tile; auto: the router decides; all: 64 tokens a tile')
     for column in ('picture', 'question', 'right', *COMPRESSIONS):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column != 'question')
     for exhibit, said in zip(exhibits, replies, strict=True):
         given = [said[compression].answer for compression in COMPRESSIONS]
         marked = [answer if answer == exhibit.answer else f'[red]{answer} ✗[/red]' for answer in given]

@@ -30,7 +30,7 @@ ABLATION = {
 def markdown(results: Mapping[str, Any]) -> str:
     """All tables: right answers in percent, with 95 % intervals over pictures."""
     parts = [_table(title, results['tables'][name]) for name, title in TITLES.items()]
-    return '\n\n'.join([*parts, _ablation(results['ablation'])])
+    return '\n\n'.join([*parts, _ablation(results['ablation']), _divergence(results['divergence'])])
 
 
 def _table(title: str, kinds: Mapping[str, Any]) -> str:
@@ -59,6 +59,19 @@ def _ablation(ablation: Mapping[str, Any]) -> str:
             _interval(differences[f'auto - {way}']) if f'auto - {way}' in differences else '',
         ]
         for way, text in ABLATION.items()
+    ]
+    return '\n'.join(_lines(head, rows))
+
+
+def _divergence(divergence: Mapping[str, Any]) -> str:
+    shares = list(divergence['before'])
+    head = [
+        'KL (reference \\|\\| policy), nats a token, at so many compressed tiles',
+        *(f'{float(one):.0%}' for one in shares),
+    ]
+    rows = [
+        [f'{when} consistency training', *(f'{values[one]:.3f}' for one in shares)]
+        for when, values in divergence.items()
     ]
     return '\n'.join(_lines(head, rows))
 

@@ -28,7 +28,8 @@ from lmdeploy_vico.evaluation.data import DataSet, Question, read
 from lmdeploy_vico.launch import ApiServer
 from lmdeploy_vico.reader.documents.export import write_questions
 from lmdeploy_vico.reader.documents.page import KINDS
-from lmdeploy_vico.reader.recipe import READER, ROUTED
+from lmdeploy_vico.reader.recipe import READER, ROUTED, VICO
+from lmdeploy_vico.training.stages.consistency import REPORT
 
 RESULTS = Path(__file__).parents[1] / 'results' / 'reader-cpu.json'
 ABLATED = 'several tiles'
@@ -97,6 +98,8 @@ def measure(run: Path, questions: int, folder: Path, console: Console) -> dict[s
     ours |= {f'vanilla, {way}': answers for way, answers in theirs.items()}
     return {
         'conditions': {**facts(), 'questions': questions, 'image threshold': threshold},
+        'divergence': json.loads((run / VICO / REPORT).read_text(encoding='utf-8')),
+        'router': json.loads((run / READER / REPORT).read_text(encoding='utf-8')),
         'tables': tables,
         'ablation': ablation(main_set.questions, ours),
     }

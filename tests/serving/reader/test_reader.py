@@ -13,5 +13,6 @@ def test_twenty_questions(serve, reader, tmp_path):
     scratch.mkdir()
     answers = Client(serve(reader), Console(quiet=True), scratch).ask(data, everywhere(data, 'none', 'auto'))
     lines = table(data.questions, answers)['all kinds']
-    assert lines['none']['right'][0] >= 90
-    assert lines['auto']['right'][0] >= 90 and lines['auto']['compressed tiles'] > 30
+    # The committed shares are 95 %: of twenty, 16 and more are right in 99 of 100 draws. Noise would answer none.
+    assert lines['none']['right'][0] >= 80
+    assert lines['auto']['right'][0] >= 80 and lines['auto']['compressed tiles'] > 30

@@ -173,8 +173,8 @@ def summary(exhibits: Sequence[Exhibit], replies: Replies) -> str:
     }
     return (
         f'The router gave {compressed} of {tiles} tiles 64 tokens instead of 256. That is '
-        f'{1 - tokens["auto"] / tokens["none"]:.0%} fewer prompt tokens, and {right["auto"]} of {len(exhibits)} answers '
-        f'are right: without compression {right["none"]} are, with all tiles at 64 tokens {right["all"]}.'
+        f'{1 - tokens["auto"] / tokens["none"]:.0%} fewer prompt tokens, and {right["auto"]} of {len(exhibits)} '
+        f'answers are right: without compression {right["none"]} are, with all tiles at 64 tokens {right["all"]}.'
     )
 
 

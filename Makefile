@@ -80,7 +80,7 @@ test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that s
 test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its engine (15 minutes; VICO_FAULTS=100 for fewer attacks)
 	@VICO_FAULTS=$${VICO_FAULTS:-1000} $(ON_CPU) OMP_NUM_THREADS=1 timeout 900 $(BIN)/python -m pytest -s -m faults tests/faults
 
-test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (about 10 minutes)
+test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (5 minutes)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device

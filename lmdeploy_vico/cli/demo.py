@@ -89,4 +89,4 @@ def _serve(model: Path, scratch: Path, exhibits: 'list[Exhibit]', console: 'Cons
         console.print(summary(exhibits, replies), highlight=False)
     else:
         for exhibit, said in zip(exhibits, replies, strict=True):
-            console.print(f'[bold]{exhibit.name}[/bold]: {said["auto"].answer}')
+            console.print(f'{exhibit.name}: {said["auto"].answer}', markup=False, highlight=False)

@@ -152,12 +152,14 @@ def counts_table(exhibits: Sequence[Exhibit], replies: Replies) -> 'Table':
 
 def answers_table(exhibits: Sequence[Exhibit], replies: Replies) -> 'Table':
     """The right answer of each question beside those at each compression."""
+    from rich.markup import escape
+
     table = _table('none: 256 tokens a tile; auto: the router decides; all: 64 tokens a tile')
     for column in ('picture', 'question', 'right', *COMPRESSIONS):
         table.add_column(column, no_wrap=column != 'question')
     for exhibit, said in zip(exhibits, replies, strict=True):
         given = [said[compression].answer for compression in COMPRESSIONS]
-        marked = [answer if answer == exhibit.answer else f'[red]{answer} ✗[/red]' for answer in given]
+        marked = [escape(answer) if answer == exhibit.answer else f'[red]{escape(answer)} ✗[/red]' for answer in given]
         table.add_row(exhibit.name, exhibit.question, exhibit.answer, *marked)
     return table
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.file, arguments.seed, arguments.count, kinds, arguments.tiles, arguments.separate
         )
     except ValueError as error:
-        raise CommandError(f'--seed: {error}') from error
+        raise CommandError(str(error)) from error
     except OSError as error:
         raise CommandError(f'{arguments.file} cannot be written: {error.strerror or error}') from error
     except ImportError as error:

@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: the folder is not empty, a package is missing, or training failed.
     """
+    if arguments.seed < 0:
+        raise CommandError('--seed must be 0 or more.')
     try:
         path = _train(arguments) if arguments.train else _write(arguments)
     except ReaderError as error:

@@ -15,6 +15,7 @@ from lmdeploy_vico.reader.documents.codes import Split
 from lmdeploy_vico.reader.documents.page import KINDS, Page, make_page
 
 FIRST_TRAINING_SEED = 1000  # documents of lower seeds are never trained on
+MOST_BLANK = 200  # pictures in a row without any question that has one answer
 COLUMNS = ('index', 'image', 'question', 'answer', 'category')
 
 
@@ -30,7 +31,7 @@ def pages(seed: int, kinds: Sequence[str], tiles: Sequence[int]) -> Iterator[Pag
         ValueError: a seed that is for training.
     """
     if not 0 <= seed < FIRST_TRAINING_SEED:
-        raise ValueError(f'The seed has to be from 0 to {FIRST_TRAINING_SEED - 1}: others are for training.')
+        raise ValueError(f'--seed: it has to be from 0 to {FIRST_TRAINING_SEED - 1}: others are for training.')
     rng = np.random.default_rng(seed)
     return (
         make_page(rng, [str(kind) for kind in rng.choice(kinds, count)], Split.TEST) for count in itertools.cycle(tiles)
@@ -57,22 +58,30 @@ def write_questions(
         How many different pictures, or groups of them, are shown.
 
     Raises:
-        ValueError: a seed that is for training.
+        ValueError: a seed that is for training, or pictures about which nothing can be asked.
         OSError: the file cannot be written.
     """
-    written = pictures = 0
+    written = pictures = blank = 0
     source = pages(seed, kinds, tiles)
-    with path.open('w', newline='', encoding='utf-8') as file:
-        rows = csv.writer(file, delimiter='\t', lineterminator='\n')
-        rows.writerow(COLUMNS)
-        while written < count:
-            page = next(source)
-            asked = page.questions[: count - written]
-            for number, question in enumerate(asked):
-                image = shown(page, separate) if number == 0 else str(written)
-                rows.writerow([written + number, image, question.text, question.answer, question.kind])
-            written += len(asked)
-            pictures += bool(asked)
+    draft = path.with_name(f'{path.name}.part')  # a file that is there is whole
+    try:
+        with draft.open('w', newline='', encoding='utf-8') as file:
+            rows = csv.writer(file, delimiter='\t', lineterminator='\n')
+            rows.writerow(COLUMNS)
+            while written < count:
+                page = next(source)
+                blank = 0 if page.questions else blank + 1
+                if blank == MOST_BLANK:
+                    raise ValueError('pictures of these kinds and numbers of tiles have no question with one answer.')
+                asked = page.questions[: count - written]
+                for number, question in enumerate(asked):
+                    image = shown(page, separate) if number == 0 else str(written)
+                    rows.writerow([written + number, image, question.text, question.answer, question.kind])
+                written += len(asked)
+                pictures += bool(asked)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     return pictures
 
 

@@ -34,7 +34,8 @@ def write_samples(path: Path, seed: int, count: int, kinds: Mapping[str, float],
     rng = np.random.default_rng(seed)
     folder = path.parent / FOLDER / path.stem
     folder.mkdir(parents=True, exist_ok=True)
-    with path.open('w', encoding='utf-8') as file:
+    draft = path.with_name(f'{path.name}.part')  # a file that is there is whole
+    with draft.open('w', encoding='utf-8') as file:
         written = 0
         while written < count:
             drawn = rng.choice(list(kinds), tiles[written % len(tiles)], p=list(kinds.values()))
@@ -51,3 +52,4 @@ def write_samples(path: Path, seed: int, count: int, kinds: Mapping[str, float],
             record = {'image': str(picture.relative_to(path.parent)), 'conversations': turns}
             file.write(json.dumps(record) + '\n')
             written += 1
+    draft.replace(path)

@@ -98,7 +98,9 @@ class School:
         torch.manual_seed(self._seed + 1)  # what is thrown away after a lesson begins alike in all processes, too
         teach()
         if self._processes.first:
-            torch.save(learner.state_dict(), file)
+            draft = file.with_suffix('.part')  # a file that is there is whole
+            torch.save(learner.state_dict(), draft)
+            draft.replace(file)
         self._processes.wait()
 
     def _see(self) -> None:

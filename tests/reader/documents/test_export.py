@@ -42,9 +42,10 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     'arguments, sentence',
     [
-        (['--seed', '1000'], '--seed: The seed has to be from 0 to 999'),
+        (['--seed', '1000'], '--seed: it has to be from 0 to 999'),
         (['--kinds', 'tiny'], "--kinds: 'tiny' is none of fine, medium, shape, photo."),
         (['--tiles', '7'], '--tiles: 7 is none of 1, 2, 3, 4, 5, 6.'),
+        (['--kinds', 'shape', '--tiles', '2'], 'have no question with one answer'),
         (['--count', '0'], '--count: at least 1 question.'),
     ],
 )

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also count the engine's prefill steps: afterwards, with few requests, in the debug log of other servers "
         'started for it, since writing that log slows a server down',
     )  # fmt: skip
-    parser.add_argument('--seed', type=_natural, default=0, help='of pictures and texts (default: 0)')
+    parser.add_argument('--seed', type=natural, default=0, help='of pictures and texts (default: 0)')
     parser.add_argument('--request-timeout', type=float, default=600, metavar='SECONDS', help='(default: 600)')
     parser.add_argument('--output-file', type=Path, default=Path('first-token.json'), metavar='FILE',
         help='results as JSON, written again after every round (default: first-token.json)',
@@ -63,18 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--plot', type=Path, metavar='FILE.png', help='also draw the results')
 
 
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f'must be at least 0, not {text}')
-    return number
+def natural(text: str) -> int:
+    """A number of at least 0; argparse makes a message of the error."""
+    return _whole(text, 0)
 
 
 def positive(text: str) -> int:
     """A number of at least 1; argparse makes a message of the error."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, not {text}')
+    return _whole(text, 1)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'takes a whole number, not {text!r}') from error
+    if number < least:
+        raise argparse.ArgumentTypeError(f'must be at least {least}, not {text}')
     return number
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+from lmdeploy_vico.bench.arguments import natural, positive
 from lmdeploy_vico.checkpoints.sizes import MODELS
 from lmdeploy_vico.planning.gpus import GPUS
 
@@ -23,23 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options; what they may be together is checked by what uses them."""
     parser.add_argument('--model', help='a published size')
     parser.add_argument('--gpu', default='H200', help='what all GPUs are (default: H200)')
-    parser.add_argument('--tp', type=_positive, default=1, metavar='N', help="GPUs of a server's language model (1)")
-    parser.add_argument('--dp', type=_positive, default=1, metavar='N', help='servers (1)')
-    parser.add_argument('--vision-devices', type=_positive, metavar='N',
+    parser.add_argument('--tp', type=positive, default=1, metavar='N', help="GPUs of a server's language model (1)")
+    parser.add_argument('--dp', type=positive, default=1, metavar='N', help='servers (1)')
+    parser.add_argument('--vision-devices', type=positive, metavar='N',
         help="GPUs that only encode, for all servers (default: none, the servers' own GPUs encode)",
     )  # fmt: skip
-    parser.add_argument('--cores', type=_positive, default=8, metavar='N',
+    parser.add_argument('--cores', type=positive, default=8, metavar='N',
         help='cores of a CPU that prepare pictures, for each server (8)',
     )  # fmt: skip
-    parser.add_argument('--max-prefill-token-num', type=_positive, default=8192, metavar='N',
+    parser.add_argument('--max-prefill-token-num', type=positive, default=8192, metavar='N',
         help="tokens of a prefill step, as LMDeploy's option (8192)",
     )  # fmt: skip
     parser.add_argument('--mode', choices=('image', 'llm'), default='image',
         help='image: from the bytes of a picture to the first token; llm: the language model alone, as the paper '
         'measures (default: image)',
     )  # fmt: skip
-    parser.add_argument('--tiles', type=_positive, default=10, help='tiles of a request, thumbnail included (10)')
-    parser.add_argument('--text-tokens', type=_natural, nargs='+', default=[64], metavar='N',
+    parser.add_argument('--tiles', type=positive, default=10, help='tiles of a request, thumbnail included (10)')
+    parser.add_argument('--text-tokens', type=natural, nargs='+', default=[64], metavar='N',
         help='tokens of a request\'s text (64)',
     )  # fmt: skip
     parser.add_argument('--compression', type=float, nargs='+', default=[0.0, 0.25, 0.5, 0.75], metavar='SHARE',
@@ -52,22 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--ttft-p99', type=float, metavar='MS',
         help='with --rate: milliseconds to the first token that only one request in a hundred may exceed',
     )  # fmt: skip
-    parser.add_argument('--requests', type=_positive, default=2000, help='of each simulation (2000)')
-    parser.add_argument('--seed', type=_natural, default=0, help="of the simulation's arrivals (0)")
+    parser.add_argument('--requests', type=positive, default=2000, help='of each simulation (2000)')
+    parser.add_argument('--seed', type=natural, default=0, help="of the simulation's arrivals (0)")
     parser.add_argument('--check', action='store_true',
         help='compare the model with the paper\'s Table 4 and with measurements, and repeat the fit of its constants',
     )  # fmt: skip
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
-
-
-def _positive(text: str) -> int:
-    number = _natural(text)
-    if not number:
-        raise argparse.ArgumentTypeError('takes a whole number from 1 on, not 0')
-    return number
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'takes a whole number, not {text!r}')
-    return int(text)

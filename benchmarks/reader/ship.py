@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.lib.facts import facts
 from lmdeploy_vico.checkpoints.random.tiny import REMOTE_CODE, write_json
 from lmdeploy_vico.checkpoints.safetensors_format import INDEX_FILE
-from lmdeploy_vico.reader.recipe import READER
+from lmdeploy_vico.reader.recipe import READER, seed_of
 from lmdeploy_vico.reader.shipped import FOLDER, MADE
 from lmdeploy_vico.training.model.writer import CONFIG, copy_rest
 
@@ -19,7 +19,6 @@ def main() -> None:
     """Copy what is served, and say what made it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path, metavar='RUN', help='the folder of `lmdeploy-vico reader RUN --train`')
-    parser.add_argument('--seed', type=int, default=0, help='of that run (default: 0)')
     arguments = parser.parse_args()
     source = arguments.run / READER
     if not (source / 'report.json').is_file():
@@ -30,7 +29,7 @@ def main() -> None:
     for file in (*source.glob('*.safetensors'), source / INDEX_FILE, source / CONFIG):
         shutil.copyfile(file, FOLDER / file.name)
     (FOLDER / REMOTE_CODE).unlink()  # it is in the package already
-    command = f'lmdeploy-vico reader RUN --train --seed {arguments.seed}'
+    command = f'lmdeploy-vico reader RUN --train --seed {seed_of(arguments.run)}'
     write_json(FOLDER / MADE, {'command': command, **facts()})
 
 

@@ -3,6 +3,7 @@
 Every step is a command that is printed, and one that is over is not repeated: an interrupted run goes on.
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from lmdeploy_vico.checkpoints.names import GATING, POOLING
+from lmdeploy_vico.checkpoints.random.tiny import write_json
 from lmdeploy_vico.reader import ReaderError
 from lmdeploy_vico.reader.documents.samples import write_samples
 from lmdeploy_vico.reader.lessons.run import PLAIN, VANILLA
@@ -25,6 +27,7 @@ from lmdeploy_vico.training.stages.initialise import read_config
 
 ROUTER = (POOLING, GATING)
 VICO, READER, ROUTED = 'vico', 'reader', 'vanilla-routed'
+RUN_FILE = 'run.json'  # what a folder is of
 PROCESSES = 2
 KINDS = {'fine': 0.35, 'medium': 0.25, 'shape': 0.2, 'photo': 0.2}
 PAGE_KINDS = {'fine': 0.25, 'medium': 0.25, 'shape': 0.25, 'photo': 0.25}
@@ -87,9 +90,10 @@ class Recipe:
         """Do what has not been done; return the folder of the checkpoint.
 
         Raises:
-            ReaderError: a command failed.
+            ReaderError: a command failed, or the folder is of another seed.
         """
         self._path.mkdir(parents=True, exist_ok=True)
+        self._remember_seed()
         if not (self._path / VANILLA / 'config.json').exists():
             self._torchrun('lmdeploy_vico.reader.lessons.run', self._path, '--seed', self._seed)
         for number, (name, documents) in enumerate(self._settings.documents.items(), 1):
@@ -102,6 +106,13 @@ class Recipe:
         self._train('router', VICO, 'pages', READER, self._settings.router)
         give_router(self._path / READER, self._path / VANILLA, self._path / ROUTED)
         return self._path / READER
+
+    def _remember_seed(self) -> None:
+        file = self._path / RUN_FILE
+        if not file.exists():
+            write_json(file, {'seed': self._seed})
+        elif (seed := seed_of(self._path)) != self._seed:
+            raise ReaderError(f'{self._path} is a run with --seed {seed}: go on with that, or take another folder.')
 
     def _train(self, stage: str, model: str, data: str, output: str, options: Mapping[str, Any]) -> None:
         given = {'model': model, 'reference': PLAIN, 'output': output}
@@ -123,6 +134,18 @@ class Recipe:
 
     def _say(self, text: str) -> None:
         self._console.print(text, style='bold', highlight=False, soft_wrap=True)
+
+
+def seed_of(path: Path) -> int:
+    """The seed of the run in a folder.
+
+    Raises:
+        ReaderError: there is no run, or its file is damaged.
+    """
+    try:
+        return int(json.loads((path / RUN_FILE).read_text(encoding='utf-8'))['seed'])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ReaderError(f'{path / RUN_FILE} does not say with which seed the run was begun: {error}') from error
 
 
 def give_router(giver: Path, taker: Path, path: Path) -> None:

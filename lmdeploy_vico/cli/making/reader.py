@@ -36,7 +36,7 @@ def add_parser(commands: 'Commands') -> None:
     )
     parser.add_argument('directory', metavar='DIR', type=Path, help='where to; an empty or new folder')
     parser.add_argument('--train', action='store_true', help='train it again (needs the extras reader and train)')
-    parser.add_argument('--seed', type=int, default=0, help='with --train: of weights and documents (default: 0)')
+    parser.add_argument('--seed', type=int, help='with --train: of weights and documents (default: 0)')
     parser.set_defaults(run=run)
 
 
@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: the folder is not empty, a package is missing, or training failed.
     """
-    if arguments.seed < 0:
+    if arguments.seed is not None and not arguments.train:
+        raise CommandError('--seed goes with --train: the model that comes with the package is there already.')
+    if arguments.seed is not None and arguments.seed < 0:
         raise CommandError('--seed must be 0 or more.')
     try:
         path = _train(arguments) if arguments.train else _write(arguments)
@@ -72,4 +74,4 @@ def _train(arguments: argparse.Namespace) -> Path:
         from lmdeploy_vico.reader.recipe import Recipe, Settings
     except ImportError as error:
         raise CommandError(f"{error.name} is missing: pip install 'lmdeploy-vico[reader,train]'") from error
-    return Recipe(arguments.directory, Settings(), arguments.seed, Console(stderr=True)).make()
+    return Recipe(arguments.directory, Settings(), arguments.seed or 0, Console(stderr=True)).make()

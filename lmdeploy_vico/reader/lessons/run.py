@@ -49,7 +49,7 @@ class Steps:
     compress: int
 
 
-STEPS = Steps(seeing.Plan(1600, 800), answering.Plan(1500, 1500, 400), 1000)
+STEPS = Steps(seeing.Plan(1600, 1200), answering.Plan(1100, 1500, 500), 1000)
 
 
 class School:

@@ -24,10 +24,11 @@ CLASSES = {
     'glyph': 1 + len(CHARACTERS), 'key': 1 + len(KEYS), 'place': 6, 'shape': 1 + len(SHAPES),
     'colour': 1 + len(COLOURS), 'photo': 1 + len(PHOTOGRAPHS),
 }  # fmt: skip
-WEIGHTS = {'glyph': 1.0, 'key': 1.0, 'place': 1.0, 'shape': 0.3, 'colour': 0.3, 'photo': 0.3}
+WEIGHTS = {'glyph': 1.0, 'key': 1.0, 'place': 1.0, 'shape': 0.5, 'colour': 0.3, 'photo': 0.3}
 EARLY, EARLY_WEIGHT = 2, 0.5  # characters shall be known after so many layers, so that the others can put them together
 BLANK = 0.3  # what patches weigh that show nothing of a kind, of which there are many
 KINDS = {'fine': 0.55, 'medium': 0.27, 'shape': 0.09, 'photo': 0.09}
+WHOLE_KINDS = {'fine': 0.35, 'medium': 0.25, 'shape': 0.28, 'photo': 0.12}  # a shape is larger than a band
 DENSE = 0.7  # of printed tiles are as full as can be
 CROWD = {14: 60, 28: 14}  # entries of these, by their pitch
 BAND = 8  # rows of patches that the ViT sees at a time at first: its attention is learnt sooner, and costs less
@@ -112,7 +113,8 @@ def teach_seeing(lesson: Seeing, plan: Plan, seed: int, console: Console) -> Non
     progress = Progress('seeing', steps, 50, console)
     for step in range(steps):
         banded = step < plan.banded
-        kinds = [str(kind) for kind in rng.choice(list(KINDS), 4 if banded else 2, p=list(KINDS.values()))]
+        shares = KINDS if banded else WHOLE_KINDS
+        kinds = [str(kind) for kind in rng.choice(list(shares), 4 if banded else 2, p=list(shares.values()))]
         if banded:
             kinds[:2] = ['fine', 'medium']
         tiles = [draw_tile(rng, kind) for kind in kinds]

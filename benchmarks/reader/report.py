@@ -34,12 +34,14 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, kinds: Mapping[str, Any]) -> str:
-    head = [title, 'questions', *(f'right at `{way}`' for way in WAYS), 'retained at `auto`', 'tiles at 64 at `auto`']
+    head = [title, 'questions', *(f'right at `{way}`' for way in WAYS)]
+    head += ['points lost at `all`', 'retained at `auto`', 'tiles at 64 at `auto`']
     rows = [
         [
             kind,
             str(lines['none']['questions']),
             *(_interval(lines[way]['right']) for way in WAYS),
+            _interval(lines['all']['lost points']),
             _interval(lines['auto']['retained']),
             f'{lines["auto"]["compressed tiles"]:.0f} %',
         ]

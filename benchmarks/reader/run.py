@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.lib.facts import facts
 from benchmarks.reader.asking import Client, compressed, everywhere, tiles
-from benchmarks.reader.scores import image_threshold
+from benchmarks.reader.scores import calibrate
 from benchmarks.reader.statistics import Resampling, right
 from lmdeploy_vico.evaluation.answers import Answer
 from lmdeploy_vico.evaluation.data import DataSet, Question, read
@@ -38,19 +38,29 @@ Answers = dict[str, dict[str, Answer]]
 
 @dataclass(frozen=True)
 class Set:
-    """Documents to ask about: seed, kinds and numbers of tiles, and whether these are pictures of their own."""
+    """Documents to ask about.
+
+    Attributes:
+        seed: of what is drawn.
+        tiles: how many a picture has, in turn.
+        separate: whether these are pictures of their own.
+        share: how many questions there are, to those of the main set.
+    """
 
     seed: int
     tiles: tuple[int, ...]
     separate: bool = False
+    share: float = 0.5
 
 
 SETS = {
     'one tile': Set(11, (1,)),
-    'several tiles': Set(12, (3, 5)),
+    'several tiles': Set(12, (3, 5), share=1),
     'several pictures': Set(13, (2, 3), separate=True),
-    'calibration': Set(14, (3, 5)),
+    'calibration': Set(14, (3, 5), share=3),
 }
+# Two questions about a picture's tiles of a kind: many pictures, and print does not outnumber the rest.
+PER_KIND = 2
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,11 +85,10 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(run: Path, questions: int, folder: Path, console: Console) -> dict[str, Any]:
     """All tables, as JSON has them."""
-    data = {
-        name: documents(folder, name, each, questions if name == ABLATED else questions // 2)
-        for name, each in SETS.items()
-    }
+    data = {name: documents(folder, name, each, round(each.share * questions)) for name, each in SETS.items()}
+    calibration = calibrate(run / READER, data['calibration'])
     tables: dict[str, Any] = {}
+    hits: dict[str, Any] = {}
     scratch = folder / 'answers'
     scratch.mkdir()
     main_set = data[ABLATED]
@@ -88,19 +97,20 @@ def measure(run: Path, questions: int, folder: Path, console: Console) -> dict[s
         for name in ('one tile', 'several tiles', 'several pictures'):
             answers = client.ask(data[name], everywhere(data[name], 'none', 'auto', 'all'))
             tables[name] = table(data[name].questions, answers)
+            hits[name] = {way: marks(data[name].questions, given) for way, given in answers.items()}
             if name == ABLATED:
                 ours = answers
-        threshold = image_threshold(run / READER, data['calibration'], share(main_set, ours, 'auto'))
-        [whole] = everywhere(main_set, f'image:{threshold:.6f}').values()
+        [whole] = everywhere(main_set, f'image:{calibration.threshold:.6f}').values()
         ours |= client.ask(main_set, {'random': lots(main_set, ours), 'image': whole})
     with ApiServer(run / ROUTED, log=folder / 'vanilla.log') as server:
         theirs = Client(server, console, scratch).ask(main_set, everywhere(main_set, 'none', 'auto', 'all'))
     ours |= {f'vanilla, {way}': answers for way, answers in theirs.items()}
     return {
-        'conditions': {**facts(), 'questions': questions, 'image threshold': threshold},
+        'conditions': {**facts(), 'questions': questions, 'calibration': asdict(calibration)},
         'divergence': json.loads((run / VICO / REPORT).read_text(encoding='utf-8')),
         'router': json.loads((run / READER / REPORT).read_text(encoding='utf-8')),
         'tables': tables,
+        'hits': hits,
         'ablation': ablation(main_set.questions, ours),
     }
 
@@ -108,7 +118,7 @@ def measure(run: Path, questions: int, folder: Path, console: Console) -> dict[s
 def documents(folder: Path, name: str, each: Set, count: int) -> DataSet:
     """Render documents and read them as any data set is read."""
     path = folder / f'{name}.tsv'
-    write_questions(path, each.seed, count, KINDS, each.tiles, each.separate)
+    write_questions(path, each.seed, count, KINDS, each.tiles, each.separate, PER_KIND)
     return read(path)
 
 
@@ -128,14 +138,15 @@ def line(questions: Sequence[Question], answers: dict[str, Answer], full: dict[s
         'questions': len(questions),
         'right': resampling.mean(hits).as_json(),
         'retained': resampling.ratio(hits, before).as_json(),
+        'lost points': resampling.mean(before - hits).as_json(),
         'compressed tiles': round(100 * _share(questions, answers, full), 1),
         'prompt tokens': round(float(np.mean([answers[question.index].prompt_tokens for question in questions]))),
     }
 
 
-def share(data: DataSet, answers: Answers, way: str) -> float:
-    """The share of all prompts' tiles that have 64 visual tokens."""
-    return _share(data.questions, answers[way], answers['none'])
+def marks(questions: Sequence[Question], answers: dict[str, Answer]) -> str:
+    """Question by question, 1 if it was answered rightly and 0 if not."""
+    return ''.join(str(int(hit)) for hit in right(questions, answers))
 
 
 def _share(questions: Sequence[Question], answers: dict[str, Answer], full: dict[str, Answer]) -> float:

@@ -9,10 +9,12 @@ import pytest
 
 from benchmarks.reader.asking import compressed, tiles
 from benchmarks.reader.report import markdown
-from benchmarks.reader.run import RESULTS, ablation, lots, table
+from benchmarks.reader.run import RESULTS, Set, ablation, documents, lots, table
+from benchmarks.reader.scores import calibrate
 from benchmarks.reader.statistics import Resampling, right
 from lmdeploy_vico.evaluation.answers import Answer
 from lmdeploy_vico.evaluation.data import DataSet, Question
+from lmdeploy_vico.reader.shipped import write_reader
 
 
 def question(number, group=0, kind='fine'):
@@ -80,6 +82,18 @@ def test_other_numbers_of_tiles_are_no_comparison():
         ablation(questions, everything(questions, random=3))
 
 
+def test_images_are_compressed_whole_as_often_as_tiles_are(tmp_path):
+    """The threshold found is one that the routing rule itself turns into the share that is wanted, as far as it can."""
+    write_reader(tmp_path / 'reader')
+    data = documents(tmp_path, 'few', Set(31, (1, 3, 5)), 24)
+    found = calibrate(tmp_path / 'reader', data)
+    assert found.pictures == len({one.group for one in data.questions}) > 5
+    assert 0.2 < found.wanted < 0.9 and abs(found.share - found.wanted) < 0.25
+    assert 0 < found.threshold < 1
+    everything = calibrate(tmp_path / 'reader', DataSet('one', data.questions[:1]))
+    assert everything.share in (0, 1), 'one picture is compressed, or it is not'
+
+
 def test_a_table_has_a_line_for_each_kind():
     questions = [question(0), question(1, 1, 'shape')]
     answers = {
@@ -89,7 +103,8 @@ def test_a_table_has_a_line_for_each_kind():
     found = table(questions, answers)
     assert list(found) == ['all kinds', 'fine', 'shape']
     assert found['shape']['all'] == {
-        'questions': 1, 'right': [100.0] * 3, 'retained': [100.0] * 3, 'compressed tiles': 100.0, 'prompt tokens': 276,
+        'questions': 1, 'right': [100.0] * 3, 'retained': [100.0] * 3, 'lost points': [0.0] * 3,
+        'compressed tiles': 100.0, 'prompt tokens': 276,
     }  # fmt: skip
 
 

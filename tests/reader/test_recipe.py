@@ -11,7 +11,7 @@ from lmdeploy_vico.checkpoints.names import GATING, POOLING
 from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
 from lmdeploy_vico.cli import parser
 from lmdeploy_vico.reader import ReaderError, recipe
-from lmdeploy_vico.reader.recipe import Documents, Recipe, Settings, give_router
+from lmdeploy_vico.reader.recipe import Documents, Recipe, Settings, give_router, seed_of
 from lmdeploy_vico.training.model.weights import Tensors
 
 FEW = Settings(documents={name: Documents(2, {'fine': 1.0}, (1, 2)) for name in ('train', 'pages', 'held-out')})
@@ -82,6 +82,16 @@ def test_what_is_done_is_not_done_again(tmp_path, commands):
     make(tmp_path)
     assert [words[0] for words in commands.asked[3:]] == ['lmdeploy_vico.cli'] * 2, 'they go on by themselves'
     assert (tmp_path / 'train.jsonl').read_text() == before and not (tmp_path / 'pictures').exists()
+
+
+def test_a_folder_has_one_seed(tmp_path, commands):
+    make(tmp_path)
+    assert seed_of(tmp_path) == 3
+    with pytest.raises(ReaderError, match='is a run with --seed 3: go on with that, or take another folder'):
+        Recipe(tmp_path, FEW, 4, Console(quiet=True)).make()
+    (tmp_path / 'run.json').write_text('{"seed"')
+    with pytest.raises(ReaderError, match='does not say with which seed the run was begun'):
+        make(tmp_path)
 
 
 def test_documents_are_different_ones(tmp_path, commands):

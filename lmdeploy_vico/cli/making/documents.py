@@ -44,6 +44,12 @@ def add_parser(commands: 'Commands') -> None:
     parser.add_argument(
         '--separate', action='store_true', help='show the tiles of a picture as pictures of their own, in one request'
     )
+    parser.add_argument(
+        '--per-kind',
+        type=int,
+        metavar='N',
+        help="at most N questions about a picture's tiles of one kind (default: all)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -64,9 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f'--tiles: {wrong[0]} is none of {", ".join(map(str, GRIDS))}.')
     if arguments.count < 1:
         raise CommandError('--count: at least 1 question.')
+    if arguments.per_kind is not None and arguments.per_kind < 1:
+        raise CommandError('--per-kind: at least 1 question.')
     try:
         pictures = write_questions(
-            arguments.file, arguments.seed, arguments.count, kinds, arguments.tiles, arguments.separate
+            arguments.file,
+            arguments.seed,
+            arguments.count,
+            kinds,
+            arguments.tiles,
+            arguments.separate,
+            arguments.per_kind,
         )
     except ValueError as error:
         raise CommandError(str(error)) from error

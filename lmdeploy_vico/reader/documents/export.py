@@ -13,8 +13,10 @@ from PIL import Image
 
 from lmdeploy_vico.reader.documents.codes import Split
 from lmdeploy_vico.reader.documents.page import KINDS, Page, make_page
+from lmdeploy_vico.reader.documents.tile import Question
 
 FIRST_TRAINING_SEED = 1000  # documents of lower seeds are never trained on
+PICKED = 1  # beside the seed: draws which questions are asked
 MOST_BLANK = 200  # pictures in a row without any question that has one answer
 COLUMNS = ('index', 'image', 'question', 'answer', 'category')
 
@@ -45,6 +47,7 @@ def write_questions(
     kinds: Sequence[str] = KINDS,
     tiles: Sequence[int] = (1, 3, 5),
     separate: bool = False,
+    per_kind: int | None = None,
 ) -> int:
     """Write ``count`` questions; what one shows stands in the first of its rows, the others name that row.
 
@@ -53,6 +56,7 @@ def write_questions(
         seed, kinds, tiles: as of :func:`pages`.
         count: of questions.
         separate: whether the tiles of a picture are shown as pictures of their own.
+        per_kind: how many questions are asked at most about one picture's tiles of a kind; all of them without it.
 
     Returns:
         How many different pictures, or groups of them, are shown.
@@ -62,7 +66,7 @@ def write_questions(
         OSError: the file cannot be written.
     """
     written = pictures = blank = 0
-    source = pages(seed, kinds, tiles)
+    source, rng = pages(seed, kinds, tiles), np.random.default_rng([seed, PICKED])
     draft = path.with_name(f'{path.name}.part')  # a file that is there is whole
     try:
         with draft.open('w', newline='', encoding='utf-8') as file:
@@ -73,7 +77,7 @@ def write_questions(
                 blank = 0 if page.questions else blank + 1
                 if blank == MOST_BLANK:
                     raise ValueError('pictures of these kinds and numbers of tiles have no question with one answer.')
-                asked = page.questions[: count - written]
+                asked = pick(rng, page.questions, per_kind)[: count - written]
                 for number, question in enumerate(asked):
                     image = shown(page, separate) if number == 0 else str(written)
                     rows.writerow([written + number, image, question.text, question.answer, question.kind])
@@ -83,6 +87,16 @@ def write_questions(
     finally:
         draft.unlink(missing_ok=True)
     return pictures
+
+
+def pick(rng: np.random.Generator, questions: Sequence[Question], per_kind: int | None) -> list[Question]:
+    """At most ``per_kind`` questions of each kind, in their order."""
+    if per_kind is None:
+        return list(questions)
+    ordered = [questions[number] for number in rng.permutation(len(questions))]
+    kinds = {question.kind for question in questions}
+    chosen = [id(each) for kind in kinds for each in [one for one in ordered if one.kind == kind][:per_kind]]
+    return [question for question in questions if id(question) in chosen]
 
 
 def shown(page: Page, separate: bool) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lmdeploy_vico.cli import main
 from lmdeploy_vico.evaluation.data import read
-from lmdeploy_vico.reader.documents.export import pages, write_questions
+from lmdeploy_vico.reader.documents.export import pages, pick, write_questions
 
 
 def picture(question):
@@ -31,6 +32,28 @@ def test_eval_reads_what_is_written(tmp_path):
         assert np.array_equal(picture(found), page.pixels)
 
 
+def test_few_questions_about_each_kind(tmp_path):
+    """They are spread over the entries, and the first of a longer file are those of a shorter one."""
+    long, short = (tmp_path / f'{count}.tsv' for count in (60, 20))
+    pictures = write_questions(long, seed=3, count=60, tiles=(3, 5), per_kind=2)
+    write_questions(short, seed=3, count=20, tiles=(3, 5), per_kind=2)
+    questions = read(long).questions
+    often = Counter((question.group, question.category) for question in questions)
+    assert max(often.values()) == 2 and len({group for group, _ in often}) == pictures
+    drawn = list(itertools.islice(pages(3, ['fine', 'medium', 'shape', 'photo'], [3, 5]), 2 * pictures))
+    places = set()
+    for page in drawn:
+        fine = [question.text for question in page.questions if question.kind == 'fine']
+        places |= {
+            fine.index(question.text)
+            for question in pick(np.random.default_rng(5), page.questions, 2)
+            if question.kind == 'fine'
+        }
+    assert len(places) > 4, 'not only the first entries'
+    first = [(one.text, one.answer, one.pictures) for one in read(short).questions[:-5]]
+    assert first == [(one.text, one.answer, one.pictures) for one in questions[: len(first)]]
+
+
 def test_the_command(tmp_path, capsys):
     path = tmp_path / 'fine.tsv'
     assert main(['documents', str(path), '--count', '7', '--kinds', 'fine', '--tiles', '2']) == 0
@@ -47,6 +70,7 @@ def test_the_command(tmp_path, capsys):
         (['--tiles', '7'], '--tiles: 7 is none of 1, 2, 3, 4, 5, 6.'),
         (['--kinds', 'shape', '--tiles', '2'], 'have no question with one answer'),
         (['--count', '0'], '--count: at least 1 question.'),
+        (['--per-kind', '0'], '--per-kind: at least 1 question.'),
     ],
 )
 def test_refused(tmp_path, capsys, arguments, sentence):

@@ -7,17 +7,18 @@ from rich.console import Console
 
 from benchmarks.reader.asking import Client, everywhere
 from benchmarks.reader.report import TITLES
-from benchmarks.reader.run import RESULTS, SETS, documents, lots, table
+from benchmarks.reader.run import RESULTS, SETS, documents, lots, marks
 from benchmarks.reader.statistics import Resampling, right
 
 pytestmark = [pytest.mark.quality, pytest.mark.server]
 
 QUESTIONS = 300
+OTHERS = 6  # of these may be answered otherwise than in the committed results
 
 
 @pytest.fixture(scope='module')
 def committed():
-    return json.loads(RESULTS.read_text())['tables']
+    return json.loads(RESULTS.read_text())['hits']
 
 
 @pytest.fixture(scope='module')
@@ -32,15 +33,14 @@ def client(reader, tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', TITLES)
-def test_a_table(client, committed, tmp_path, name):
-    """Every share of right answers lies in the committed interval, widened for the smaller number of questions."""
+def test_the_committed_answers(client, committed, tmp_path, name):
+    """The same questions are answered rightly, and wrongly: another processor may round a near tie otherwise."""
     data = documents(tmp_path, name, SETS[name], QUESTIONS)
-    found = table(data.questions, client.ask(data, everywhere(data, 'none', 'auto', 'all')))
-    for kind, lines in found.items():
-        for way, line in lines.items():
-            value, low, high = committed[name][kind][way]['right']
-            _, own_low, own_high = line['right']
-            assert own_low <= high and low <= own_high, (name, kind, way, line['right'], value)
+    answers = client.ask(data, everywhere(data, 'none', 'auto', 'all'))
+    for way, given in answers.items():
+        found, expected = marks(data.questions, given), committed[name][way][:QUESTIONS]
+        others = sum(one != other for one, other in zip(found, expected, strict=True))
+        assert others <= OTHERS, (name, way, others)
 
 
 def test_the_router_is_better_than_lots(client, tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmdeploy_vico.cli.errors import CommandError
 from lmdeploy_vico.launch import ApiServer, ServerError
+from lmdeploy_vico.reader import ReaderError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve the checkpoint, ask about pictures, print tables, stop the server.
 
     Raises:
-        CommandError: no checkpoint is there, a package is missing, or the server did not start.
+        CommandError: no checkpoint is there, a package is missing, or the server did not start or answer.
     """
     from rich.console import Console
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         console = Console()
         # What goes into a file is as wide as it has to be.
         _show(checkpoint, console if console.is_terminal else Console(width=WIDTH))
-    except ServerError as error:
+    except (ServerError, ReaderError) as error:
         raise CommandError(str(error)) from error
     except ImportError as error:
         raise CommandError(f'{error.name} is missing; in a checkout of the plugin: pip install ".[demo]"') from error
@@ -60,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(checkpoint: Path | None, console: 'Console') -> None:
+    import openai  # noqa: F401  (what is missing is said before anything starts)
+
     from lmdeploy_vico.reader.demo import documents, photographs
     from lmdeploy_vico.reader.shipped import write_reader
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.reader import ReaderError
 from lmdeploy_vico.reader.documents.codes import Split
 from lmdeploy_vico.reader.documents.page import make_page
 
@@ -56,10 +57,16 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server said of one request: prompt tokens, seconds to the first token, the answer."""
+    """What the server said of one request.
+
+    Attributes:
+        prompt_tokens: as it counts them.
+        seconds: to the first token; None if it sent none.
+        answer: without space around it.
+    """
 
     prompt_tokens: int
-    seconds: float
+    seconds: float | None
     answer: str
 
 
@@ -90,17 +97,25 @@ def _colour(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def ask_about(url: str, exhibits: Sequence[Exhibit], console: 'Console') -> Replies:
-    """Ask a server about everything at each compression; raises ImportError without openai."""
-    from openai import OpenAI
+    """Ask a server about everything at each compression.
+
+    Raises:
+        ImportError: openai is missing.
+        ReaderError: a request failed.
+    """
+    from openai import APIError, OpenAI
     from rich.progress import track
 
     client = OpenAI(base_url=f'{url}/v1', api_key='none')
-    model = client.models.list().data[0].id
-    _ask(client, model, exhibits[0], 'auto')  # the first request of all warms the server up
-    return [
-        {compression: _ask(client, model, exhibit, compression) for compression in COMPRESSIONS}
-        for exhibit in track(exhibits, description='Asking', console=console, transient=True)
-    ]
+    try:
+        model = client.models.list().data[0].id
+        _ask(client, model, exhibits[0], 'auto')  # the first request of all warms the server up
+        return [
+            {compression: _ask(client, model, exhibit, compression) for compression in COMPRESSIONS}
+            for exhibit in track(exhibits, description='Asking', console=console, transient=True)
+        ]
+    except APIError as error:
+        raise ReaderError(f'The server did not answer: {error.message}') from error
 
 
 def _ask(client: Any, model: str, exhibit: Exhibit, compression: str) -> Reply:
@@ -110,7 +125,8 @@ def _ask(client: Any, model: str, exhibit: Exhibit, compression: str) -> Reply:
     Image.fromarray(exhibit.pixels).save(buffer, 'PNG')
     url = f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
     content = [{'type': 'image_url', 'image_url': {'url': url}}, {'type': 'text', 'text': exhibit.question}]
-    began, first, answer, prompt_tokens = time.perf_counter(), 0.0, '', 0
+    began, answer, prompt_tokens = time.perf_counter(), '', 0
+    first: float | None = None
     for chunk in client.chat.completions.create(
         model=model,
         messages=[{'role': 'user', 'content': content}],
@@ -123,9 +139,9 @@ def _ask(client: Any, model: str, exhibit: Exhibit, compression: str) -> Reply:
         if chunk.usage:
             prompt_tokens = chunk.usage.prompt_tokens
         if chunk.choices and chunk.choices[0].delta.content:
-            first = first or time.perf_counter() - began
+            first = time.perf_counter() - began if first is None else first
             answer += chunk.choices[0].delta.content
-    return Reply(prompt_tokens, first, answer)
+    return Reply(prompt_tokens, first, answer.strip())
 
 
 def tiles_of(replies: Mapping[str, Reply], compression: str) -> tuple[int, int]:
@@ -146,7 +162,8 @@ def counts_table(exhibits: Sequence[Exhibit], replies: Replies) -> 'Table':
         height, width, _ = exhibit.pixels.shape
         counts = (tiles, compressed, tiles - compressed, auto.prompt_tokens, none.prompt_tokens)
         saved = f'{1 - auto.prompt_tokens / none.prompt_tokens:.0%}'
-        table.add_row(exhibit.name, f'{width}x{height}', *map(str, counts), saved, f'{auto.seconds * 1000:.0f} ms')
+        waited = '-' if auto.seconds is None else f'{auto.seconds * 1000:.0f} ms'
+        table.add_row(exhibit.name, f'{width}x{height}', *map(str, counts), saved, waited)
     return table
 
 

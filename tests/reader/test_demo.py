@@ -1,10 +1,24 @@
 """What the demonstration shows: questions with one right answer, and counts that come from the server's usage."""
 
 import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 from rich.console import Console
 
-from lmdeploy_vico.reader.demo import Reply, answers_table, counts_table, documents, photographs, summary, tiles_of
+from lmdeploy_vico.reader import ReaderError
+from lmdeploy_vico.reader.demo import (
+    Reply,
+    answers_table,
+    ask_about,
+    counts_table,
+    documents,
+    photographs,
+    summary,
+    tiles_of,
+)
 from lmdeploy_vico.reader.documents.codes import is_withheld
 
 TEXT = 15  # tokens of a prompt beside its pictures
@@ -41,6 +55,66 @@ def test_photographs_have_no_answer():
 def test_tiles_are_counted_by_tokens():
     [replies] = said(documents()[:1], {})
     assert (tiles_of(replies, 'auto'), tiles_of(replies, 'all'), tiles_of(replies, 'none')) == ((4, 2), (4, 4), (4, 0))
+
+
+class Upstream(BaseHTTPRequestHandler):
+    """A server of one model, which streams an answer with space around it, or nothing, or refuses."""
+
+    answer: str | None = ' 12\n'
+
+    def do_GET(self):
+        self._send('application/json', json.dumps({'object': 'list', 'data': [{'id': 'it', 'object': 'model'}]}))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers['Content-Length']))
+        if self.answer is None:
+            self.send_error(400)
+            return
+        usage = {'prompt_tokens': 70, 'completion_tokens': 1, 'total_tokens': 71}
+        chunks = [{'choices': [{'index': 0, 'delta': {'content': self.answer}}]}, {'choices': [], 'usage': usage}]
+        told = [json.dumps({'id': '1', 'object': 'chat.completion.chunk', 'model': 'it'} | one) for one in chunks]
+        self._send('text/event-stream', ''.join(f'data: {one}\n\n' for one in [*told, '[DONE]']))
+
+    def _send(self, kind, text):
+        self.send_response(200)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def upstream(monkeypatch):
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Upstream)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_answers_have_no_space_around_them(upstream):
+    [said] = ask_about(upstream, documents()[:1], Console(quiet=True))
+    assert {(one.answer, one.prompt_tokens) for one in said.values()} == {('12', 70)}
+    assert all(one.seconds > 0 for one in said.values())
+
+
+def test_an_answer_without_tokens_took_no_time(upstream, monkeypatch):
+    monkeypatch.setattr(Upstream, 'answer', '')
+    exhibits = documents()[:1]
+    replies = ask_about(upstream, exhibits, Console(quiet=True))
+    assert replies[0]['auto'].seconds is None
+    assert ' ms' not in printed(counts_table(exhibits, replies))
+
+
+def test_a_server_that_refuses(upstream, monkeypatch):
+    monkeypatch.setattr(Upstream, 'answer', None)
+    with pytest.raises(ReaderError, match='The server did not answer'):
+        ask_about(upstream, documents()[:1], Console(quiet=True))
 
 
 def test_what_is_printed():

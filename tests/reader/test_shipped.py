@@ -30,6 +30,15 @@ def test_the_command_writes_a_checkpoint(tmp_path, capsys):
     assert 'exists and is not an empty folder: choose another' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    'options, sentence',
+    [(['--seed', '3'], '--seed goes with --train'), (['--train', '--seed', '-1'], '--seed must be 0 or more.')],
+)
+def test_seeds(tmp_path, capsys, options, sentence):
+    assert main(['reader', str(tmp_path / 'reader'), *options]) == 1
+    assert sentence in capsys.readouterr().err and not (tmp_path / 'reader').exists()
+
+
 def test_it_has_the_shape_that_is_trained(reader_config):
     """The shipped config is that of the code, but for what training has chosen."""
     chosen = {'flash_relative_threshold', 'flash_absolute_threshold'}

@@ -50,6 +50,14 @@ def parse_compression(value: object, source: str = 'compression') -> Compression
     raise ValueError(f'{source} must be {COMPRESSIONS}, not {shown(value)}.')
 
 
+def typed(text: str) -> str | float:
+    """What a command line's word is in a request: a number, or a name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class Speedups:
     """Faster ways to compute parts of the ViT, and which of them are on; see vision/model/speedups.py.

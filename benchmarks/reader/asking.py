@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from lmdeploy_vico.choices import typed
 from lmdeploy_vico.evaluation.answers import Answer, AnswerFile
-from lmdeploy_vico.evaluation.arguments import value
 from lmdeploy_vico.evaluation.client import Server, Task, ask_all
 from lmdeploy_vico.evaluation.data import DataSet
 from lmdeploy_vico.evaluation.prompts import Asking
@@ -59,7 +59,7 @@ class Client:
             file = AnswerFile(self._scratch / f'answers-{len(list(self._scratch.iterdir()))}.jsonl', {})
             with file, Progress(console=self._console) as progress:
                 task = progress.add_task('asking', total=len(todo))
-                await ask_all(server, todo, asking, value, CONCURRENCY, file, lambda _: progress.advance(task))
+                await ask_all(server, todo, asking, typed, CONCURRENCY, file, lambda _: progress.advance(task))
         return file.answers
 
 

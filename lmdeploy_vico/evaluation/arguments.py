@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from lmdeploy_vico.bench.arguments import positive
-from lmdeploy_vico.choices import parse_compression
+from lmdeploy_vico.choices import parse_compression, typed
 from lmdeploy_vico.evaluation.rules import RULES
 from lmdeploy_vico.evaluation.scores import NONE
 
@@ -63,15 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def compression(text: str) -> str:
     """A compression as the command line has it; argparse makes a message of the error."""
     try:
-        parse_compression(value(text), '--compression')
+        parse_compression(typed(text), '--compression')
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-def value(text: str) -> str | float:
-    """The value of a compression in a request."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -18,9 +18,9 @@ from lmdeploy_vico import __version__
 from lmdeploy_vico.bench.report.results import OutputFile
 from lmdeploy_vico.bench.report.table import check_plot
 from lmdeploy_vico.bench.servers import check_model
+from lmdeploy_vico.choices import typed
 from lmdeploy_vico.evaluation import EvaluationError, report
 from lmdeploy_vico.evaluation.answers import Answer, AnswerFile
-from lmdeploy_vico.evaluation.arguments import value
 from lmdeploy_vico.evaluation.client import Server, Task, ask_all, tasks
 from lmdeploy_vico.evaluation.data import DataSet, read
 from lmdeploy_vico.evaluation.prompts import Asking, digest
@@ -114,7 +114,7 @@ class Evaluation:
                 there = len(everything) - len(todo)
                 self._say(f'{there} answers are in {path} already, {len(todo)} are asked for.')
             with answers, self._progress(len(todo)) as done:
-                await ask_all(server, todo, asking, value, options.max_concurrency, answers, done)
+                await ask_all(server, todo, asking, typed, options.max_concurrency, answers, done)
         return answers
 
     @contextlib.contextmanager

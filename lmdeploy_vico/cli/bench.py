@@ -28,7 +28,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
     Argparse would give the server's arguments to options that take several values.
     """
-    if argv[:1] not in (['bench'], ['eval']) or '--' not in argv:
+    if argv[:1] not in (['bench'], ['calibrate'], ['eval']) or '--' not in argv:
         return argv, []
     end = argv.index('--')
     return argv[:end], argv[end + 1 :]

@@ -97,6 +97,13 @@ def tasks(data: Sequence[tuple[DataSet, Rule]], compressions: Sequence[str]) -> 
         yield dataset, rule, question, compression
 
 
+def is_answered(task: Task, answers: AnswerFile, asking: Asking) -> bool:
+    """Whether there is an answer to it, and to what the data set asks now."""
+    data, rule, question, compression = task
+    answer = answers.answers.get((data.name, question.index, compression))
+    return answer is not None and answer.asked == digest(question, rule, asking)
+
+
 async def ask_all(
     server: Server,
     todo: Sequence[Task],

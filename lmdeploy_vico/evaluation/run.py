@@ -21,9 +21,9 @@ from lmdeploy_vico.bench.servers import check_model
 from lmdeploy_vico.choices import typed
 from lmdeploy_vico.evaluation import EvaluationError, report
 from lmdeploy_vico.evaluation.answers import Answer, AnswerFile
-from lmdeploy_vico.evaluation.client import Server, Task, ask_all, tasks
+from lmdeploy_vico.evaluation.client import Server, ask_all, is_answered, tasks
 from lmdeploy_vico.evaluation.data import DataSet, read
-from lmdeploy_vico.evaluation.prompts import Asking, digest
+from lmdeploy_vico.evaluation.prompts import Asking
 from lmdeploy_vico.evaluation.rules import choose, named
 from lmdeploy_vico.evaluation.rules.rule import Rule
 from lmdeploy_vico.evaluation.scores import NONE, Result, results
@@ -109,7 +109,7 @@ class Evaluation:
             path = options.output_file.with_name(f'{options.output_file.name}.answers.jsonl')
             answers = AnswerFile(path, dataclasses.asdict(asking))
             everything = list(tasks(self.data, self.compressions))
-            todo = [task for task in everything if not _is_answered(task, answers, asking)]
+            todo = [task for task in everything if not is_answered(task, answers, asking)]
             if answers.answers:
                 there = len(everything) - len(todo)
                 self._say(f'{there} answers are in {path} already, {len(todo)} are asked for.')
@@ -161,10 +161,3 @@ class Evaluation:
             }
         )
         self._say(f'Results: {self.output.path}')
-
-
-def _is_answered(task: Task, answers: AnswerFile, asking: Asking) -> bool:
-    """Whether there is an answer to it, and to what the data set asks now."""
-    data, rule, question, compression = task
-    answer = answers.answers.get((data.name, question.index, compression))
-    return answer is not None and answer.asked == digest(question, rule, asking)

@@ -1,7 +1,7 @@
 """Reads the pictures that are to be shown, as a server would."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -35,20 +35,41 @@ def find(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read(paths: Sequence[Path]) -> Iterator[Image.Image]:
-    """Decode pictures one after another, in a process of its own: upright, on white, within a server's bounds of time.
+def find_by_kind(folder: Path) -> list[tuple[str, Path]]:
+    """All pictures under a folder, each with its kind: the folder inside that it is in, or ``.`` for this one itself.
 
     Raises:
-        InspectionError: a file cannot be read, or is no picture.
+        InspectionError: it is no folder, or there are no pictures.
     """
-    decoder = MediaDecoder(1)
-    try:
-        for path in paths:
-            try:
-                yield asyncio.run(decoder.picture(path.read_bytes(), PictureOptions()))
-            except MediaError as error:
-                raise InspectionError(f'{path}: {error}') from error
-            except OSError as error:
-                raise InspectionError(f'{path} cannot be read: {error.strerror or shown(str(error))}') from error
-    finally:
-        decoder.close()
+    if not folder.is_dir():
+        raise InspectionError(f'{folder} is not a folder.')
+    files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise InspectionError(f'{folder} is a folder without pictures ({", ".join(sorted(SUFFIXES))}).')
+    return [(parts[0] if len(parts := file.relative_to(folder).parts) > 1 else '.', file) for file in files]
+
+
+class PictureReader:
+    """Decodes pictures as a server does, in a process of its own: upright, on white. A context manager."""
+
+    def __enter__(self) -> 'PictureReader':
+        self._decoder = MediaDecoder(1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._decoder.close()
+
+    def read(self, path: Path) -> Image.Image:
+        """Decode a file; raises :class:`InspectionError` where it cannot be read or is no picture."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InspectionError(f'{path} cannot be read: {error.strerror or shown(str(error))}') from error
+        return self.decode(str(path), data)
+
+    def decode(self, name: str, data: bytes) -> Image.Image:
+        """Decode the bytes of a picture; raises :class:`InspectionError`, which begins with its name."""
+        try:
+            return asyncio.run(self._decoder.picture(data, PictureOptions()))
+        except MediaError as error:
+            raise InspectionError(f'{name}: {error}') from error

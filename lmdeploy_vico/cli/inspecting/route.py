@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _routed(arguments: argparse.Namespace, console: 'Console') -> 'list[Routed]':
     from rich.progress import Progress
 
-    from lmdeploy_vico.inspection.pictures import find, read
+    from lmdeploy_vico.inspection.pictures import PictureReader, find
     from lmdeploy_vico.inspection.routed import device_of, route_pictures
     from lmdeploy_vico.vision.encoder import VisionEncoder
 
@@ -97,8 +97,8 @@ def _routed(arguments: argparse.Namespace, console: 'Console') -> 'list[Routed]'
     paths = find(arguments.images)
     VicoConfig.from_pretrained(arguments.model)  # what is wrong is said before anything is loaded
     encoder = VisionEncoder.from_pretrained(arguments.model, device_of(arguments.device))
-    pictures = zip(map(str, paths), read(paths), strict=True)
-    with Progress(console=console, transient=True) as progress:
+    with PictureReader() as reader, Progress(console=console, transient=True) as progress:
+        pictures = ((str(path), reader.read(path)) for path in paths)
         task = progress.add_task('routing', total=1 if arguments.together else len(paths))
         return route_pictures(encoder, pictures, compression, arguments.together, lambda: progress.advance(task))
 

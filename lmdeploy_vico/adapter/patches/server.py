@@ -128,18 +128,19 @@ def notice_clients_that_leave(call: Call) -> None:
 
 
 def show_image_tokens(target: Target) -> None:
-    """Add ``image_tokens`` to the usage that LMDeploy reports, 0 for prompts without images.
+    """Add ``image_tokens`` and counts of tiles to the usage that LMDeploy reports, 0 for prompts without images.
 
-    pydantic drops what a subclass adds, so the field is added to LMDeploy's class and the classes that embed it are
-    built again; its value is read from the request that is being served.
+    pydantic drops what a subclass adds, so the fields are added to LMDeploy's class and the classes that embed it are
+    built again; their values are read from the request that is being served.
     """
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    from lmdeploy_vico.adapter.server.usage import FIELD, served_image_tokens
+    from lmdeploy_vico.adapter.server.usage import FIELDS
 
     details, protocol = target.value, target.owner
-    details.model_fields[FIELD] = FieldInfo(annotation=int, default_factory=served_image_tokens)
+    for name, count in FIELDS.items():
+        details.model_fields[name] = FieldInfo(annotation=int, default_factory=count)
     with_usage = [
         model
         for model in vars(protocol).values()

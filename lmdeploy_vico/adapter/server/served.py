@@ -5,7 +5,7 @@ a file of half a megabyte.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -30,7 +30,7 @@ class ServedRequest:
     Attributes:
         client: its API key, or else its address: each client gets a fair share of what fetches and decodes.
         client_gone: whether the client has closed the connection.
-        image_tokens: visual tokens of its prompt.
+        tile_tokens: visual tokens of each tile of its prompt.
         pending: work that is cancelled when the client leaves.
         admission: the place in the vision stage that is held while the request is prepared.
         preparing: how many of its choices are being prepared.
@@ -42,7 +42,7 @@ class ServedRequest:
 
     client: str = ''
     client_gone: bool = False
-    image_tokens: int = 0
+    tile_tokens: Sequence[int] = ()
     pending: set[Work[Any]] = field(default_factory=set)
     admission: Admission | None = None
     preparing: int = 0

@@ -1,24 +1,48 @@
-"""``usage.prompt_tokens_details.image_tokens``: how many of a prompt's tokens are visual.
+"""``usage.prompt_tokens_details``: how many of a prompt's tokens are visual, of how many tiles, and what was saved.
 
-The field is added to LMDeploy's class by ``adapter/patches/server.py``.
+The fields are added to LMDeploy's class by ``adapter/patches/server.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from lmdeploy_vico.adapter.handover import Span
 from lmdeploy_vico.adapter.server.served import served_request
+from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
+from lmdeploy_vico.stage.jobs import EncodedImage
 
-FIELD = 'image_tokens'
 
-
-def count_image_tokens(spans: Sequence[Span]) -> None:
-    """Note how many visual tokens the prompt of the request that is served has."""
+def count_tiles(images: Sequence[EncodedImage]) -> None:
+    """Note how many visual tokens each tile of the prompt of the request that is served has."""
     request = served_request()
     if request is not None:
-        request.image_tokens = sum(map(len, spans))
+        request.tile_tokens = [count for image in images for count in image.tokens.tile_tokens]
 
 
-def served_image_tokens() -> int:
-    """The visual tokens of the prompt of the request that is being served; 0 outside a request."""
+def _tile_tokens() -> Sequence[int]:
+    """Those of the request that is being served; empty outside a request."""
     request = served_request()
-    return 0 if request is None else request.image_tokens
+    return () if request is None else request.tile_tokens
+
+
+def _image_tokens() -> int:
+    return sum(_tile_tokens())
+
+
+def _image_tiles() -> int:
+    return len(_tile_tokens())
+
+
+def _compressed_tiles() -> int:
+    return sum(count == TOKENS_COMPRESSED for count in _tile_tokens())
+
+
+def _image_tokens_saved() -> int:
+    return TOKENS_FULL * _image_tiles() - _image_tokens()
+
+
+# By the names of the fields, what they say of the request that is being served.
+FIELDS: Mapping[str, Callable[[], int]] = {
+    'image_tokens': _image_tokens,
+    'image_tiles': _image_tiles,
+    'compressed_tiles': _compressed_tiles,
+    'image_tokens_saved': _image_tokens_saved,
+}

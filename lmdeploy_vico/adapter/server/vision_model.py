@@ -24,7 +24,7 @@ from lmdeploy_vico.adapter.server.placement.start import start_vision_side
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
 from lmdeploy_vico.adapter.server.request import VicoRequest, parse_processor_kwargs, parse_request, require_text
 from lmdeploy_vico.adapter.server.served import admitted, served_request
-from lmdeploy_vico.adapter.server.usage import count_image_tokens
+from lmdeploy_vico.adapter.server.usage import count_tiles
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.patching import Trigger, register
@@ -203,7 +203,7 @@ class VicoVisionModel(VisionModel):
             raise RequestError(ErrorCode.INTERNAL_ERROR, str(error)) from error
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._assembling, self._assemble, input_prompt, images)
-        count_image_tokens(prompt['multimodal'])
+        count_tiles(images)
         return prompt
 
     def _submit(self, request: VicoRequest) -> 'Future[list[EncodedImage]]':

@@ -1,4 +1,4 @@
-"""The field of LMDeploy's usage that counts visual tokens; in its own process, as it changes LMDeploy's classes."""
+"""The fields of LMDeploy's usage that count visual tokens and tiles; in a process of its own, as it changes classes."""
 
 import json
 import subprocess
@@ -9,12 +9,13 @@ from waiting import HANG
 CODE = """
 import asyncio
 from lmdeploy.serve.openai import protocol
-from lmdeploy_vico.adapter.handover import Span
 from lmdeploy_vico.adapter.server.body import Bounds
 from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware
-from lmdeploy_vico.adapter.server.usage import count_image_tokens
+from lmdeploy_vico.adapter.server.usage import count_tiles
 from lmdeploy_vico.media.memory import MemoryBudget
 from lmdeploy_vico.patching import Trigger, register
+from lmdeploy_vico.stage.jobs import EncodedImage
+from lmdeploy_vico.vision.projection import VisualTokens
 
 def answers():
     usage = protocol.UsageInfo.build(prompt_tokens=9, completion_tokens=2, cached_tokens=4)
@@ -33,7 +34,7 @@ def client():
 
 async def app(scope, receive, send):
     async def choice():
-        count_image_tokens([Span(None, 3, 5, 'a'), Span(None, 5, 8, 'b')])
+        count_tiles([EncodedImage(VisualTokens(None, tokens, []), []) for tokens in ([64, 256, 64], [64])])
     await asyncio.gather(choice(), choice())  # of one prompt
     answers()
 
@@ -58,8 +59,10 @@ def test_image_tokens_where_a_vico_model_is_served():
     before, served_before, *after = lines
     assert before == served_before and 'image_tokens' not in before
 
-    def with_field(count):
-        return before.replace('{"cached_tokens":4}', f'{{"cached_tokens":4,"image_tokens":{count}}}')
+    def with_fields(*counts):
+        names = 'image_tokens', 'image_tiles', 'compressed_tiles', 'image_tokens_saved'
+        fields = ''.join(f',"{name}":{count}' for name, count in zip(names, counts, strict=True))
+        return before.replace('{"cached_tokens":4}', f'{{"cached_tokens":4{fields}}}')
 
-    assert after == [with_field(0), with_field(5)] * 2
+    assert after == [with_fields(0, 0, 0, 0), with_fields(448, 4, 3, 576)] * 2
     assert all(json.loads(part)['model'] == 'm' for part in before.split())

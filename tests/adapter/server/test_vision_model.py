@@ -170,7 +170,7 @@ def test_every_decision_is_taken_once(model, processor, calls, video):
     assert prompt['prompt'] == f'[user]{one}a{frames}{one}b'
     visual = 256 * (3 + 3 + 3)
     assert prompt['input_ids'].count(IMAGE_TOKEN) == sum(map(len, prompt['multimodal'])) == visual
-    assert client.image_tokens == visual and client.admission is None and not client.pending
+    assert sum(client.tile_tokens) == visual and client.admission is None and not client.pending
 
 
 def test_choices_share_their_place_and_decide_each_for_itself(model, processor, calls):

@@ -27,6 +27,9 @@ class Experiment:
 
 Compression: TypeAlias = Literal['auto', 'none', 'all'] | float | Experiment
 
+# Whose tiles are compared with each other: those of all images of a prompt (the published rule), or of one image.
+ROUTING_SCOPES = ('prompt', 'image')
+
 COMPRESSIONS = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
 EXPERIMENT = re.compile(r'(random|image):(\d*\.?\d+)')
 

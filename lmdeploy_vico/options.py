@@ -13,6 +13,7 @@ from typing import Any
 from lmdeploy_vico.choices import (
     COMPRESSIONS,
     NO_SPEEDUPS,
+    ROUTING_SCOPES,
     SPEEDUPS,
     Compression,
     Speedups,
@@ -85,6 +86,12 @@ def _parse_kernels(value: Any) -> str:
     return str(value)
 
 
+def _parse_scope(value: Any) -> str:
+    if value not in ROUTING_SCOPES:
+        raise ValueError(value)
+    return str(value)
+
+
 def _parse_devices(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(value)
@@ -106,6 +113,7 @@ def _parse_directory(value: Any) -> str:
 COMPRESSION = Kind(COMPRESSIONS, parse_compression)
 FLAG = Kind('0, 1, true or false', _parse_flag)
 KERNELS = Kind(f'one of {", ".join(CHOICES)}', _parse_kernels, numeric=False)
+SCOPES = Kind(f'one of {", ".join(ROUTING_SCOPES)}', _parse_scope, numeric=False)
 DEVICES = Kind('"auto", or devices like "cuda:0", "cuda:0,cuda:1" or "cpu"', _parse_devices, numeric=False)
 SECONDS = Kind('a number above 0', _seconds)
 DIRECTORY = Kind('a directory that exists, or empty', _parse_directory, numeric=False)
@@ -147,6 +155,14 @@ class Options:
         COMPRESSION,
         'auto',
         'How much is compressed for requests that do not say. `auto` follows the thresholds of the checkpoint.',
+    )
+    routing_scope: str = _option(
+        SCOPES,
+        'prompt',
+        'Which tiles are compared with each other. `prompt`, the published rule: those of all images of a prompt. An '
+        'image in a later turn of a conversation can then route earlier ones otherwise, and the prefix cache does not '
+        'find what follows them. `image`: those of each image, or video, by itself, so that it is the same in every '
+        'turn; an image of one tile is then not compressed by `auto`.',
     )
     max_tiles: int = _option(
         _at_least(1),

@@ -38,6 +38,7 @@ class Rules:
         synthetic: whether an image item may ask for visual tokens that are made up.
         media_ids: whether an item may have a "uuid" in the place of its url.
         max_images, max_videos, max_prompt_tiles: the most of each in a prompt; None for any number.
+        routing_scope: ``prompt``, or ``image`` to route every image and video by itself.
     """
 
     tiling: Tiling
@@ -49,6 +50,7 @@ class Rules:
     max_images: int | None = None
     max_videos: int | None = None
     max_prompt_tiles: int | None = None
+    routing_scope: str = 'prompt'
 
 
 @dataclass(frozen=True)

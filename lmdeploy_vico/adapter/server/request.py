@@ -12,6 +12,7 @@ from typing import Any
 from lmdeploy_vico.adapter.server.forms.parts import MEDIA_KEYS
 from lmdeploy_vico.adapter.server.items import (
     MEDIA_ROLES,
+    ImageItem,
     Item,
     MediaItem,
     Rules,
@@ -198,6 +199,8 @@ def parse_request(
         if isinstance(content, str):
             return Message(sent, content)
         items = tuple(parse_item(item, index, role, video_options, rules, limit) for item in content)
+        if rules.routing_scope == 'image':
+            items = tuple(_by_itself(item, compression) for item in items)
         for item in items:
             if isinstance(item, TextItem) and not (raw and index == 0 and item is items[0] and item.is_ids):
                 require_text(item.string)
@@ -209,6 +212,13 @@ def parse_request(
     request = VicoRequest(parsed, compression, rules.session_len, rules.max_prompt_tiles, salt)
     _require_allowed(request, rules)
     return request
+
+
+def _by_itself(item: Item, compression: Compression) -> Item:
+    """An image or video with a compression of its own, by which it is routed alone; anything else as it is."""
+    if isinstance(item, ImageItem | VideoItem) and item.compression is None:
+        return replace(item, compression=compression)
+    return item
 
 
 def require_text(text: str) -> None:

@@ -5,6 +5,7 @@ from PIL import Image
 
 from lmdeploy_vico.adapter.server.items import ImageItem, Rules, TextItem, VideoItem
 from lmdeploy_vico.adapter.server.request import parse_request
+from lmdeploy_vico.stage.jobs import routing_groups
 from lmdeploy_vico.vision.tiling import Tiling
 
 TEXT = {'type': 'text', 'text': 'x'}
@@ -269,3 +270,23 @@ def test_an_images_own_compression_counts():
     own = {'type': 'image_url', 'image_url': {'url': 'x', 'compression': 'none'}}
     with pytest.raises(ValueError, match=f'at least {3 * 256 + 3 * 64} visual tokens'):
         decoded(parsed(user(own, IMAGE), session_len=900), (896, 448))
+
+
+def groups(scope, *content, asked='auto'):
+    """Which jobs of a prompt are routed together, and by what."""
+    rules = Rules(Tiling(1, 12), 40, session_len=6400, routing_scope=scope)
+    request = parse_request([user(*content)], None, {'image': {'compression': asked}}, rules)
+    picture = Image.new('RGB', (896, 448))
+    jobs = [
+        item.jobs([picture] * 2 if isinstance(item, VideoItem) else picture, number)
+        for number, item in enumerate(request.media)
+    ]
+    return routing_groups(request.decoded(jobs).pictures, request.compression)
+
+
+def test_images_are_routed_by_themselves_where_the_server_says_so():
+    own = {'type': 'image_url', 'image_url': {'url': 'x', 'compression': 'none'}}
+    content = IMAGE, VIDEO, own, IMAGE
+    assert groups('prompt', *content) == [([0, 1, 2, 4], 'auto'), ([3], 'none')]
+    assert groups('image', *content) == [([0], 'auto'), ([1, 2], 'auto'), ([3], 'none'), ([4], 'auto')]
+    assert groups('image', IMAGE, IMAGE, asked=0.5) == [([0], 0.5), ([1], 0.5)]

@@ -124,6 +124,7 @@ def _rules(config: VicoConfig, options: Options) -> Rules:
         max_images=options.max_images,
         max_videos=options.max_videos,
         max_prompt_tiles=options.max_prompt_tiles,
+        routing_scope=options.routing_scope,
     )
 
 
@@ -186,8 +187,9 @@ def _log_start(
         options.cache_bytes / GIB,
     )
     logger.info(
-        'compression %s (thresholds: quantile %g, score %g), at most %d tiles per image',
-        *(options.compression, config.relative_threshold, config.absolute_threshold, options.max_tiles),
+        'compression %s (thresholds: quantile %g, score %g; routed by %s), at most %d tiles per image',
+        *(options.compression, config.relative_threshold, config.absolute_threshold),
+        *(options.routing_scope, options.max_tiles),
     )
 
 

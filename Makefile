@@ -18,7 +18,7 @@ PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-reader kernel-resources clean
+.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-reader test-system kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -72,7 +72,7 @@ test-servers: $(STAMP)
 
 test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults' --ignore=tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults and not system' --ignore=tests/serving
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)
@@ -82,6 +82,9 @@ test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its 
 
 test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (5 minutes)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader
+
+test-system: $(STAMP) ## Have a real Prometheus scrape a server (apt-get install prometheus; 2 minutes)
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m system tests/system
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(ON_GPU) $(BIN)/python -m pytest tests/kernels

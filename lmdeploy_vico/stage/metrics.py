@@ -54,6 +54,11 @@ class StageMetrics:
             'Results copied more slowly because the pinned host memory was full, by kind: tiles or prompts.',
             ['results'],
         )
+        # Series that are there from the start: a rate over one that appears with its first event misses that event.
+        for resolution in ('full', 'compressed'):
+            self.tiles.labels(resolution)
+        for results in ('tiles', 'prompts'):
+            self.pinned_overflows.labels(results)
         self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Bytes of host memory that cached tiles use.')
 
     def count_tiles(self, tile_tokens: Sequence[int]) -> None:

@@ -5,15 +5,14 @@ import re
 import urllib.request
 from pathlib import Path
 
-import pytest
 import yaml
 from parity.conversations import on_the_wire
 from serving.configurations import CACHING
 from waiting import HANG
 
 DEPLOY = Path(__file__).parents[3] / 'docs' / 'deploy'
-SERIES = re.compile(r'\b(?:vico|lmdeploy):\w+')
-LABELS = re.compile(r'(\b(?:vico|lmdeploy):\w+)\{(\w+)="(\w+)"')
+SERIES = re.compile(r'__name__=~"(vico|lmdeploy)\[:_\](\w+)"')
+LABELS = re.compile(SERIES.pattern + r',(\w+)="(\w+)"')
 
 pytestmark = CACHING
 
@@ -31,9 +30,9 @@ def test_every_series_exists(client, prompts):
     with urllib.request.urlopen(f'{client.server.url}/metrics', timeout=HANG) as response:
         text = response.read().decode()
     there = {line.partition(' ')[0].partition('{')[0] for line in text.splitlines() if not line.startswith('#')}
-    wanted = [series for expression in expressions() for series in SERIES.findall(expression)]
+    wanted = [f'{room}:{name}' for expression in expressions() for room, name in SERIES.findall(expression)]
     assert len(wanted) > 30
     assert set(wanted) <= there
     for expression in expressions():
-        for series, label, value in LABELS.findall(expression):
-            assert re.search(rf'^{series}{{[^}}]*{label}="{value}"', text, re.MULTILINE), (series, label, value)
+        for room, name, label, value in LABELS.findall(expression):
+            assert re.search(rf'^{room}:{name}{{[^}}]*{label}="{value}"', text, re.MULTILINE), (name, label, value)

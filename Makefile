@@ -83,7 +83,7 @@ test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its 
 test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (5 minutes)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader
 
-test-system: $(STAMP) ## Have a real Prometheus scrape a server (apt-get install prometheus; 2 minutes)
+test-system: $(STAMP) ## Look at a server with a real Prometheus and Chromium (3 minutes; needs both)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m system tests/system
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device

@@ -305,6 +305,14 @@ class Options:
         'pay on a GPU. None has been measured yet, so all are off.',
         'empty',
     )
+    page: bool = _option(
+        FLAG,
+        False,
+        'Serve a page at `/vico` that shows what the router makes of pictures, answers at several compressions side by '
+        'side, and counters. The page is public and holds no data; what it asks, `POST /vico/route` among it, needs '
+        'the API key, and has the limits of any request.',
+        '0',
+    )
     dummy_weights: bool = _option(
         FLAG,
         False,

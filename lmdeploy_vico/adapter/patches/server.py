@@ -117,14 +117,25 @@ def say_when_to_retry(call: Call) -> Any:
 def notice_clients_that_leave(call: Call) -> None:
     """Let the server of a ViCO model read bodies within bounds, and cancel the work for clients that have gone.
 
+    It gets the page at ``/vico`` here, too, if that is asked for.
+
     Attached to a function that every server calls with its application, after its model has been started.
     """
     from lmdeploy_vico.adapter.server.disconnect import DisconnectMiddleware, watched_bounds
+    from lmdeploy_vico.adapter.server.page.routes import add_page
 
     call.proceed()
     bounds = watched_bounds()
     if bounds is not None:
         call['app'].add_middleware(DisconnectMiddleware, bounds=bounds)
+        add_page(call['app'])
+
+
+def open_the_page(call: Call) -> Any:
+    """Show the page at ``/vico`` to everybody, if the server has it; what the page asks needs a key as ever."""
+    from lmdeploy_vico.adapter.server.page.routes import is_open
+
+    return call.instance.app(call['scope'], call['receive'], call['send']) if is_open(call['scope']) else call.proceed()
 
 
 def show_image_tokens(target: Target) -> None:
@@ -266,6 +277,15 @@ PATCHES = (
         'would be encoded, and hold up those of others.',
         until='LMDeploy cancels preprocess on a disconnect, and bounds the bodies of requests.',
         process='server',
+    ),
+    Patch(
+        open_the_page,
+        'lmdeploy.serve.utils.server_utils:AuthenticationMiddleware.__call__',
+        '(self, scope, receive, send)',
+        why='A browser asks for a page without a key. It is public and holds no data.',
+        until='LMDeploy has public routes beside those it knows.',
+        process='server',
+        trigger=Trigger.MODEL,
     ),
     Patch(
         show_image_tokens,

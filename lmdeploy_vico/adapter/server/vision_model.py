@@ -20,6 +20,7 @@ from lmdeploy_vico.adapter.server.forms.texts import TextBound, in_thread
 from lmdeploy_vico.adapter.server.items import parse_media_io_kwargs
 from lmdeploy_vico.adapter.server.lifecycle.state import set_lifecycle
 from lmdeploy_vico.adapter.server.overload import OverloadError
+from lmdeploy_vico.adapter.server.page.routes import offer_page
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
 from lmdeploy_vico.adapter.server.request import VicoRequest, parse_processor_kwargs, parse_request, require_text
@@ -79,9 +80,11 @@ class VicoVisionModel(VisionModel):
         self.backend_config = backend_config
         side = start_vision_side(self.model_path, self.hf_config, backend_config)
         self.stage, self.rules, self.loader, self._synthetic = side.stage, side.rules, side.loader, side.synthetic
-        self._memory, self.media_store = side.memory, side.media_store
+        self._memory, self.media_store, self.thresholds = side.memory, side.media_store, side.thresholds
         watch_clients(Bounds(side.memory, side.max_body_bytes))
         set_lifecycle(side.lifecycle)
+        if side.page:
+            offer_page(self)
         # Not the loop's default pool, where finished prompts would wait behind other requests' decoding.
         self._assembling = ThreadPoolExecutor(ASSEMBLY_THREADS, thread_name_prefix='vico-assemble')
 

@@ -49,6 +49,8 @@ class VisionSide:
         synthetic: makes visual tokens up; None where that is not allowed.
         media_store: keeps what clients name by ids.
         lifecycle: of the server; None for a pipeline.
+        thresholds: of the routing rule, relative and absolute.
+        page: whether there is a page at ``/vico``.
     """
 
     stage: VisionStage
@@ -59,6 +61,8 @@ class VisionSide:
     synthetic: SyntheticEncoder | None
     media_store: MediaStore
     lifecycle: Lifecycle | None
+    thresholds: tuple[float, float]
+    page: bool
 
 
 def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> VisionSide:
@@ -108,6 +112,8 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
             else None,
             MediaStore(options.media_store_bytes),
             Lifecycle(options.shutdown_grace, options.exit_on_engine_death) if limited else None,
+            (config.relative_threshold, config.absolute_threshold),
+            options.page and limited,
         )
     except Exception:
         stage.close()

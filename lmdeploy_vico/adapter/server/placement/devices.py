@@ -86,6 +86,11 @@ def parallelism(engine: PytorchEngineConfig) -> 'DistConfig':
     return DistConfig.from_engine_config(engine)
 
 
+def here_alone(engine: PytorchEngineConfig, dist: 'DistConfig') -> bool:
+    """Return whether all ranks of this server run on this machine: not where a Ray cluster places them."""
+    return not (_uses_ray(engine, dist) and _running_ray_cluster(engine) is not None)
+
+
 def _uses_ray(engine: PytorchEngineConfig, dist: 'DistConfig') -> bool:
     from lmdeploy.pytorch.engine.executor import get_distributed_executor_backend
 

@@ -15,6 +15,7 @@ from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.lifecycle.state import Lifecycle
 from lmdeploy_vico.adapter.server.placement.devices import vision_devices
 from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
+from lmdeploy_vico.adapter.server.placement.parallel import require_parallelism
 from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
 from lmdeploy_vico.adapter.server.placement.replicas import Replicas
 from lmdeploy_vico.adapter.server.placement.weights import open_weights
@@ -80,6 +81,7 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
     began = time.perf_counter()
     options = Options.load(backend_config.hf_overrides)
     use(options.kernels)
+    require_parallelism(hf_config.llm_config, backend_config)
     weights = open_weights(model_path, hf_config, backend_config, options)
     config = read_config(model_path, backend_config.hf_overrides)
     config = replace(config, max_tiles=min(config.max_tiles, options.max_tiles))

@@ -1,0 +1,76 @@
+"""Whether the engine can be split as the operator asks, said before anything is loaded."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmdeploy_vico.adapter.server.placement.devices import here_alone, parallelism
+from lmdeploy_vico.options import OptionError
+
+if TYPE_CHECKING:
+    from lmdeploy.messages import PytorchEngineConfig
+
+VOCABULARY_PADDING = 64  # LMDeploy pads the vocabulary to a multiple of it before it is split
+MOST = 64  # ranks that are tried for the list of what works
+HEADS, KEY_VALUE = 'attention heads', 'key-value heads'
+
+
+def require_parallelism(llm: Any, engine: 'PytorchEngineConfig') -> None:
+    """Refuse numbers of ranks that do not divide the language model, or for which there are no devices.
+
+    Args:
+        llm: the language model's config, of ``transformers``.
+        engine: LMDeploy's config.
+
+    Raises:
+        OptionError: the message says what does not fit, and what works.
+    """
+    try:
+        dist = parallelism(engine)
+    except AssertionError as error:
+        raise OptionError(
+            f'--tp {engine.tp}, --dp {engine.dp} and --ep {engine.ep} do not fit each other: {error}.'
+        ) from error
+    _require_split('--tp', dist.attn_tp, attention_parts(llm))
+    _require_split('--tp', dist.moe_tp, expert_columns(llm))
+    _require_split('--ep', dist.ep, experts(llm))
+    devices = torch.cuda.device_count()
+    if torch.cuda.is_available() and here_alone(engine, dist) and dist.attn_tp > devices:
+        raise OptionError(f'--tp {dist.attn_tp} needs as many devices, and this server sees {devices}.')
+
+
+def attention_parts(llm: Any) -> dict[str, int]:
+    """What the ranks of attention, and of the vocabulary, share."""
+    padded = -(-llm.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    return {HEADS: llm.num_attention_heads, KEY_VALUE: llm.num_key_value_heads, 'padded vocabulary entries': padded}
+
+
+def expert_columns(llm: Any) -> dict[str, int]:
+    """What the ranks of a mixture of experts share: empty for a dense model."""
+    columns = getattr(llm, 'moe_intermediate_size', None)
+    return {'columns of an expert': columns} if columns else {}
+
+
+def experts(llm: Any) -> dict[str, int]:
+    """What expert-parallel ranks share: empty for a dense model."""
+    count = getattr(llm, 'num_experts', None)
+    return {'experts': count} if count else {}
+
+
+def _require_split(option: str, ranks: int, parts: Mapping[str, int]) -> None:
+    for name, count in parts.items():
+        if not _splits(name, count, ranks):
+            works = ', '.join(map(str, _working(parts)))
+            raise OptionError(f'{option} {ranks} does not work: {ranks} ranks cannot share {count} {name}. {works} do.')
+
+
+def _splits(name: str, count: int, ranks: int) -> bool:
+    """Whether each of so many ranks gets as much; where there are fewer key-value heads than ranks they are copied."""
+    return ranks % count == 0 if name == KEY_VALUE and count < ranks else count % ranks == 0
+
+
+def _working(parts: Mapping[str, int]) -> Iterator[int]:
+    for ranks in range(1, MOST + 1):
+        if all(_splits(name, count, ranks) for name, count in parts.items()):
+            yield ranks

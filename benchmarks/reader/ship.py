@@ -1,6 +1,8 @@
 """Makes the reader of a run the one that comes with the package.
 
 python -m benchmarks.reader.ship RUN
+
+Run it in the checkout that has made the run: its commit is noted.
 """
 
 import argparse
@@ -20,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path, metavar='RUN', help='the folder of `lmdeploy-vico reader RUN --train`')
     arguments = parser.parse_args()
+    made = facts()  # before the tree changes: the commit is that which is checked out
     source = arguments.run / READER
     if not (source / 'report.json').is_file():
         raise SystemExit(f'{source} is not the checkpoint of a complete run.')
@@ -30,7 +33,7 @@ def main() -> None:
         shutil.copyfile(file, FOLDER / file.name)
     (FOLDER / REMOTE_CODE).unlink()  # it is in the package already
     command = f'lmdeploy-vico reader RUN --train --seed {seed_of(arguments.run)}'
-    write_json(FOLDER / MADE, {'command': command, **facts()})
+    write_json(FOLDER / MADE, {'command': command, **made})
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The configurations of tensor-parallel servers that are tried: every pair of two settings' values is in one of them."""
+"""The tensor-parallel servers that are tried: every pair of two settings' values is in one of them."""
 
 from dataclasses import dataclass, fields
 from typing import Any

@@ -39,9 +39,9 @@ def start(ranks: int, address: str | None = None) -> None:
     except ValueError as error:
         if 'existing cluster' not in str(error):
             raise
-        logger.info('Ray: the ranks run in the cluster that runs already, one on each of %d logical GPUs', ranks)
+        logger.info('Ray: ranks (%d) run in the cluster that runs already, each on a logical GPU', ranks)
     else:
-        logger.info('Ray: a cluster of %d logical GPUs was started for this engine, one for each rank', ranks)
+        logger.info('Ray: ranks (%d) run in a cluster that was started for them, each on a logical GPU', ranks)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def wait_for_nodes(environment: dict[str, str], count: int) -> None:
 def test_answers_are_right(cluster, serve_ranks, make_checkpoint, prompts, judge):
     environment, nodes = cluster
     server = serve_ranks(make_checkpoint(), '--tp', '2', '--distributed-executor-backend', 'ray', **environment)
-    assert 'the ranks run in the cluster that runs already' in server.log_text()
+    assert 'ranks (2) run in the cluster that runs already' in server.log_text()
     assert processes.ranks(server.pid, 'ray') == []  # they are not the server's processes, but the nodes'
     assert [len(processes.ranks(one.pid, 'ray')) for one in nodes] == [1, 1]
     check_answers([Client(server)], prompts, judge().check)

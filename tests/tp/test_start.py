@@ -10,7 +10,7 @@ from tp import processes
 @pytest.mark.server
 def test_ray_runs_the_ranks(serve_ranks, make_checkpoint, prompts, judge):
     server = serve_ranks(make_checkpoint(), '--tp', '2', '--distributed-executor-backend', 'ray')
-    assert server.log_text().count('a cluster of 2 logical GPUs was started for this engine') == 1
+    assert server.log_text().count('ranks (2) run in a cluster that was started for them') == 1
     workers = processes.ranks(server.pid, 'ray')
     assert len(workers) == 2
     assert [worker.environ()['CUDA_VISIBLE_DEVICES'] for worker in workers] == ['', '']

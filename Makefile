@@ -18,7 +18,7 @@ PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-reader test-system kernel-resources clean
+.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-reader test-system test-tp kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -72,13 +72,16 @@ test-servers: $(STAMP)
 
 test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults and not system' --ignore=tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults and not system and not tp' --ignore=tests/serving
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)
 
 test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its engine (15 minutes; VICO_FAULTS=100 for fewer attacks)
 	@VICO_FAULTS=$${VICO_FAULTS:-1000} $(ON_CPU) OMP_NUM_THREADS=1 timeout 900 $(BIN)/python -m pytest -s -m faults tests/faults
+
+test-tp: $(STAMP) ## Serve with 2 and 4 ranks, both executors, two nodes, killed ranks (10 servers; 25 minutes on 2 quiet cores)
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m tp tests/tp
 
 test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (5 minutes)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader

@@ -75,6 +75,11 @@ class CpuOpsBackend(DefaultOpsBackend):
         return 'gloo'
 
     @staticmethod
+    def support_ray() -> bool:
+        """Ray's executor runs where it is asked for, see :mod:`lmdeploy_vico.cpu.ray_patches`."""
+        return True
+
+    @staticmethod
     def device_count() -> int | None:
         """No limit on the ranks of a host."""
         return None

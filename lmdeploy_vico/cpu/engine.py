@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lmdeploy_vico.cpu import memory
+from lmdeploy_vico.cpu import gathering, memory
 from lmdeploy_vico.cpu.stand_ins import TorchView
 from lmdeploy_vico.patching import Call, Patch, Target, Trigger, register
 
@@ -92,6 +92,23 @@ def build_layer_on_cpu(call: Call) -> Any:
     return call.proceed(device='cpu') if call['device'] is None else call.proceed()
 
 
+def gather_unevenly(call: Call) -> Any:
+    """Gather the tokens of ranks that have different numbers of them."""
+    gathered = gathering.gather(call['x'], call['tp_sizes'], call['group'])
+    return (gathered, gathering.Done()) if call['async_op'] else gathered
+
+
+def reduce_scatter_unevenly(call: Call) -> Any:
+    """Sum over ranks, each of which keeps its own tokens."""
+    gathering.reduce_scatter(call['output'], call['input_list'], call['group'])
+    return gathering.Done() if call['async_op'] else None
+
+
+def reduce_scatter_by_sizes(call: Call) -> Any:
+    """Sum over ranks, each of which keeps as many tokens as it has."""
+    return gathering.reduce_scatter_by_sizes(call['out'], call['rank'], call['tp_sizes'], call['group'])
+
+
 def _own_copy(value: Any) -> Any:
     """Copy a forward input: a move to a GPU would copy it, and the agent changes some of its tensors in place."""
     if value is None:
@@ -109,6 +126,9 @@ def _own_copy(value: Any) -> Any:
 # All of these are made in the same process, by the same event, and can go together.
 _patch = partial(Patch, until=_UNTIL, process='engine', trigger=Trigger.CPU_ENGINE)
 
+
+_DISTRIBUTED = 'lmdeploy.pytorch.distributed'
+_LINEAR = 'lmdeploy.pytorch.nn.linear.base'
 
 PATCHES = (
     *(
@@ -185,5 +205,29 @@ PATCHES = (
             ('norm:LayerNorm', '(hidden_size, bias=True, dtype=None, device=None)'),
             ('embedding:ParallelEmbedding', '(vocab_size, hidden_size, dtype=None, device=None)'),
         )
+    ),
+    *(
+        _patch(change, f'{module}:{function}', signature, why='gloo gathers and scatters only tensors of one size.')
+        for change, function, signature, modules in (
+            (
+                gather_unevenly,
+                'gather_by_tp_sizes',
+                '(x, tp_sizes, group=None, async_op=False)',
+                (_DISTRIBUTED, _LINEAR),
+            ),
+            (
+                reduce_scatter_by_sizes,
+                'reduce_scatter_by_tp_sizes',
+                '(out, rank, tp_sizes, group)',
+                (_DISTRIBUTED, _LINEAR),
+            ),
+            (
+                reduce_scatter_unevenly,
+                'reduce_scatter',
+                "(output, input_list, op=<RedOpType.SUM: 0>, group='tp', async_op=False)",
+                (_DISTRIBUTED,),
+            ),
+        )
+        for module in modules
     ),
 )

@@ -17,6 +17,8 @@ from lmdeploy.pytorch.backends.lora import AdapterInfo, LoRAImpl
 from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec, FusedMoEImpl
 from lmdeploy.pytorch.backends.multinomial_sampling import MultinomialSamplingImpl
 
+from . import gathering
+
 logger = logging.getLogger(__name__)
 
 # A CPU's libraries choose how to sum by a product's shape, so a row's last bits may depend on how many rows there are.
@@ -85,10 +87,11 @@ class CpuLinear(DefaultLinearImpl):
     ) -> torch.Tensor:
         """Apply the layer to ``x [..., in]`` and sum over the tensor-parallel group if asked to."""
         out = row_invariant_linear(x, weight, bias)
-        if all_reduce:
-            if scatter_size is not None:
-                raise NotImplementedError('The CPU reference backend has no data-parallel attention.')
-            dist.all_reduce(out, group=group)
+        if not all_reduce:
+            return out
+        if scatter_size is not None:
+            return gathering.reduce_scatter_by_sizes(out, rank, scatter_size, group)
+        dist.all_reduce(out, group=group)
         return out
 
 

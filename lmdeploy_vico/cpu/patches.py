@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from lmdeploy_vico.cpu import selection
+from lmdeploy_vico.cpu import ray_patches, selection
 from lmdeploy_vico.patching import Call, Patch, Trigger, register
 
 # Sequences batched at most, in place of what LMDeploy derives from the name of the GPU.
@@ -188,16 +188,31 @@ PATCHES = (
             'lmdeploy.pytorch.check_env.triton:TritonChecker': '(logger=None)',
         },
     ),
-    Patch(
-        start_worker_on_cpu,
-        f'{_EXECUTOR}:ExecutorProc._main_loop',
-        '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
-        'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
-        "device_type='cuda', log_level=30, trust_remote_code=False)",
-        why="LMDeploy's engine knows no CPU.",
-        until='LMDeploy has a CPU device type.',
-        process='engine',
+    *(
+        Patch(
+            start_worker_on_cpu,
+            target,
+            signature,
+            why="LMDeploy's engine knows no CPU.",
+            until='LMDeploy has a CPU device type.',
+            process='engine',
+        )
+        for target, signature in (
+            (
+                f'{_EXECUTOR}:ExecutorProc._main_loop',
+                '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
+                'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
+                "device_type='cuda', log_level=30, trust_remote_code=False)",
+            ),
+            (
+                # What Ray's workers call first that Ray does not send them by value, see ray_patches.py.
+                'lmdeploy.pytorch.engine.executor.base_worker:WorkerWrapperBase.__init__',
+                '(self, model_path, cache_config, backend_config, model_config, dist_config, misc_config, '
+                "adapters=None, device_type='cuda', log_level=30, specdecode_config=None, trust_remote_code=False)",
+            ),
+        )
     ),
+    *ray_patches.PATCHES,
     Patch(
         await_the_ring,
         f'{_EXECUTOR}:Notifier.wait_async',

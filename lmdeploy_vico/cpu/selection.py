@@ -36,9 +36,7 @@ def check_supported(config: Any, speculative_config: Any = None) -> None:
         return
     asked = {
         'a quantized KV cache: leave quant_policy at 0': config.quant_policy,
-        'data parallelism: leave dp at 1': config.dp > 1,
         'expert parallelism: leave ep at 1': config.ep > 1,
-        'Ray: leave distributed_executor_backend unset or use mp': config.distributed_executor_backend == 'ray',
         'microbatches: leave enable_microbatch off': config.enable_microbatch,
         'a KV connector: leave kv_transfer_config unset': config.kv_transfer_config is not None,
         'speculative decoding: leave the draft model away': speculative_config is not None,

@@ -152,8 +152,7 @@ def test_logits_processors(dense):
     ('options', 'words'),
     [
         ({'quant_policy': 8}, 'does not support a quantized KV cache'),
-        ({'dp': 2, 'tp': 2}, 'does not support data parallelism'),
-        ({'distributed_executor_backend': 'ray', 'tp': 2}, 'does not support Ray'),
+        ({'ep': 2}, 'does not support expert parallelism'),
     ],
 )
 def test_unsupported_requests_are_refused(dense_checkpoint, options, words):

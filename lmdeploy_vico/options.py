@@ -114,7 +114,11 @@ COMPRESSION = Kind(COMPRESSIONS, parse_compression)
 FLAG = Kind('0, 1, true or false', _parse_flag)
 KERNELS = Kind(f'one of {", ".join(CHOICES)}', _parse_kernels, numeric=False)
 SCOPES = Kind(f'one of {", ".join(ROUTING_SCOPES)}', _parse_scope, numeric=False)
-DEVICES = Kind('"auto", or devices like "cuda:0", "cuda:0,cuda:1" or "cpu"', _parse_devices, numeric=False)
+DEVICES = Kind(
+    '"auto", devices like "cuda:0", "cuda:0,cuda:1" or "cpu", or a Ray cluster: "ray:auto" or "ray:<host>:<port>"',
+    _parse_devices,
+    numeric=False,
+)
 SECONDS = Kind('a number above 0', _seconds)
 DIRECTORY = Kind('a directory that exists, or empty', _parse_directory, numeric=False)
 NAMES = Kind(f'a comma-separated list of {", ".join(SPEEDUPS)}, or empty', parse_speedups, numeric=False)
@@ -193,7 +197,14 @@ class Options:
         'auto',
         "Where images are encoded. `auto` takes each device that this server's engine uses, or the CPU if it uses "
         'none. Several devices of one kind share the tiles. It must be given where the engine joins a Ray cluster '
-        'that already runs, and where it has ranks on other machines.',
+        'that already runs, and where it has ranks on other machines. With `ray:` images are encoded by what '
+        '`lmdeploy-vico encoder` has started in that cluster.',
+    )
+    encoder_seconds: float = _option(
+        SECONDS,
+        60.0,
+        'Seconds that the start of a server, and requests, wait while no encoder of the Ray cluster is there. Then the '
+        'start fails, and requests with images get a 503 until one comes.',
     )
     tile_batch: int = _option(
         _at_least(0), 0, 'Tiles in a device batch. 0 chooses a number for the checkpoint and the device.'

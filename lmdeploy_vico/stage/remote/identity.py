@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from lmdeploy_vico import __version__
+from lmdeploy_vico.choices import Speedups
 from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.stage.remote.channel import Hello
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
@@ -55,7 +56,7 @@ class Identity:
     incarnation: str
 
     @classmethod
-    def of(cls, encoder: TileEncoder, fingerprint: str, path: str, speedups: str) -> 'Identity':
+    def of(cls, encoder: TileEncoder, fingerprint: str, path: str, speedups: Speedups) -> 'Identity':
         """That of an encoder which has just been loaded in this process."""
         device, on_cpu = encoder.device, encoder.device.type == 'cpu'
         return cls(
@@ -67,7 +68,7 @@ class Identity:
             tile_batch=encoder.tile_batch,
             device=f'cpu ({platform.machine()})' if on_cpu else torch.cuda.get_device_name(device),
             kernels=implementation(device),
-            speedups=speedups,
+            speedups=str(speedups),
             torch=torch.__version__,
             threads=torch.get_num_threads() if on_cpu else 0,
             incarnation=uuid.uuid4().hex,

@@ -123,7 +123,7 @@ def join(address: str) -> bool:
     if ray.is_initialized():
         return False
     if address != AUTO:
-        _require_listener(address)
+        require_listener(address)
     try:
         with _own_signals():
             ray.init(address=address, log_to_driver=False, configure_logging=False)
@@ -152,8 +152,8 @@ def require_protected(address: str, insecure: bool) -> None:
     if beyond := sorted(host for host in hosts if not _is_loopback(host)):
         raise ClusterError(
             f'The Ray cluster at {address} listens on {", ".join(beyond)} without token authentication: whoever '
-            'reaches it can run code on all its machines. Start it, this command and the servers with RAY_AUTH_MODE=token '
-            '(`ray get-auth-token --generate` makes a token), or say --insecure where nobody else reaches it.'
+            'reaches it can run code on all its machines. Start it, this command and the servers with '
+            'RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes a token), or say --insecure where nobody else reaches it.'
         )
 
 
@@ -164,7 +164,7 @@ def _is_loopback(host: str) -> bool:
         return host == 'localhost'
 
 
-def _require_listener(address: str) -> None:
+def require_listener(address: str) -> None:
     """Raise ClusterError at once where nothing listens: Ray itself would try for a minute."""
     host, _, port = address.rpartition(':')
     try:

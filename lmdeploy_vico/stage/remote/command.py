@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import secrets
 import threading
 import time
 import warnings
@@ -125,9 +126,10 @@ class Encoders:
         node = ray.get_runtime_context().get_node_id()  # this machine's, which has the checkpoint
         resources = {'num_gpus': 1, 'num_cpus': 0} if self._plan.cuda else {'num_gpus': 0, 'num_cpus': 1}
         environment = {name: os.environ[name] for name in ('PYTHONPATH',) if name in os.environ}
+        start = secrets.token_hex(3)  # process ids and names of machines repeat among containers
         actor = ray.remote(concurrency_groups={HEALTH: 1})(EncoderActor)
         for index in range(self._plan.number):
-            name = f'encoder-{platform.node()}-{os.getpid()}-{index}'
+            name = f'encoder-{platform.node()}-{start}-{index}'
             handle = actor.options(
                 name=name,
                 namespace=self._namespace,

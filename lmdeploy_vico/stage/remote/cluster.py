@@ -153,7 +153,8 @@ def require_protected(address: str, insecure: bool) -> None:
         raise ClusterError(
             f'The Ray cluster at {address} listens on {", ".join(beyond)} without token authentication: whoever '
             'reaches it can run code on all its machines. Start it, this command and the servers with '
-            'RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes a token), or say --insecure where nobody else reaches it.'
+            'RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes a token), or say --insecure where nobody else '
+            'reaches it.'
         )
 
 

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 from PIL import Image
-from ray._private.authentication_test_utils import reset_auth_token_state
+from ray_cluster import own_cluster, started
 from stage.remote.fake_cluster import wait_until
 from waiting import HANG
 
@@ -50,21 +50,8 @@ CLIENTS, SECONDS = 32, 180  # of the long test
 
 @pytest.fixture(scope='module')
 def cluster_address(tmp_path_factory):
-    """A cluster of its own, with a token. No test uses one that happens to run here."""
-    home = tmp_path_factory.mktemp('token')
-    (home / 'token').write_text('0' * 64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('RAY_AUTH_MODE', 'token')
-        patch.setenv('RAY_AUTH_TOKEN_PATH', str(home / 'token'))
-        patch.delenv('RAY_ADDRESS', raising=False)
-        reset_auth_token_state()
-        ray.init(
-            address='local', num_cpus=8, include_dashboard=False, object_store_memory=2**28, log_to_driver=False,
-            configure_logging=False,
-        )  # fmt: skip
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
-    reset_auth_token_state()
+    with own_cluster(tmp_path_factory.mktemp('token')) as address:
+        yield address
 
 
 @pytest.fixture(scope='module')
@@ -81,35 +68,17 @@ def here(checkpoint):
 @pytest.fixture
 def start_encoders(cluster_address, checkpoint):
     """``start_encoders(n)``: encoders that are ready; all are taken down at the end."""
-    started = []
+    running = []
 
-    def start(number, **options):
-        plan = Plan(checkpoint, False, number, cluster_address, False, Options(cache_bytes=2**26, **options))
-        encoders = Encoders(plan)
-        started.append(encoders)
-        encoders.start()
-        stop = Ready(encoders, number)
-        encoders.watch(stop)
-        return encoders
+    def start(number):
+        running.append(started(cluster_address, checkpoint, number))
+        return running[-1]
 
     yield start
-    for encoders in started:
+    for encoders in running:
         encoders.stop()
     namespaces = {entry['namespace'] for entry in ray.util.list_named_actors(all_namespaces=True)}
     assert not {one for one in namespaces if one.startswith(NAMESPACE)}
-
-
-class Ready(threading.Event):
-    """Ends a watch when all encoders are ready."""
-
-    def __init__(self, encoders, number):
-        super().__init__()
-        self._encoders, self._number = encoders, number
-
-    def wait(self, timeout=None):
-        if len(self._encoders.ready) == self._number:
-            self.set()
-        return super().wait(timeout)
 
 
 @pytest.fixture

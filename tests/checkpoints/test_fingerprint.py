@@ -1,4 +1,4 @@
-"""The fingerprint of a vision side: the same for the same bits, however they lie in files, and another for any other."""
+"""The fingerprint of a vision side: the same for the same bits, wherever they lie, and another for any others."""
 
 import shutil
 from dataclasses import replace

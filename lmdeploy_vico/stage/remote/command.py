@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -19,7 +20,6 @@ from lmdeploy_vico import log
 from lmdeploy_vico.checkpoints.files import Checkpoint
 from lmdeploy_vico.checkpoints.fingerprint import vision_fingerprint
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.errors import EncoderGoneError
 from lmdeploy_vico.stage.remote.channel import Hello
@@ -80,7 +80,6 @@ class EncoderActor(EncoderService):
         log.setup()
         # Tiles lie in Ray's shared memory, read-only; nothing here writes to them.
         warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
-        use(options.kernels)
         if not cuda:
             torch.set_num_threads(threads)
         encoder = TileEncoder.load(
@@ -88,6 +87,7 @@ class EncoderActor(EncoderService):
             VicoConfig.from_pretrained(model),
             *('cuda:0' if cuda else 'cpu', None, options.tile_batch or None),
             speedups=options.vit_speedups,
+            kernels=options.kernels,
         )
         identity = Identity.of(encoder, fingerprint, model, options.vit_speedups)
         # A CUDA device that has failed for good never comes back in its process: Ray starts another one.
@@ -127,7 +127,7 @@ class Encoders:
         resources = {'num_gpus': 1, 'num_cpus': 0} if self._plan.cuda else {'num_gpus': 0, 'num_cpus': 1}
         environment = {name: os.environ[name] for name in ('PYTHONPATH',) if name in os.environ}
         start = secrets.token_hex(3)  # process ids and names of machines repeat among containers
-        actor = ray.remote(concurrency_groups={HEALTH: 1})(EncoderActor)
+        actor: Any = ray.remote(EncoderActor)
         for index in range(self._plan.number):
             name = f'encoder-{platform.node()}-{start}-{index}'
             handle = actor.options(
@@ -136,6 +136,7 @@ class Encoders:
                 lifetime='detached',
                 max_restarts=-1,
                 max_concurrency=CALLS,
+                concurrency_groups={HEALTH: 1},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 runtime_env={'env_vars': environment},
                 **resources,

@@ -8,7 +8,6 @@ import torch
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.choices import Speedups
-from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.stage.remote.channel import Hello
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
@@ -67,7 +66,7 @@ class Identity:
             dtype=str(encoder.dtype).removeprefix('torch.'),
             tile_batch=encoder.tile_batch,
             device=f'cpu ({platform.machine()})' if on_cpu else torch.cuda.get_device_name(device),
-            kernels=implementation(device),
+            kernels=encoder.kernels,
             speedups=str(speedups),
             torch=torch.__version__,
             threads=torch.get_num_threads() if on_cpu else 0,

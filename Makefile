@@ -18,7 +18,7 @@ PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-reader test-system test-tp kernel-resources clean
+.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-ray test-reader test-system test-tp kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -51,8 +51,8 @@ test: $(STAMP) ## Run every test that needs no GPU, those that start servers too
 
 # The parts of check and test. Both run the same tests, check without the slow ones.
 .PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
-test-interpreted test-plain test-rest: MARKED := not gpu and not server
-check-interpreted check-plain check-rest: MARKED := not gpu and not server and not slow
+test-interpreted test-plain test-rest: MARKED := not gpu and not server and not ray
+check-interpreted check-plain check-rest: MARKED := not gpu and not server and not slow and not ray
 
 check-interpreted test-interpreted: $(STAMP)
 	@echo "==> $@: tests in Triton's interpreter"
@@ -68,11 +68,11 @@ check-rest test-rest: $(STAMP)
 
 test-servers: $(STAMP)
 	@echo '==> $@: tests of servers and pipelines'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not quality' tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not quality and not ray' tests/serving
 
 test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults and not system and not tp' --ignore=tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults and not system and not tp and not ray' --ignore=tests/serving
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)
@@ -88,6 +88,9 @@ test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (5 minu
 
 test-system: $(STAMP) ## Look at a server with a real Prometheus and Chromium (3 minutes; needs both)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m system tests/system
+
+test-ray: $(STAMP) ## Encoders in a Ray cluster: servers, 200 batches, three minutes of encoders that come and go (8 minutes)
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m ray tests/stage/remote tests/serving/answers
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(ON_GPU) $(BIN)/python -m pytest tests/kernels

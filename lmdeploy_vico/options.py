@@ -6,7 +6,7 @@ Each is declared once, as a field of :class:`Options`: from there come its check
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,16 +80,13 @@ def _parse_flag(value: Any) -> bool:
     return truth
 
 
-def _parse_kernels(value: Any) -> str:
-    if value not in CHOICES:
-        raise ValueError(value)
-    return str(value)
+def _one_of(choices: Sequence[str]) -> Kind:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(value)
+        return str(value)
 
-
-def _parse_scope(value: Any) -> str:
-    if value not in ROUTING_SCOPES:
-        raise ValueError(value)
-    return str(value)
+    return Kind(f'one of {", ".join(choices)}', parse, numeric=False)
 
 
 def _parse_devices(value: Any) -> str:
@@ -112,9 +109,10 @@ def _parse_directory(value: Any) -> str:
 
 COMPRESSION = Kind(COMPRESSIONS, parse_compression)
 FLAG = Kind('0, 1, true or false', _parse_flag)
-KERNELS = Kind(f'one of {", ".join(CHOICES)}', _parse_kernels, numeric=False)
-SCOPES = Kind(f'one of {", ".join(ROUTING_SCOPES)}', _parse_scope, numeric=False)
-DEVICES = Kind('"auto", or devices like "cuda:0", "cuda:0,cuda:1" or "cpu"', _parse_devices, numeric=False)
+KERNELS = _one_of(CHOICES)
+SCOPES = _one_of(ROUTING_SCOPES)
+ENCODING = '"auto", devices like "cuda:0,cuda:1" or "cpu", or "ray:auto" or "ray:<host>:<port>"'
+DEVICES = Kind(ENCODING, _parse_devices, numeric=False)
 SECONDS = Kind('a number above 0', _seconds)
 DIRECTORY = Kind('a directory that exists, or empty', _parse_directory, numeric=False)
 NAMES = Kind(f'a comma-separated list of {", ".join(SPEEDUPS)}, or empty', parse_speedups, numeric=False)
@@ -193,7 +191,13 @@ class Options:
         'auto',
         "Where images are encoded. `auto` takes each device that this server's engine uses, or the CPU if it uses "
         'none. Several devices of one kind share the tiles. It must be given where the engine joins a Ray cluster '
-        'that already runs, and where it has ranks on other machines.',
+        'that already runs, and where it has ranks on other machines. `ray:` names a cluster with encoders.',
+    )
+    encoder_seconds: float = _option(
+        SECONDS,
+        60.0,
+        'Seconds that a start, and requests, wait while no encoder is in the Ray cluster. Then the start fails, and '
+        'requests with images get a 503 until one comes.',
     )
     tile_batch: int = _option(
         _at_least(0), 0, 'Tiles in a device batch. 0 chooses a number for the checkpoint and the device.'

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, env, eval, options, plan, train
+from lmdeploy_vico.cli import bench, demo, encoder, env, eval, options, plan, train
 from lmdeploy_vico.cli.errors import CommandError
 from lmdeploy_vico.cli.inspecting import calibrate, route
 from lmdeploy_vico.cli.making import documents, reader, tiny
@@ -17,8 +17,9 @@ DESCRIPTION = """\
 lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
 answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
 This command makes small random checkpoints to try it with, lists the options of a server, reports what is installed,
-runs a demonstration, shows which tiles of pictures are compressed, sets the router's threshold, measures what
-compression gains, judges what it costs in answers, plans deployments, and trains checkpoints for it.
+runs a demonstration, starts encoders that servers share, shows which tiles of pictures are compressed, sets the
+router's threshold, measures what compression gains, judges what it costs in answers, plans deployments, and trains
+checkpoints for it.
 """
 
 
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_parser(commands)
     eval.add_parser(commands)
     plan.add_parser(commands)
+    encoder.add_parser(commands)
     train.add_parser(commands)
     return whole
 

@@ -9,10 +9,14 @@ class EncodingError(RuntimeError):
     """A device failed twice on a prompt's tiles. The server is at fault, not the request."""
 
 
+class EncoderGoneError(RuntimeError):
+    """An encoder elsewhere has ended or does not answer. What it was given has to be given to another."""
+
+
 class DeviceStartError(RuntimeError):
     """The worker of ``device`` could not start; ``__cause__`` is the error that stopped it."""
 
-    def __init__(self, device: torch.device, error: Exception) -> None:
+    def __init__(self, device: torch.device | str, error: Exception) -> None:
         super().__init__(f'The vision side cannot start on {device}: {error}')
         self.device = device
         self.__cause__ = error

@@ -8,7 +8,7 @@ import torch
 
 from lmdeploy_vico.config import GRID, TOKENS_FULL
 from lmdeploy_vico.stage.metrics import stage_metrics
-from lmdeploy_vico.stage.tiles import TileCache
+from lmdeploy_vico.stage.tiles import Elsewhere, TileCache
 from lmdeploy_vico.stage.workers.protocol import DeviceEncoder
 from lmdeploy_vico.vision.arena import PinnedArena
 from lmdeploy_vico.vision.projection import PROJECTED_BATCHES
@@ -42,16 +42,18 @@ class StageMemory:
 
     def __init__(self, encoders: Sequence[DeviceEncoder], output_dtype: torch.dtype, cache: TileCache) -> None:
         encoder = encoders[0]
+        device = encoder.device
+        assert isinstance(device, torch.device)  # results of encoders elsewhere are not copied from a device here
         self._shape, self._dtype = (GRID * GRID, encoder.config.vision.hidden_size), encoder.dtype
         self._width = encoder.config.llm_hidden_size
         self._cache, self._overflows, self._reported = cache, stage_metrics().pinned_overflows, set[str]()
         batches = sum(one.tile_batch for one in encoders)
         tile = GRID * GRID * self._shape[1] * self._dtype.itemsize
         tiles = cache.capacity // tile + STARTED_BATCHES * batches + WAITING_TILES
-        self._tiles = PinnedArena(tiles, tile, encoder.device, 'tiles')
+        self._tiles = PinnedArena(tiles, tile, device, 'tiles')
         rows = TOKENS_FULL * self._width * output_dtype.itemsize
         try:
-            self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, encoder.device, 'prompts')
+            self._rows = PinnedArena(GROUPS_OF_ROWS * PROJECTED_BATCHES * batches, rows, device, 'prompts')
         except Exception:
             self._tiles.close()
             raise
@@ -73,9 +75,9 @@ class StageMemory:
         self._count('prompts', lent is None)
         return lent
 
-    def may_keep(self, patches: torch.Tensor) -> bool:
+    def may_keep(self, patches: torch.Tensor | Elsewhere) -> bool:
         """Return whether a tile's features may be cached: those that lie in this memory may."""
-        return self._tiles.owns(patches)
+        return isinstance(patches, torch.Tensor) and self._tiles.owns(patches)
 
     def close(self) -> None:
         """Lend nothing more, and return every block of which no piece is lent to the host.

@@ -59,6 +59,15 @@ class StageMetrics:
             self.tiles.labels(resolution)
         for results in ('tiles', 'prompts'):
             self.pinned_overflows.labels(results)
+        self.remote_encoders = Gauge('vico:remote_encoders', 'Encoders elsewhere that take tiles of this server now.')
+        self.remote_losses = Counter(
+            'vico:remote_encoders_lost', 'Encoders elsewhere that have ended, or no longer answered.'
+        )
+        self.remote_bytes = Counter(
+            'vico:remote_encoder_bytes',
+            'Bytes of tiles and visual tokens exchanged with encoders elsewhere, by direction: sent or received.',
+            ['direction'],
+        )
         self.cache_bytes = Gauge('vico:embedding_cache_current_bytes', 'Bytes of host memory that cached tiles use.')
 
     def count_tiles(self, tile_tokens: Sequence[int]) -> None:

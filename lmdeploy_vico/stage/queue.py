@@ -1,5 +1,6 @@
 """The prompts that wait for their tiles to be encoded, in the order in which devices take them."""
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -67,12 +68,14 @@ class TileQueue:
     Args:
         capacity: how many tiles may wait, None for any number. A prompt with more tiles than that is accepted when
             nothing else waits.
-        devices: how many take tiles; they are numbered from 0.
+        devices: how many take tiles from the beginning; they are numbered from 0.
     """
 
     def __init__(self, capacity: int | None, devices: int = 1) -> None:
         self.capacity = capacity
         self._devices = set(range(devices))
+        self._numbers = itertools.count(devices)  # of devices that come later
+        self._absence: str | None = None  # why nothing is accepted until a device comes
         self._idle: set[int] = set()  # devices that wait for tiles
         self._prompts: list[PendingPrompt] = []
         self._admissions: list[Admission] = []
@@ -104,15 +107,15 @@ class TileQueue:
             StageBusyError: too many tiles are waiting and it has no admission, or the queue is closed.
         """
         with self._changed:
-            if admission is None or self._refusal is not None:
+            if admission is None or self._refusal is not None or self._absence is not None:
                 self._require_room(prompt.size)
             else:
                 admission.size = 0  # from now on the prompt is counted instead
             self._prompts.append(prompt)
 
     def _require_room(self, size: int) -> None:
-        if self._refusal is not None:
-            raise StageBusyError(self._refusal)
+        if (refusal := self._refusal or self._absence) is not None:
+            raise StageBusyError(refusal)
         self._drop_finished()
         waiting = sum(prompt.size for prompt in self._prompts) + sum(place.size for place in self._admissions)
         if self.capacity is not None and waiting and waiting + size > self.capacity:
@@ -195,6 +198,57 @@ class TileQueue:
             self._devices.remove(device)
             self._changed.notify_all()
             return True
+
+    def join(self) -> int:
+        """Let one more device take tiles; return its number."""
+        with self._changed:
+            number = next(self._numbers)
+            self._devices.add(number)
+            self._absence = None
+            return number
+
+    def leave(self, device: int) -> None:
+        """Give a device no more tiles, also if it is the last one: prompts wait for another to join then."""
+        with self._changed:
+            self._devices.discard(device)
+            self._changed.notify_all()
+
+    def suspend(self, reason: str) -> list[PendingPrompt]:
+        """Accept no prompt until a device joins; does nothing if there is one.
+
+        Args:
+            reason: what clients are told.
+
+        Returns:
+            The prompts that wait; they have left the queue.
+        """
+        with self._changed:
+            if self._devices:
+                return []
+            self._absence = reason
+            waiting, self._prompts = self._prompts, []
+            return waiting
+
+    def put_back(self, tiles: Sequence[Tile]) -> None:
+        """Let tiles that a device has taken be taken once more, which counts as no failure: the device is gone."""
+        with self._changed:
+            for tile in tiles:
+                tile.taken = tile.encoded
+            for prompt in self._prompts:
+                prompt.exhausted = False
+            self._changed.notify_all()
+
+    def return_encoded(self, prompt: PendingPrompt) -> str | None:
+        """Take a prompt from :meth:`pop_encoded` back, for a device that comes.
+
+        Returns:
+            None; or why the prompt has to fail, if nothing is accepted.
+        """
+        with self._changed:
+            if (refusal := self._refusal or self._absence) is None:
+                self._prompts.insert(0, prompt)
+                self._changed.notify_all()
+            return refusal
 
     def _begin(self, prompt: PendingPrompt) -> None:
         if not prompt.begun:

@@ -12,6 +12,8 @@ from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob, routing_groups
 from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import Admission, PendingPrompt, TileQueue
+from lmdeploy_vico.stage.remote.fleet import Fleet, Quest
+from lmdeploy_vico.stage.remote.work import RemoteWork
 from lmdeploy_vico.stage.tiles import TileCache
 from lmdeploy_vico.stage.work import Work, fail
 from lmdeploy_vico.stage.workers.protocol import DeviceEncoder, Worker
@@ -44,9 +46,11 @@ class VisionStage:
             any number.
         cache_bytes: host memory for the features of tiles that may come again. For CUDA devices that memory is pinned,
             and so is some for tiles in flight. Pinning begins when the devices are ready, in threads of its own.
+        quest: for encoders elsewhere, which come and go and take the place of ``encoders``; there are none then.
 
     Raises:
-        DeviceStartError: a device could not be made ready. After this or any other error, no thread is left.
+        DeviceStartError: a device could not be made ready, or no encoder elsewhere is to be found. After this or any
+            other error, no thread is left.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class VisionStage:
         threads: int,
         capacity: int | None = None,
         cache_bytes: int = 0,
+        quest: Quest | None = None,
     ) -> None:
         self._encoders = encoders
         self._metrics = stage_metrics()
@@ -65,10 +70,15 @@ class VisionStage:
         self._prepare = ThreadPoolExecutor(threads, thread_name_prefix='vico-prepare')
         # Pillow cannot read one file from several threads. Pictures share a few locks, chosen by their ids.
         self._reading = [threading.Lock() for _ in range(READ_LOCKS)]
-        self._work = Work(self._queue, self._cache, output_dtype)
         self._workers: list[Worker] = []
         try:
-            self._start(output_dtype)
+            self._prepare.submit(pass_order)  # compiles the resizing: a second or two that no request has to wait
+            for worker in self._make_workers(output_dtype, quest):
+                worker.start()
+                self._workers.append(worker)
+            for worker in self._workers:
+                worker.wait_until_ready()
+            self._lend_memory(output_dtype)
         except Exception:
             self.close()
             raise
@@ -138,14 +148,15 @@ class VisionStage:
         if self._memory is not None:
             self._memory.close()
 
-    def _start(self, output_dtype: torch.dtype) -> None:
-        self._prepare.submit(pass_order)  # compiles the resizing: a second or two that no request has to wait
-        for index, encoder in enumerate(self._encoders):
-            worker: Worker = DeviceThread(index, encoder, self._work)
-            worker.start()
-            self._workers.append(worker)
-        for worker in self._workers:
-            worker.wait_until_ready()
+    def _make_workers(self, output_dtype: torch.dtype, quest: Quest | None) -> list[Worker]:
+        if quest is not None:
+            work = RemoteWork(self._queue, self._cache, output_dtype, quest.config)
+            self._work: Work = work
+            return [Fleet(quest, work)]
+        self._work = Work(self._queue, self._cache, output_dtype)
+        return [DeviceThread(index, encoder, self._work) for index, encoder in enumerate(self._encoders)]
+
+    def _lend_memory(self, output_dtype: torch.dtype) -> None:
         # The devices are ready: results of their warming up take none of this memory. The first batch waits for it.
         copying = [encoder for encoder in self._encoders if encoder.copies_results]
         if copying:

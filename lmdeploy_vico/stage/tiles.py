@@ -11,6 +11,24 @@ import torch
 
 from lmdeploy_vico.stage.metrics import stage_metrics
 
+REMEMBERED_BYTES = 512  # about what the objects and the dictionary entry take
+
+
+@dataclass(eq=False)
+class Elsewhere:
+    """Stands for the features of a tile that lie with an encoder elsewhere, as long as that lives and keeps them.
+
+    Attributes:
+        incarnation: of the encoder; one that is started again has another.
+    """
+
+    incarnation: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that remembering them takes here, with the tile's digest and score."""
+        return REMEMBERED_BYTES
+
 
 @dataclass(eq=False)
 class Tile:
@@ -18,11 +36,12 @@ class Tile:
 
     Attributes:
         digest: of the pixels and the salt of the request that showed them.
-        pixels: uint8 ``[448, 448, 3]``; None once the tile is encoded.
+        pixels: uint8 ``[448, 448, 3]``; None once the tile is encoded here. Features elsewhere may be lost with their
+            encoder, and are made again of these.
         taken: whether no device is to take it: one has it, or it is encoded or given up.
         failed_on: the number of each device that has failed on it, once for each failure.
         error: of the last failure, if the tile has been given up.
-        patches: ``[1024, D]`` in host memory; None until the tile is encoded.
+        patches: ``[1024, D]`` in host memory, or where they lie; None until the tile is encoded.
         score: the router's p[0], once the tile is encoded.
     """
 
@@ -31,7 +50,7 @@ class Tile:
     taken: bool = False
     failed_on: list[int] = field(default_factory=list)
     error: Exception | None = None
-    patches: torch.Tensor | None = None
+    patches: torch.Tensor | Elsewhere | None = None
     score: float = 0.0
 
     @property
@@ -44,7 +63,7 @@ class Tile:
 class _Kept:
     """The features of a tile that is kept. Not the tile: a tile lives only as long as a prompt or a batch holds it."""
 
-    patches: torch.Tensor
+    patches: torch.Tensor | Elsewhere
     score: float
 
 
@@ -67,17 +86,17 @@ class TileCache:
         self._bytes = 0
         self._metrics = stage_metrics()
 
-    def get(self, digests: Sequence[bytes], pixels: np.ndarray) -> list[Tile]:
+    def get(self, digests: Sequence[bytes], pixels: Sequence[np.ndarray | None] | np.ndarray) -> list[Tile]:
         """Return the tiles of an image, and make new ones for those that are neither kept nor in use.
 
         Args:
             digests: of each tile.
-            pixels: uint8 ``[n, 448, 448, 3]``.
+            pixels: uint8 ``[n, 448, 448, 3]``, or None for each tile whose pixels somebody else holds.
         """
         with self._lock:
             return [self._get(digest, tile) for digest, tile in zip(digests, pixels, strict=True)]
 
-    def _get(self, digest: bytes, pixels: np.ndarray) -> Tile:
+    def _get(self, digest: bytes, pixels: np.ndarray | None) -> Tile:
         tile = self._in_use.get(digest)
         kept = self._kept.get(digest)
         if kept is not None:
@@ -90,7 +109,8 @@ class TileCache:
             tile = Tile(digest, pixels)
         else:
             self._metrics.cache_hits.inc()
-            tile = Tile(digest, None, taken=True, patches=kept.patches, score=kept.score)
+            kept_pixels = pixels if isinstance(kept.patches, Elsewhere) else None
+            tile = Tile(digest, kept_pixels, taken=True, patches=kept.patches, score=kept.score)
         self._in_use[digest] = tile
         return tile
 

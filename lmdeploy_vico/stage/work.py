@@ -12,8 +12,9 @@ from lmdeploy_vico.stage.memory import StageMemory
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import PendingPrompt, TileQueue
 from lmdeploy_vico.stage.tiles import Tile, TileCache
-from lmdeploy_vico.stage.workers.protocol import DeviceEncoder
+from lmdeploy_vico.stage.workers.protocol import DeviceEncoder, Features
 from lmdeploy_vico.vision.batches import TileFeatures
+from lmdeploy_vico.vision.projection import VisualTokens
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,18 @@ class Work:
         """Return whether ``device`` is to take tiles: not after the queue is closed or the device retired."""
         return self._queue.serves(device)
 
-    def store(self, tiles: list[Tile], features: TileFeatures) -> None:
+    def store(self, tiles: list[Tile], features: Features) -> None:
         """Give encoded tiles their features, and keep them for prompts to come."""
         for tile, patches, score in zip(tiles, features.patches, features.scores.tolist(), strict=True):
             tile.score = score
             tile.patches = patches  # from here on the tile counts as encoded
-            tile.pixels = None
+            self._free_pixels(tile)
             if self.memory is None or self.memory.may_keep(patches):
                 self._cache.keep(tile)
+
+    def _free_pixels(self, tile: Tile) -> None:
+        """Let go of the pixels of an encoded tile."""
+        tile.pixels = None
 
     def failed(self, device: int, tiles: list[Tile], error: Exception) -> None:
         """Have the tiles of a failed batch tried once more; fail the prompts whose tiles have no try left."""
@@ -98,25 +103,31 @@ class Work:
     def finish_encoded(self, encoder: DeviceEncoder) -> bool:
         """Route and project the prompts whose tiles are all encoded; return whether every projection succeeded."""
         # A function of its own, so that its last prompt dies with it: an idle device thread holds no tiles.
-        succeeded = True
-        for prompt in self._queue.pop_encoded():
-            try:
-                self._finish(encoder, prompt)
-            except Exception as error:
-                succeeded = False
-                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), written_out(error))
-                fail(prompt, encoding_error(error))
-        return succeeded
+        finished = [self._finish_one(encoder, prompt) for prompt in self._queue.pop_encoded()]
+        return all(finished)
 
-    def _finish(self, encoder: DeviceEncoder, prompt: PendingPrompt) -> None:
-        images = [image for image in prompt.images if image is not None]
+    def _finish_one(self, encoder: DeviceEncoder, prompt: PendingPrompt) -> bool:
+        try:
+            self._finish(encoder, prompt)
+        except Exception as error:
+            logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), written_out(error))
+            fail(prompt, encoding_error(error))
+            return False
+        return True
+
+    def _visual_tokens(self, encoder: DeviceEncoder, prompt: PendingPrompt, counts: list[int]) -> list[VisualTokens]:
+        """Route and project a prompt whose images have so many tiles."""
         tiles = prompt.tiles
         features = TileFeatures(
-            [tile.patches for tile in tiles if tile.patches is not None],
+            [tile.patches for tile in tiles if isinstance(tile.patches, torch.Tensor)],
             torch.tensor([tile.score for tile in tiles]),
             [tile.digest for tile in tiles],
         )
-        tokens = encoder.visual_tokens(features, [len(image) for image in images], prompt.groups, self._output_dtype)
+        return encoder.visual_tokens(features, counts, prompt.groups, self._output_dtype)
+
+    def _finish(self, encoder: DeviceEncoder, prompt: PendingPrompt) -> None:
+        images = [image for image in prompt.images if image is not None]
+        tokens = self._visual_tokens(encoder, prompt, [len(image) for image in images])
         encoded = [
             EncodedImage(one, [tile.digest for tile in image]) for one, image in zip(tokens, images, strict=True)
         ]

@@ -81,16 +81,7 @@ class Projection:
             dtype: of the embeddings. What float16 cannot hold is brought to its largest.
         """
         embeddings = self._embeddings(features.patches, compressed, dtype)
-        tile_tokens = tokens_of(compressed)
-        results, tile, row = [], 0, 0
-        for count in counts:
-            image = slice(tile, tile + count)
-            rows = sum(tile_tokens[image])
-            results.append(
-                VisualTokens(embeddings[row : row + rows], tile_tokens[image], features.scores[image].tolist())
-            )
-            tile, row = tile + count, row + rows
-        return results
+        return split_by_image(embeddings, features.scores, counts, compressed)
 
     def by_tile(self, patches: Sequence[torch.Tensor], compressed: torch.Tensor) -> list[torch.Tensor]:
         """The visual tokens of each tile, ``[64 or 256, H]`` in the tower's dtype.
@@ -162,6 +153,27 @@ class Projection:
         for start in range(0, len(rows), self._tile_batch * tokens):
             batch = rows[start : start + self._tile_batch * tokens]
             yield from saturate(self._tower.project(batch, compressed), dtype).split(tokens)
+
+
+def split_by_image(
+    embeddings: torch.Tensor, scores: torch.Tensor, counts: Sequence[int], compressed: torch.Tensor
+) -> list[VisualTokens]:
+    """The visual tokens of each image of a prompt, which share the memory of ``embeddings``.
+
+    Args:
+        embeddings: ``[sum of the tiles' tokens, H]``, one tile after another.
+        scores: of all tiles.
+        counts: tiles of each image.
+        compressed: bool ``[sum(counts)]`` on the CPU.
+    """
+    tile_tokens = tokens_of(compressed)
+    results, tile, row = [], 0, 0
+    for count in counts:
+        image = slice(tile, tile + count)
+        rows = sum(tile_tokens[image])
+        results.append(VisualTokens(embeddings[row : row + rows], tile_tokens[image], scores[image].tolist()))
+        tile, row = tile + count, row + rows
+    return results
 
 
 def tokens_of(compressed: torch.Tensor) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from lmdeploy_vico.checkpoints.files import Checkpoint, Weights
 from lmdeploy_vico.choices import NO_SPEEDUPS, Compression, Speedups, parse_compression
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.kernels.implementation import implementation
+from lmdeploy_vico.kernels.implementation import implementation, use
 from lmdeploy_vico.vision.arena import ResultMemory
 from lmdeploy_vico.vision.batches import CudaBatches, RunningBatch, TileFeatures, make_batches
 from lmdeploy_vico.vision.model.speedups import require_speedups
@@ -90,12 +90,15 @@ class TileEncoder:
         tile_batch: int | None = None,
         graph: bool = True,
         speedups: Speedups = NO_SPEEDUPS,
+        kernels: str | None = None,
     ) -> 'TileEncoder':
         """As :meth:`from_pretrained`, of a checkpoint and config that have been read already.
 
         Without ``graph``, kernels are launched one by one on a CUDA device. Raises UnsupportedSpeedupError where one of
-        the ViT's ``speedups`` cannot run.
+        the ViT's ``speedups`` cannot run. ``kernels`` overrides the implementation of the kernels in this process.
         """
+        if kernels is not None:
+            use(kernels)
         device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         implementation(device)  # says which kernels run, or refuses before anything is loaded
         dtype = default_dtype(device) if dtype is None or device.type == 'cpu' else dtype
@@ -113,6 +116,11 @@ class TileEncoder:
     def copies_results(self) -> bool:
         """Whether results have to be copied from a device, for which pinned memory is best."""
         return isinstance(self._batches, CudaBatches)
+
+    @property
+    def kernels(self) -> str:
+        """The implementation of the kernels on its device."""
+        return implementation(self.device)
 
     def use_memory(self, memory: ResultMemory | None) -> None:
         """Leave results in pinned memory that is lent, as far as it goes; None for ordinary memory of their own."""

@@ -1,13 +1,8 @@
 """What a stage needs of a worker, and what a worker needs of the encoder of its device.
 
-Nothing here assumes that the device is in this process. Tiles leave in device batches, as uint8 pixels; features and
-scores come back in host memory; a prompt is routed where its scores are, at home; its visual tokens come back once,
-when they have been projected. For a device in another process, or on another machine, there are two ways:
-
-- an encoder whose :meth:`DeviceEncoder.start` sends a batch away and whose :meth:`DeviceEncoder.visual_tokens` routes
-  here and sends only the routed tiles to be projected. :class:`~lmdeploy_vico.stage.workers.thread.DeviceThread` drives
-  it as it drives a device of this process;
-- another :class:`Worker`, which takes tiles from :class:`~lmdeploy_vico.stage.work.Work` and returns them to it.
+An encoder elsewhere is driven by the same thread as one here, see :mod:`lmdeploy_vico.stage.remote`. Tiles leave in
+device batches, as uint8 pixels, and scores come back; a prompt is routed where its scores are, at home; its visual
+tokens come back once, when they have been projected.
 """
 
 from collections.abc import Sequence
@@ -17,10 +12,23 @@ import numpy as np
 import torch
 
 from lmdeploy_vico.config import VicoConfig
+from lmdeploy_vico.stage.tiles import Elsewhere
 from lmdeploy_vico.vision.arena import ResultMemory
 from lmdeploy_vico.vision.batches import TileFeatures
 from lmdeploy_vico.vision.projection import VisualTokens
 from lmdeploy_vico.vision.routing import RoutingGroup
+
+
+class Features(Protocol):
+    """Results of a batch: a :class:`~lmdeploy_vico.vision.batches.TileFeatures`, or scores alone."""
+
+    @property
+    def patches(self) -> Sequence[torch.Tensor | Elsewhere]:
+        """``[1024, D]`` for each tile, or where they lie."""
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """The router's p[0] of each tile, float32 ``[n]`` in host memory."""
 
 
 class DeviceBatch(Protocol):
@@ -30,16 +38,16 @@ class DeviceBatch(Protocol):
     def seconds(self) -> float:
         """How long the device took, known once :meth:`wait` has returned."""
 
-    def wait(self) -> TileFeatures:
-        """Return the features and scores of the batch's tiles when they are in host memory; raise what failed."""
+    def wait(self) -> Features:
+        """Return the features and scores of the batch's tiles when they are there; raise what failed."""
 
 
 class DeviceEncoder(Protocol):
     """The vision side of a checkpoint on one device. One worker uses it, from one thread."""
 
     @property
-    def device(self) -> torch.device:
-        """Where it encodes. Log and error messages name it."""
+    def device(self) -> torch.device | str:
+        """Where it encodes, a name if that is elsewhere. Log and error messages name it."""
 
     @property
     def dtype(self) -> torch.dtype:

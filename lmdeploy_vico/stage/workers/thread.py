@@ -59,6 +59,11 @@ class DeviceThread:
         """Return when the thread has ended."""
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             self._encoder.enter_thread()
@@ -92,11 +97,14 @@ class DeviceThread:
         """Start a batch; if that fails, give its tiles back and return None."""
         try:
             self._metrics.tiles_per_batch.observe(len(tiles))
-            pixels = [tile.pixels for tile in tiles if tile.pixels is not None]
-            return _Running(tiles, self._encoder.start(pixels))
+            return _Running(tiles, self._send(tiles))
         except Exception as error:
             self._give_back(tiles, error)
             return None
+
+    def _send(self, tiles: list[Tile]) -> DeviceBatch:
+        """Have the encoder begin with a batch."""
+        return self._encoder.start([tile.pixels for tile in tiles if tile.pixels is not None])
 
     def _end(self, running: _Running) -> bool:
         """Wait for a batch and store its results; if that fails, give its tiles back. Return whether it succeeded."""

@@ -103,7 +103,7 @@ class Replicas:
             yield
         except Exception as error:
             where = error.device if isinstance(error, DeviceStartError) else device
-            if where is None or where.type != 'cuda' or not is_out_of_memory(error):
+            if not isinstance(where, torch.device) or where.type != 'cuda' or not is_out_of_memory(error):
                 raise
             raise OptionError(self._does_not_fit(where)) from error
 

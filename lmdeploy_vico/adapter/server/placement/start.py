@@ -14,12 +14,14 @@ from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.lifecycle.state import Lifecycle
 from lmdeploy_vico.adapter.server.placement.devices import vision_devices
+from lmdeploy_vico.adapter.server.placement.elsewhere import encoders_elsewhere, ray_address
 from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
 from lmdeploy_vico.adapter.server.placement.parallel import require_parallelism
 from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
 from lmdeploy_vico.adapter.server.placement.replicas import Replicas
 from lmdeploy_vico.adapter.server.placement.weights import open_weights
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
+from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.kernels.implementation import use
@@ -30,6 +32,7 @@ from lmdeploy_vico.media.memory import MemoryBudget
 from lmdeploy_vico.media.options import PictureOptions
 from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.options import Options
+from lmdeploy_vico.stage.remote.fleet import Quest
 from lmdeploy_vico.stage.stage import VisionStage
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling
@@ -85,10 +88,7 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
     weights = open_weights(model_path, hf_config, backend_config, options)
     config = read_config(model_path, backend_config.hf_overrides)
     config = replace(config, max_tiles=min(config.max_tiles, options.max_tiles))
-    devices = vision_devices(options.vision_device, backend_config)
-    replicas = Replicas(weights, config, devices, options, graph=not backend_config.eager_mode)
-    # Loading leaves memory behind. The KV cache is sized by what is free, and what the stage takes from here on stays.
-    torch.cuda.empty_cache()
+    replicas, quest = _encoders(model_path, weights, config, options, backend_config)
     # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
     limited = backend_config.enable_mp_engine
     dtype = engine_dtype(hf_config, backend_config)
@@ -99,6 +99,7 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
             options.preprocess_threads,
             options.max_queued_tiles if limited else None,
             options.cache_bytes,
+            quest,
         )
     try:
         _log_start(model_path, config, replicas.encoders, options, limited, time.perf_counter() - began)
@@ -120,6 +121,20 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
     except Exception:
         stage.close()
         raise
+
+
+def _encoders(
+    model_path: str, weights: Weights, config: VicoConfig, options: Options, backend_config: Any
+) -> tuple[Replicas, Quest | None]:
+    """The vision side on devices of this machine, or on none and a quest for encoders elsewhere."""
+    address = ray_address(options.vision_device)
+    devices = [] if address is not None else vision_devices(options.vision_device, backend_config)
+    replicas = Replicas(weights, config, devices, options, graph=not backend_config.eager_mode)
+    if address is not None:
+        return replicas, encoders_elsewhere(model_path, config, options, address)
+    # Loading leaves memory behind. The KV cache is sized by what is free, and what the stage takes from here on stays.
+    torch.cuda.empty_cache()
+    return replicas, None
 
 
 def _rules(config: VicoConfig, options: Options) -> Rules:
@@ -179,12 +194,15 @@ def _log_start(
     limited: bool,
     seconds: float,
 ) -> None:
-    encoder = encoders[0]
     logger.info('lmdeploy-vico %s serves %s', __version__, model_path)
-    logger.info(
-        'vision side on %s in %s (tile batch %d, loaded in %.1f s)',
-        *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
-    )
+    if encoders:
+        encoder = encoders[0]
+        logger.info(
+            'vision side on %s in %s (tile batch %d, loaded in %.1f s)',
+            *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
+        )
+    else:
+        logger.info('vision side elsewhere: encoders of %s', options.vision_device)
     logger.info(
         'decoding by %d processes, preparation by %d threads, %s tiles queued at most, %s for what clients send, '
         'cache of %.1f GiB',

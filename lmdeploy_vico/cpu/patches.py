@@ -6,8 +6,6 @@ another accelerator, serves, LMDeploy's own function is called. What the engine 
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 from lmdeploy_vico.cpu import ray_patches, selection
@@ -91,22 +89,11 @@ def start_worker_on_cpu(call: Call) -> None:
     call.proceed()
 
 
-@contextlib.asynccontextmanager
-async def await_the_ring(call: Call) -> AsyncIterator[None]:
-    """Keep a worker's event loop running while it waits for the others at the end of LMDeploy's ring of messages."""
+async def receive_beside_the_loop(call: Call) -> Any:
+    """Keep a process's event loop running while it waits for a message of LMDeploy's ring, and for the other ranks."""
     if not register.reached(Trigger.CPU_ENGINE):
-        async with call.proceed():
-            yield
-        return
-    from lmdeploy.pytorch.engine.executor.mp_executor import NUM_SHARED_BLOCK
-
-    notifier, loop = call.instance, asyncio.get_running_loop()
-    await loop.run_in_executor(None, notifier.events[notifier._event_id].wait)
-    yield
-    if notifier._event_id == NUM_SHARED_BLOCK - 1:
-        await loop.run_in_executor(None, notifier.bar.wait)
-        await loop.run_in_executor(None, notifier.bar.wait)
-    notifier._update_event_id()
+        return await call.proceed()
+    return await asyncio.get_running_loop().run_in_executor(None, call.instance.receive)
 
 
 def _on_cpu(engine_config: Any) -> bool:
@@ -214,14 +201,14 @@ PATCHES = (
     ),
     *ray_patches.PATCHES,
     Patch(
-        await_the_ring,
-        f'{_EXECUTOR}:Notifier.wait_async',
+        receive_beside_the_loop,
+        f'{_EXECUTOR}:SharedBuffer.receive_async',
         '(self)',
-        why="LMDeploy waits in the event loop itself, where the worker's forward runs too. With CUDA the others' "
-        'collectives only wait on the device. On a CPU one of them may stand in an all-reduce that needs the '
-        "waiting worker's forward, and both wait for ever.",
-        until='Notifier.wait_async awaits its barrier.',
+        why="LMDeploy waits for all ranks at the end of its ring on the event loop. There gloo's collectives, which "
+        "block, wait for what this loop has still to start: a rank at the ring's end and one in a collective then wait "
+        'for each other for ever. Messages of several packages reach the end in a loop of their own.',
+        until='LMDeploy receives in a thread, or its mp executor is gone.',
         process='engine',
-        uses={f'{_EXECUTOR}:NUM_SHARED_BLOCK': None, f'{_EXECUTOR}:Notifier._update_event_id': '(self)'},
+        uses={f'{_EXECUTOR}:SharedBuffer.receive': '(self)'},
     ),
 )

@@ -127,7 +127,8 @@ class Encoders:
         resources = {'num_gpus': 1, 'num_cpus': 0} if self._plan.cuda else {'num_gpus': 0, 'num_cpus': 1}
         environment = {name: os.environ[name] for name in ('PYTHONPATH',) if name in os.environ}
         start = secrets.token_hex(3)  # process ids and names of machines repeat among containers
-        actor: Any = ray.remote(EncoderActor)
+        remote: Any = ray.remote  # whose types do not know concurrency groups
+        actor = remote(concurrency_groups={HEALTH: 1})(EncoderActor)
         for index in range(self._plan.number):
             name = f'encoder-{platform.node()}-{start}-{index}'
             handle = actor.options(
@@ -136,7 +137,6 @@ class Encoders:
                 lifetime='detached',
                 max_restarts=-1,
                 max_concurrency=CALLS,
-                concurrency_groups={HEALTH: 1},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 runtime_env={'env_vars': environment},
                 **resources,

@@ -19,8 +19,8 @@ class Combination:
 
     @property
     def kind(self) -> dict[str, Any]:
-        """The tiny checkpoint; a mixture of experts is in float32, as bfloat16 flips nearly tied experts."""
-        return {'llm': self.llm, 'dtype': 'float32'} if self.llm == 'moe' else {'llm': self.llm}
+        """The tiny checkpoint, in float32: four ranks round bfloat16's sums to other near ties, and flip experts."""
+        return {'llm': self.llm, 'dtype': 'float32'}
 
     @property
     def arguments(self) -> tuple[str, ...]:

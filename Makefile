@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Serve the reader, a small model that reads, and ask it about documents, as a user would
 	@$(BIN)/lmdeploy-vico demo
 
-reader: $(STAMP) ## Train the reader again from nothing, in build/reader (at most 90 minutes on 2 quiet cores)
+reader: $(STAMP) ## Train the reader again from nothing, in build/reader (about an hour and a half on 2 quiet cores)
 	@$(BIN)/lmdeploy-vico reader --train build/reader
 
 check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (about 5 minutes on 2 cores)

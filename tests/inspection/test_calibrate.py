@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image
+from upstream import Answering, listening
 
 from lmdeploy_vico.cli import main
+from lmdeploy_vico.evaluation.data import read
 from lmdeploy_vico.inspection.pictures import find_by_kind
 from lmdeploy_vico.reader.demo import documents
 from lmdeploy_vico.reader.documents.export import write_questions
@@ -29,58 +29,39 @@ def folder(tmp_path_factory):
     return path
 
 
-class Upstream(BaseHTTPRequestHandler):
+class Upstream(Answering):
     """Answers rightly, if at most half of the tiles are compressed; knows the right answers by the pictures."""
 
     asked: list
     right: dict
     broken = 0  # every so many requests, one is refused
 
-    def do_GET(self):
-        self._send({'data': [{'id': 'stand-in'}]})
+    def get(self):
+        self.send_json({'data': [{'id': 'stand-in'}]})
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+    def post(self):
+        body = json.loads(self.body())
         picture, question = body['messages'][0]['content']
         compression = body['mm_processor_kwargs']['image']['compression']
         self.asked.append(compression)
-        key = picture['image_url']['url'].partition('base64,')[2], question['text']
-        said = self.right[key] if compression == 'none' or compression <= 0.5 else 'wrong'
         if self.broken and len(self.asked) % self.broken == 0:
             self.send_error(400)
             return
-        details = {'image_tokens': 4 * 256}
-        usage = {'prompt_tokens': 1040, 'prompt_tokens_details': details}
-        self._send({'choices': [{'message': {'content': said}}], 'usage': usage})
-
-    def _send(self, value):
-        text = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header('Content-Type', 'application/json')
-        self.send_header('Content-Length', str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
+        key = picture['image_url']['url'].partition('base64,')[2], question['text']
+        said = self.right[key] if compression == 'none' or compression <= 0.5 else 'wrong'
+        usage = {'prompt_tokens': 1040, 'prompt_tokens_details': {'image_tokens': 4 * 256}}
+        self.send_json({'choices': [{'message': {'content': said}}], 'usage': usage})
 
 
 @pytest.fixture
 def upstream(folder, monkeypatch):
-    from lmdeploy_vico.evaluation.data import read
-
     questions = read(folder / 'questions.tsv').questions
     monkeypatch.setattr(Upstream, 'asked', [], raising=False)
     monkeypatch.setattr(
         Upstream, 'right', {(one.pictures[0], one.text): one.answer for one in questions}, raising=False
     )
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Upstream)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with listening(Upstream) as url:
+        yield url
 
 
 def given(folder, *more):

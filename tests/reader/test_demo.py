@@ -2,11 +2,10 @@
 
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from rich.console import Console
+from upstream import Answering, listening
 
 from lmdeploy_vico.reader import ReaderError
 from lmdeploy_vico.reader.demo import (
@@ -57,44 +56,29 @@ def test_tiles_are_counted_by_tokens():
     assert (tiles_of(replies, 'auto'), tiles_of(replies, 'all'), tiles_of(replies, 'none')) == ((4, 2), (4, 4), (4, 0))
 
 
-class Upstream(BaseHTTPRequestHandler):
+class Upstream(Answering):
     """A server of one model, which streams an answer with space around it, or nothing, or refuses."""
 
     answer: str | None = ' 12\n'
 
-    def do_GET(self):
-        self._send('application/json', json.dumps({'object': 'list', 'data': [{'id': 'it', 'object': 'model'}]}))
+    def get(self):
+        self.send_json({'object': 'list', 'data': [{'id': 'it', 'object': 'model'}]})
 
-    def do_POST(self):
-        self.rfile.read(int(self.headers['Content-Length']))
+    def post(self):
+        self.body()
         if self.answer is None:
             self.send_error(400)
             return
         usage = {'prompt_tokens': 70, 'completion_tokens': 1, 'total_tokens': 71}
         chunks = [{'choices': [{'index': 0, 'delta': {'content': self.answer}}]}, {'choices': [], 'usage': usage}]
         told = [json.dumps({'id': '1', 'object': 'chat.completion.chunk', 'model': 'it'} | one) for one in chunks]
-        self._send('text/event-stream', ''.join(f'data: {one}\n\n' for one in [*told, '[DONE]']))
-
-    def _send(self, kind, text):
-        self.send_response(200)
-        self.send_header('Content-Type', kind)
-        self.send_header('Content-Length', str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
+        self.send(''.join(f'data: {one}\n\n' for one in [*told, '[DONE]']), 'text/event-stream')
 
 
 @pytest.fixture
-def upstream(monkeypatch):
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Upstream)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def upstream():
+    with listening(Upstream) as url:
+        yield url
 
 
 def test_answers_have_no_space_around_them(upstream):

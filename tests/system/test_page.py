@@ -1,13 +1,12 @@
 """The page at ``/vico`` in Chromium: a picture is dropped, thresholds move, a question is asked, counters count."""
 
-import shutil
-
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from system.programs import program
 from waiting import HANG
 
 from lmdeploy_vico.launch import ApiServer
@@ -17,14 +16,8 @@ from lmdeploy_vico.reader.shipped import write_reader
 pytestmark = [pytest.mark.system, pytest.mark.server]
 
 KEY = 'secret'
-APT = 'apt-get install chromium chromium-driver'
+PACKAGES = 'chromium chromium-driver'
 NAME = 'list, photographs'  # of the demonstration's documents: three tiles and a thumbnail, of which one is print
-
-
-def program(name):
-    found = shutil.which(name)
-    assert found, f'{name} is missing: {APT}'
-    return found
 
 
 @pytest.fixture(scope='module')
@@ -50,11 +43,11 @@ def picture(tmp_path_factory):
 @pytest.fixture(scope='module')
 def browser():
     options = webdriver.ChromeOptions()
-    options.binary_location = program('chromium')
+    options.binary_location = program('chromium', PACKAGES)
     for argument in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1200,1500'):
         options.add_argument(argument)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(program('chromedriver')))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(program('chromedriver', PACKAGES)))
     yield driver
     driver.quit()
 

@@ -1,7 +1,6 @@
 """A real Prometheus scrapes a running server: it takes the alerts, and every query of the dashboard returns data."""
 
 import json
-import shutil
 import subprocess
 import time
 import urllib.parse
@@ -14,6 +13,7 @@ import pytest
 from parity.conversations import on_the_wire
 from PIL import Image
 from ports import free_port
+from system.programs import program
 from waiting import HANG
 
 from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
@@ -22,7 +22,6 @@ from lmdeploy_vico.launch import ApiServer
 pytestmark = [pytest.mark.system, pytest.mark.server]
 
 DEPLOY = Path(__file__).parents[2] / 'docs' / 'deploy'
-APT = 'apt-get install prometheus'
 SCRAPES = 20  # that a query looks back on; one a second
 WINDOW = '30s'
 CONFIG = """\
@@ -32,12 +31,6 @@ scrape_configs:
     static_configs: [{{targets: ['{target}']}}]
 rule_files: ['{rules}']
 """
-
-
-def program(name):
-    found = shutil.which(name)
-    assert found, f'{name} is missing: {APT}'
-    return found
 
 
 @pytest.fixture(scope='module')
@@ -55,13 +48,16 @@ def prometheus(server, tmp_path_factory):
     config = folder / 'prometheus.yml'
     target = server.url.removeprefix('http://')
     config.write_text(CONFIG.format(target=target, rules=DEPLOY / 'alerts.yml'))
-    subprocess.run([program('promtool'), 'check', 'config', config], check=True)
+    subprocess.run([program('promtool', 'prometheus'), 'check', 'config', config], check=True)
     options = (
         f'--config.file={config}',
         f'--storage.tsdb.path={folder / "data"}',
         f'--web.listen-address=127.0.0.1:{port}',
     )
-    with (folder / 'log').open('w') as log, subprocess.Popen([program('prometheus'), *options], stderr=log) as process:
+    with (
+        (folder / 'log').open('w') as log,
+        subprocess.Popen([program('prometheus', 'prometheus'), *options], stderr=log) as process,
+    ):
         try:
             yield f'http://127.0.0.1:{port}'
         finally:

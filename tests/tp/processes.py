@@ -1,6 +1,7 @@
 """The processes of a server: its ranks, by what the executors call them, and whether any is left at its end."""
 
 import contextlib
+import secrets
 
 import psutil
 from waiting import HANG
@@ -9,8 +10,9 @@ from lmdeploy_vico.launch import ApiServer
 
 # A server's processes are given this before they count as left over; Ray's end some seconds after their driver.
 ENDING = 60  # seconds
-# Every server has a Ray cluster of its own, whatever else runs on this machine.
-OWN_CLUSTER = {'RAY_ADDRESS': 'local'}
+# Every server has a Ray cluster of its own, whatever else runs on this machine. Without a token in the environment, Ray
+# would write one into the user's home.
+OWN_CLUSTER = {'RAY_ADDRESS': 'local', 'RAY_AUTH_MODE': 'token', 'RAY_AUTH_TOKEN': secrets.token_hex(32)}
 
 
 def ranks(pid: int, executor: str) -> list[psutil.Process]:

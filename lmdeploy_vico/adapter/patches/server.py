@@ -69,6 +69,7 @@ def decode_side_by_side(call: Call) -> None:
 
         # Takes the place of a static method, for this processor only.
         processor.async_parse_multimodal_item = MediaParser(model.loader, model.media_store)
+        model.allowed_media_domains = call['allowed_media_domains']
 
 
 async def admit_before_decoding(call: Call) -> Any:

@@ -48,6 +48,7 @@ class VicoVisionModel(VisionModel):
 
     _arch = 'InternVLChatModel'
     media_store: MediaStore | None = None  # until the start
+    allowed_media_domains: list[str] | None = None  # those of --allowed-media-domains; None for all
 
     @classmethod
     def match(cls, config: Any) -> bool:

@@ -47,14 +47,17 @@ def test_there_is_none_unless_it_is_asked_for(client):
 
 
 def test_the_page_and_what_it_asks(serve, make_checkpoint, judge):
-    server = serve(make_checkpoint(), '--api-keys', KEY, LMDEPLOY_VICO_PAGE='1')
+    server = serve(
+        make_checkpoint(), '--api-keys', KEY, '--allowed-media-domains', 'pictures.test', LMDEPLOY_VICO_PAGE='1'
+    )
     page, route = f'{server.url}/vico', f'{server.url}/vico/route'
     _is_public_and_alone(*fetch(page))
     pictures = [png((900, 440), 1), png((448, 448), 2)]
     asked = {'images': [url_of(one) for one in pictures]}
+    small = {'images': [url_of(png((60, 40)))]}  # a refused body is not read: a large one could not be sent
     for path in ('/vico/route', '/vico/', '/vico/x', '/v1/models', '/metrics'):
-        assert fetch(server.url + path, asked if path.endswith('route') else None)[0] == 401, path
-    assert fetch(route, asked, 'wrong')[0] == 401
+        assert fetch(server.url + path, small if path.endswith('route') else None)[0] == 401, path
+    assert fetch(route, small, 'wrong')[0] == 401
     for compression in (None, 'none', 0.5):
         status, _, said = fetch(route, asked | ({} if compression is None else {'compression': compression}), KEY)
         assert status == 200
@@ -95,6 +98,7 @@ def _refuses(route):
         ({'images': [good], 'compression': 2}, 'must be "auto", "none", "all"'),
         ({'images': ['data:image/png;base64,AAAA']}, 'image'),
         ({'images': [7]}, 'image_url'),
+        ({'images': ['http://elsewhere.test/x.png']}, 'one of the allowed domains: pictures.test'),
         ({'images': [{'url': good, 'detail': 'tiny'}]}, 'detail'),
     ):
         status, _, said = fetch(route, body, KEY)

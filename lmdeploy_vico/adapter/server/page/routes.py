@@ -80,7 +80,7 @@ async def _routed(model: 'VicoVisionModel', body: bytes) -> dict[str, Any]:
     parsed = model.parse(messages, None, options)
     assert parsed is not None
     async with model.admit(parsed):
-        request = await MediaParser(model.loader, model.media_store)(parsed)
+        request = await MediaParser(model.loader, model.media_store)(parsed, None, model.allowed_media_domains)
         jobs = request.pictures
         encoded = await while_client_waits(lambda: model.stage.submit(jobs, request.compression))
     thresholds = model.thresholds

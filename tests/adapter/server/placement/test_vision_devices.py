@@ -6,6 +6,7 @@ from lmdeploy.messages import PytorchEngineConfig
 from ray._private import services
 
 from lmdeploy_vico.adapter.server.placement.devices import UnknownDevicesError, engine_devices, vision_devices
+from lmdeploy_vico.cpu import selection
 from lmdeploy_vico.options import OptionError
 
 CLUSTER = '10.0.0.7:6379'
@@ -16,6 +17,7 @@ def have(monkeypatch, *names):
     monkeypatch.delenv('RAY_ADDRESS', raising=False)
     monkeypatch.delenv('LMDEPLOY_EXECUTOR_BACKEND', raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: bool(names))
+    monkeypatch.setattr(selection, 'has_cuda', lambda: bool(names))
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(names))
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: names[device.index or 0])

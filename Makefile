@@ -83,7 +83,7 @@ test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its 
 test-tp: $(STAMP) ## Serve with 2 and 4 ranks, both executors, two nodes, killed ranks (10 servers; 25 minutes on 2 quiet cores)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m tp tests/tp
 
-test-reader: $(STAMP) ## Hold the shipped reader to its committed tables (5 minutes)
+test-reader: $(STAMP) ## Hold the shipped reader to its committed answers, and calibrate to eval (7 minutes)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader
 
 test-system: $(STAMP) ## Look at a server with a real Prometheus and Chromium (3 minutes; needs both)

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmdeploy_vico.cli.errors import CommandError
+from lmdeploy_vico.cli.errors import CommandError, require_checkpoint
 from lmdeploy_vico.launch import ApiServer, ServerError
 from lmdeploy_vico.reader import ReaderError
 
@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     checkpoint = arguments.checkpoint
-    if checkpoint and not (checkpoint / 'config.json').is_file():
-        raise CommandError(f'{checkpoint} is not a checkpoint directory: it holds no config.json')
+    if checkpoint:
+        require_checkpoint(checkpoint)
     try:
         console = Console()
         # What goes into a file is as wide as it has to be.

@@ -10,6 +10,7 @@ from lmdeploy_vico.choices import Compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.inspection import InspectionError
 from lmdeploy_vico.vision.encoder import VisionEncoder
+from lmdeploy_vico.vision.routing import as_json
 from lmdeploy_vico.vision.tiling import Grid, Tiling
 
 
@@ -44,16 +45,7 @@ class Routed:
 
     def as_json(self) -> dict[str, object]:
         """Path, grid, tiles and tokens."""
-        tiles = [
-            {'score': round(score, 6), 'tokens': count} for score, count in zip(self.scores, self.tokens, strict=True)
-        ]
-        return {
-            'path': self.name,
-            'grid': [self.grid.columns, self.grid.rows],
-            'tiles': tiles,
-            'tokens': sum(self.tokens),
-            'tokens_full': self.full,
-        }
+        return {'path': self.name, **as_json(self.grid, self.scores, self.tokens)}
 
 
 def device_of(name: str | None) -> torch.device | None:

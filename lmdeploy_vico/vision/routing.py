@@ -4,11 +4,13 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from lmdeploy_vico.choices import Compression, Experiment
+from lmdeploy_vico.config import TOKENS_FULL
+from lmdeploy_vico.vision.tiling import Grid
 
 # Images of a prompt, by their indices, that are routed together, and what they are routed by.
 RoutingGroup: TypeAlias = tuple[Sequence[int], Compression]
@@ -82,6 +84,23 @@ def route_prompt(
             of_these = list(itertools.compress(digests, chosen.tolist())) if isinstance(compression, Experiment) else ()
             compressed[chosen] = route(scores[chosen], compression, relative_threshold, absolute_threshold, of_these)
     return compressed
+
+
+def as_json(grid: Grid, scores: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    """What became of an image, as commands and servers say it.
+
+    Args:
+        grid: of its tiles.
+        scores: of each tile, row by row, the thumbnail's last.
+        tokens: visual tokens of each tile.
+    """
+    tiles = [{'score': round(score, 6), 'tokens': count} for score, count in zip(scores, tokens, strict=True)]
+    return {
+        'grid': [grid.columns, grid.rows],
+        'tiles': tiles,
+        'tokens': sum(tokens),
+        'tokens_full': TOKENS_FULL * len(tokens),
+    }
 
 
 def _drawn(digests: Sequence[bytes]) -> torch.Tensor:

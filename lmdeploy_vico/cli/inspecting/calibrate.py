@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.arguments import positive
-from lmdeploy_vico.cli.errors import CommandError
+from lmdeploy_vico.cli.errors import CommandError, require_checkpoint
 from lmdeploy_vico.config import UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.evaluation import EvaluationError
 from lmdeploy_vico.evaluation.rules import RULES
@@ -110,8 +110,7 @@ def _run(arguments: argparse.Namespace, console: 'Console') -> None:
     from lmdeploy_vico.inspection.routed import device_of
     from lmdeploy_vico.vision.encoder import VisionEncoder
 
-    if not (arguments.model / 'config.json').is_file():
-        raise CommandError(f'{arguments.model} is not a checkpoint directory: it holds no config.json')
+    require_checkpoint(arguments.model)
     config = VicoConfig.from_pretrained(arguments.model)
     if arguments.plot:
         check_plot(arguments.plot)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmdeploy_vico.choices import parse_compression, typed
-from lmdeploy_vico.cli.errors import CommandError
+from lmdeploy_vico.cli.errors import CommandError, require_checkpoint
 from lmdeploy_vico.config import UnsupportedCheckpointError, VicoConfig
 from lmdeploy_vico.inspection import InspectionError
 
@@ -92,8 +92,7 @@ def _routed(arguments: argparse.Namespace, console: 'Console') -> 'list[Routed]'
     from lmdeploy_vico.vision.encoder import VisionEncoder
 
     compression = parse_compression(typed(arguments.compression), '--compression')
-    if not (arguments.model / 'config.json').is_file():
-        raise CommandError(f'{arguments.model} is not a checkpoint directory: it holds no config.json')
+    require_checkpoint(arguments.model)
     paths = find(arguments.images)
     VicoConfig.from_pretrained(arguments.model)  # what is wrong is said before anything is loaded
     encoder = VisionEncoder.from_pretrained(arguments.model, device_of(arguments.device))

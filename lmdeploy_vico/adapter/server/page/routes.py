@@ -1,7 +1,7 @@
 """``GET /vico``, the page, and ``POST /vico/route``: what the router makes of pictures, without the language model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,10 +13,9 @@ from lmdeploy_vico.adapter.server.disconnect import while_client_waits
 from lmdeploy_vico.adapter.server.media import MediaParser
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.page.html import PATH, headers, page
-from lmdeploy_vico.config import TOKENS_FULL
 from lmdeploy_vico.stage.errors import EncodingError
-from lmdeploy_vico.stage.jobs import EncodedImage, ImageJob
 from lmdeploy_vico.stage.queue import StageBusyError
+from lmdeploy_vico.vision.routing import as_json
 from lmdeploy_vico.wording import shown
 
 if TYPE_CHECKING:
@@ -85,7 +84,9 @@ async def _routed(model: 'VicoVisionModel', body: bytes) -> dict[str, Any]:
         encoded = await while_client_waits(lambda: model.stage.submit(jobs, request.compression))
     thresholds = model.thresholds
     return {
-        'images': [_image(job, one) for job, one in zip(jobs, encoded, strict=True)],
+        'images': [
+            as_json(job.grid, one.tokens.scores, one.tokens.tile_tokens) for job, one in zip(jobs, encoded, strict=True)
+        ],
         'relative_threshold': thresholds[0],
         'absolute_threshold': thresholds[1],
         'routing_scope': model.rules.routing_scope,
@@ -113,16 +114,3 @@ def _asked(body: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     if asked.get('max_dynamic_patch') is not None:
         options['max_dynamic_patch'] = asked['max_dynamic_patch']
     return [{'role': 'user', 'content': content}], options
-
-
-def _image(job: ImageJob, encoded: EncodedImage) -> dict[str, Any]:
-    tokens: Sequence[int] = encoded.tokens.tile_tokens
-    tiles = [
-        {'score': round(score, 6), 'tokens': count} for score, count in zip(encoded.tokens.scores, tokens, strict=True)
-    ]
-    return {
-        'grid': [job.grid.columns, job.grid.rows],
-        'tiles': tiles,
-        'tokens': sum(tokens),
-        'tokens_full': TOKENS_FULL * len(tokens),
-    }

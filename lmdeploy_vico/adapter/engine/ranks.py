@@ -3,24 +3,29 @@
 Without it the other ranks, and every request, would wait for it for ever.
 """
 
+import asyncio
+import contextlib
 import errno
 import logging
-import multiprocessing
 import os
 import threading
 import time
 import weakref
-from multiprocessing import connection
+from collections.abc import Awaitable, Iterator
+from contextvars import ContextVar
+from multiprocessing import connection, util
 from pathlib import Path
 from typing import Any
 
+from lmdeploy_vico.adapter.engine.ending import end_engine
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
 
 logger = logging.getLogger(__name__)
 
-EXIT_STATUS = 1
 POLL = 0.01  # seconds
+PATIENCE = 5.0  # seconds, in which Ray finds room for ranks where there is some
 SHARED_MEMORY = Path('/dev/shm')
+_placing: ContextVar[bool] = ContextVar('placing', default=False)
 _closed: 'weakref.WeakSet[Any]' = weakref.WeakSet()  # those that are meant to end
 
 
@@ -54,23 +59,23 @@ def reserve_buffers(*names: str) -> None:
 
 
 def watch_rank(rank: Any) -> None:
-    """Watch a rank's process, which has been started, in a thread of its own.
+    """Watch a process of the ``mp`` executor's, which has been started, in a thread of its own.
+
+    LMDeploy's ranks end with status 0 at SIGTERM, whoever sends it, and also when they have failed.
 
     Args:
         rank: LMDeploy's ``ExecutorProc``.
     """
     process = rank._proc
+    # When this process ends in order, multiprocessing ends its daemons, ranks among them; this is called before.
+    util.Finalize(rank, rank_may_end, args=(rank,), exitpriority=0)
 
     def watch() -> None:
         connection.wait([process.sentinel])
         while process.exitcode is None:  # its descriptors are closed a little before it has ended
             time.sleep(POLL)
-        if rank in _closed or process.exitcode == 0:  # a rank that fails ends well, and has told the executor
-            return
-        logger.critical('the process of rank %d has ended: the engine cannot go on', rank.proc_id)
-        # In a process that multiprocessing did not start the engine is a part of somebody's program.
-        if multiprocessing.parent_process() is not None:
-            os._exit(EXIT_STATUS)
+        if rank not in _closed:
+            end_engine(f'the process of rank {rank.proc_id} has ended')
 
     threading.Thread(target=watch, name=f'vico-rank-{rank.proc_id}', daemon=True).start()
 
@@ -78,3 +83,62 @@ def watch_rank(rank: Any) -> None:
 def rank_may_end(rank: Any) -> None:
     """Note that the executor is about to end a rank's process."""
     _closed.add(rank)
+
+
+@contextlib.contextmanager
+def placing_ranks() -> Iterator[None]:
+    """Inside, the ranks of a ViCO model are given their places by Ray."""
+    token = _placing.set(True)
+    try:
+        yield
+    finally:
+        _placing.reset(token)
+
+
+def say_what_ray_lacks(group: Any) -> None:
+    """Say what a Ray cluster lacks that does not find room for ranks soon; LMDeploy waits on, for half an hour.
+
+    A cluster may grow meanwhile, and others may leave it, so it is no error yet.
+
+    Args:
+        group: Ray's placement group, with a bundle for each rank.
+    """
+    import ray
+
+    if not _placing.get() or ray.wait([group.ready()], timeout=PATIENCE)[0]:
+        return
+    there, free = (resources.get('GPU', 0) for resources in (ray.cluster_resources(), ray.available_resources()))
+    ranks = len(group.bundle_specs)
+    logger.warning(
+        'Ray has no room for %d ranks yet, each of which takes a GPU, the first one on this node (%s): its cluster has '
+        '%g GPUs, of which %g are free. The server waits for half an hour. Add nodes, or end what holds GPUs; "ray '
+        'status" lists them. With fewer ranks, start the server again with a lower --tp.',
+        *(ranks, ray.util.get_node_ip_address(), there, free),
+    )
+
+
+async def wait_with_workers(workers: list[Any], waiting: Awaitable[None]) -> None:
+    """Wait as the Ray executor does while it serves, and end the engine when one of its workers has died.
+
+    Args:
+        workers: handles of the actors, rank by rank.
+        waiting: LMDeploy's own waiting, which passes over dead workers.
+    """
+    watches = [asyncio.ensure_future(_watch_worker(rank, worker)) for rank, worker in enumerate(workers)]
+    try:
+        await waiting
+    finally:
+        for watch in watches:
+            watch.cancel()
+
+
+async def _watch_worker(rank: int, worker: Any) -> None:
+    import ray
+
+    try:
+        await worker.wait_tasks.remote()  # until the worker is stopped
+    except ray.exceptions.RayActorError:
+        # The other workers wait for the dead one. Ray ends them with this process, but later.
+        end_engine(f"Ray's worker of rank {rank} has ended", before=ray.shutdown)
+    except ray.exceptions.RayError:
+        pass  # the worker has failed and is there: LMDeploy waits for the same and ends its loop

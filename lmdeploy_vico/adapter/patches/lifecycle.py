@@ -58,31 +58,18 @@ def refuse_at_the_end(call: Call) -> None:
 
 def end_with_the_server(call: Call) -> Any:
     """End an engine's process when the one that started it has ended."""
-    from lmdeploy_vico.adapter.engine.parent import end_with_parent
+    from lmdeploy_vico.adapter.engine.ending import end_with_parent
 
     end_with_parent()
     return call.proceed()
 
 
-def end_with_each_rank(call: Call) -> None:
-    """Reserve the shared memory of a ViCO model's tensor-parallel rank, and end the engine when it ends by itself."""
-    from lmdeploy_vico.adapter.engine.ranks import reserve_buffers, runs_vico, watch_rank
+def end_with_the_loop(call: Call) -> Any:
+    """End the process of a ViCO model's engine when its main loop has failed."""
+    from lmdeploy_vico.adapter.engine.ending import run_engine_loop
+    from lmdeploy_vico.adapter.engine.intake import serves_vico
 
-    passed = call['kwargs']
-    if not runs_vico(passed['model_config']):
-        call.proceed()
-        return
-    reserve_buffers(passed['comm_buf_name'], passed['ret_buf_name'])
-    call.proceed()
-    watch_rank(call.instance)
-
-
-def let_ranks_end(call: Call) -> None:
-    """Note that a rank is meant to end."""
-    from lmdeploy_vico.adapter.engine.ranks import rank_may_end
-
-    rank_may_end(call.instance)
-    call.proceed()
+    return run_engine_loop(call.proceed()) if serves_vico(call.instance) else call.proceed()
 
 
 def bound_the_connections(call: Call) -> None:
@@ -142,21 +129,11 @@ PATCHES = (
         process='server',
     ),
     Patch(
-        end_with_each_rank,
-        f'{_RANK}.start',
-        '(self, **kwargs)',
-        why='Without one of its ranks the engine waits for ever, and /health stays well. A full /dev/shm, which '
-        'containers have by default, ends a rank at its first large message.',
-        until='LMDeploy watches the processes of its executor, and reserves their buffers.',
-        process='engine',
-        uses={f'{_RANK}.__init__': '(self, proc_id, mp_ctx)'},
-    ),
-    Patch(
-        let_ranks_end,
-        f'{_RANK}.close',
+        end_with_the_loop,
+        'lmdeploy.pytorch.engine.engine:Engine.async_loop',
         '(self)',
-        why='A rank that LMDeploy ends itself is no reason to end the engine.',
-        until='as the one before',
+        why='The process of an engine whose loop has failed stays, and so does its server, which answers nothing more.',
+        until='LMDeploy ends it.',
         process='engine',
     ),
     *(

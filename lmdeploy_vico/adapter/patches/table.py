@@ -7,7 +7,7 @@ that it changes is complete.
 import importlib.metadata
 import logging
 
-from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, server, start
+from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, ranks, server, start
 from lmdeploy_vico.cpu import patches as cpu
 from lmdeploy_vico.patching import Patch, register
 
@@ -40,6 +40,7 @@ def all_patches() -> tuple[Patch, ...]:
         *forms.PATCHES,
         *generation.PATCHES,
         *lifecycle.PATCHES,
+        *ranks.PATCHES,
         *engine.PATCHES,
     )
 
@@ -61,4 +62,5 @@ def set_up(cpu_only: bool = False) -> None:
         return
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
-        register.install((*server.PATCHES, *forms.PATCHES, *generation.PATCHES, *lifecycle.PATCHES, *engine.PATCHES))
+        register.install((*server.PATCHES, *forms.PATCHES, *generation.PATCHES))
+        register.install((*lifecycle.PATCHES, *ranks.PATCHES, *engine.PATCHES))

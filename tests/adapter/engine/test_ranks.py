@@ -1,18 +1,23 @@
 """The shared memory and the processes of tensor-parallel ranks."""
 
+import asyncio
 import errno
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+from multiprocessing import util
 from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 
 import pytest
+import ray
+from ray_cluster import own_cluster
 from waiting import HANG
 
-from lmdeploy_vico.adapter.engine import ranks
+from lmdeploy_vico.adapter.engine import ending, ranks
 
 
 def test_shared_memory_is_there_before_it_is_used():
@@ -43,10 +48,10 @@ def test_no_room_is_a_sentence(monkeypatch, tmp_path):
 def rank(monkeypatch):
     """``rank(code)``: a rank whose process has ended with it, and whether the engine was ended."""
     ended = []
-    monkeypatch.setattr(ranks.os, '_exit', ended.append)
+    monkeypatch.setattr(ending.os, '_exit', ended.append)
 
     def run(code, meant=False, in_engine=True):
-        monkeypatch.setattr(ranks.multiprocessing, 'parent_process', lambda: SimpleNamespace() if in_engine else None)
+        monkeypatch.setattr(ending.multiprocessing, 'parent_process', lambda: SimpleNamespace() if in_engine else None)
         process = multiprocessing.get_context('spawn').Process(target=sys.exit, args=(code,))
         one = Rank(process)
         if meant:
@@ -71,19 +76,114 @@ class Rank:
         self._proc = process
 
 
-def test_a_rank_that_ends_by_itself_ends_the_engine(rank, caplog):
+@pytest.mark.parametrize('code', [pytest.param(9, id='killed'), pytest.param(0, id='told to by SIGTERM')])
+def test_a_rank_that_ends_by_itself_ends_the_engine(rank, caplog, code):
     with caplog.at_level(logging.CRITICAL):
-        assert rank(9) == [1]
+        assert rank(code) == [1]
     assert 'the process of rank 3 has ended' in caplog.text
 
 
-def test_a_rank_that_ends_well_or_is_meant_to_does_not(rank, caplog):
+@pytest.mark.parametrize('code', [0, 9])
+def test_a_rank_that_is_meant_to_end_does_not(rank, caplog, code):
     with caplog.at_level(logging.CRITICAL):
-        assert rank(0) == [] and rank(9, meant=True) == []
+        assert rank(code, meant=True) == []
     assert not caplog.records
+
+
+def test_ranks_that_end_with_an_engine_that_ends_in_order_are_no_news():
+    """Multiprocessing ends the daemons of a process that ends, as LMDeploy's ranks are."""
+    engine = multiprocessing.get_context('spawn').Process(target=an_engine)
+    engine.start()
+    engine.join(HANG)
+    assert engine.exitcode == 0  # and not that of an engine that has lost a rank
+
+
+def an_engine():
+    process = multiprocessing.get_context('spawn').Process(target=signal.pause, daemon=True)
+    process.start()
+    ranks.watch_rank(Rank(process))
+    [watch] = [thread for thread in threading.enumerate() if thread.name == 'vico-rank-3']
+    # After the daemons have been ended: whoever watches has its say.
+    util.Finalize(None, watch.join, args=(HANG,), exitpriority=-1)
 
 
 def test_the_engine_of_a_pipeline_leaves_its_program_alone(rank, caplog):
     with caplog.at_level(logging.CRITICAL):
         assert rank(9, in_engine=False) == []
     assert 'the process of rank 3 has ended' in caplog.text
+
+
+class Workers:
+    """Ray's handles of two workers, whose ``wait_tasks`` end when the test says so."""
+
+    def __init__(self):
+        self.waits = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        self.handles = [
+            SimpleNamespace(wait_tasks=SimpleNamespace(remote=lambda wait=wait: wait)) for wait in self.waits
+        ]
+
+
+@pytest.fixture
+def in_an_engine(monkeypatch):
+    """What the process of an engine was ended with."""
+    ended = []
+    monkeypatch.setattr(ending.os, '_exit', ended.append)
+    monkeypatch.setattr(ending.multiprocessing, 'parent_process', SimpleNamespace)
+    return ended
+
+
+@pytest.fixture
+def shut(monkeypatch):
+    """How often Ray was shut down."""
+    shut = []
+    monkeypatch.setattr(ray, 'shutdown', lambda: shut.append(True))
+    return shut
+
+
+def test_a_worker_of_ray_that_dies_ends_the_engine(in_an_engine, shut, caplog):
+    async def run():
+        workers, serving = Workers(), asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(ranks.wait_with_workers(workers.handles, serving))
+        workers.waits[1].set_exception(ray.exceptions.ActorDiedError())
+        while not in_an_engine:
+            await asyncio.sleep(0)
+        serving.set_result(None)
+        await waiting
+
+    with caplog.at_level(logging.CRITICAL):
+        asyncio.run(asyncio.wait_for(run(), HANG))
+    assert in_an_engine == [1] and shut == [True]
+    assert "Ray's worker of rank 1 has ended: the engine cannot go on" in caplog.text
+
+
+def test_workers_that_are_stopped_or_fail_are_left_to_lmdeploy(in_an_engine, shut, caplog):
+    async def run():
+        workers, serving = Workers(), asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(ranks.wait_with_workers(workers.handles, serving))
+        await asyncio.sleep(0)  # until they are waited for
+        workers.waits[0].set_result(None)
+        workers.waits[1].set_exception(ray.exceptions.RayTaskError('wait_tasks', '', ValueError()))
+        serving.set_exception(ValueError('as LMDeploy raises it'))
+        await waiting
+
+    with pytest.raises(ValueError, match='as LMDeploy raises it'), caplog.at_level(logging.CRITICAL):
+        asyncio.run(asyncio.wait_for(run(), HANG))
+    assert not in_an_engine and not shut and not caplog.records
+
+
+@pytest.mark.slow
+def test_a_cluster_without_room_is_described(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ranks, 'PATIENCE', 1.0)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    with own_cluster(tmp_path):
+        group = ray.util.placement_group([{'GPU': 1.0}] * 2)
+        ranks.say_what_ray_lacks(group)  # somebody else's
+        assert not caplog.records
+        with ranks.placing_ranks():
+            ranks.say_what_ray_lacks(group)
+        [record] = caplog.records
+        assert 'no room for 2 ranks yet' in record.message and 'has 0 GPUs, of which 0 are free' in record.message
+        caplog.clear()
+        with ranks.placing_ranks():
+            ranks.say_what_ray_lacks(ray.util.placement_group([{'CPU': 1.0}] * 2))  # there is room
+        assert not caplog.records

@@ -68,20 +68,32 @@ class PackedRows:
         return cls(PickleBuffer(_bytes_of(embeddings)), embeddings.dtype, embeddings.shape[1])  # type: ignore[arg-type]
 
     def tensor(self) -> torch.Tensor:
-        """``[n, H]`` on the CPU, in memory that no other rows have: LMDeploy may write to it and send it on.
+        """``[n, H]`` on the CPU.
 
-        Bytes and bytearrays, which an unpickler has just made, become the tensor's memory. Of all else, such as a part
-        of Ray's object store, which is read-only and another process's, a copy is made.
+        Bytes and bytearrays, which an unpickler has just made, become the tensor's memory: LMDeploy may write to it and
+        send it on. So does what is read-only, which is a part of Ray's object store: it is every rank's, must only be
+        read, and stays in the store as long as the tensor lives. Of memory that somebody may write to a copy is made.
         """
         keep_freed_memory()
-        data = self.data if isinstance(self.data, bytes | bytearray) else bytearray(self.data)
-        if isinstance(data, bytearray):
-            array = np.frombuffer(data, np.uint8)
-        else:
-            array = np.empty(0, np.uint8)
-            # That it can be written to, as bytes cannot, is what NumPy does with the bytes of an array it unpickles.
-            array.__setstate__((1, (len(data),), array.dtype, False, data))  # type: ignore[arg-type]
-        return torch.from_numpy(array).view(self.dtype).view(-1, self.width)
+        return torch.from_numpy(_array(self.data)).view(self.dtype).view(-1, self.width)
+
+
+def _array(data: Any) -> np.ndarray:
+    """The bytes of what has a buffer, in its memory but where that is somebody's who writes to it.
+
+    PyTorch makes tensors only of arrays that say they can be written to.
+    """
+    if isinstance(data, bytes):
+        array = np.empty(0, np.uint8)
+        # That it can be written to, as bytes cannot, is what NumPy does with the bytes of an array it unpickles.
+        array.__setstate__((1, (len(data),), array.dtype, False, data))  # type: ignore[arg-type]
+        return array
+    if isinstance(data, bytearray) or not memoryview(data).readonly:
+        return np.frombuffer(data if isinstance(data, bytearray) else bytearray(data), np.uint8)
+    size = memoryview(data).nbytes
+    memory = (ctypes.c_ubyte * size).from_address(np.frombuffer(data, np.uint8).ctypes.data)
+    memory.owner = data  # type: ignore[attr-defined]  # which gives the memory back when it is freed
+    return np.frombuffer(memory, np.uint8)  # type: ignore[call-overload]
 
 
 def _bytes_of(embeddings: torch.Tensor) -> np.ndarray:

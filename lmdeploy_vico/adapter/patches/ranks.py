@@ -5,6 +5,8 @@ from typing import Any
 from lmdeploy_vico.patching import Call, Patch
 
 _RANK = 'lmdeploy.pytorch.engine.executor.mp_executor:ExecutorProc'
+_MP = 'lmdeploy.pytorch.engine.executor.mp_executor:MPExecutor'
+_RING = 'lmdeploy.pytorch.engine.executor.mp_executor:SharedBuffer'
 _RAY = 'lmdeploy.pytorch.engine.executor.ray_executor:RayExecutor'
 _WORKER = 'lmdeploy.pytorch.engine.executor.base_worker:WorkerWrapperBase'
 
@@ -12,12 +14,15 @@ _WORKER = 'lmdeploy.pytorch.engine.executor.base_worker:WorkerWrapperBase'
 def end_with_each_rank(call: Call) -> None:
     """Reserve the shared memory of a ViCO model's tensor-parallel rank, and end the engine when it ends by itself."""
     from lmdeploy_vico.adapter.engine.ranks import reserve_buffers, runs_vico, watch_rank
+    from lmdeploy_vico.adapter.engine.ring import know_rings
 
     passed = call['kwargs']
     if not runs_vico(passed['model_config']):
         call.proceed()
         return
-    reserve_buffers(passed['comm_buf_name'], passed['ret_buf_name'])
+    names = passed['comm_buf_name'], passed['ret_buf_name']
+    reserve_buffers(*names)
+    know_rings(*names)
     call.proceed()
     watch_rank(call.instance)
 
@@ -56,6 +61,63 @@ def say_what_is_waited_for(call: Call) -> None:
     say_what_ray_lacks(call['current_placement_group'])
     call.proceed()
 
+
+def send_beside_the_loop(call: Call) -> Any:
+    """Put the visual tokens of a step into Ray's store in a thread."""
+    from lmdeploy_vico.adapter.engine.spans import beside_the_loop, carries_spans
+
+    return beside_the_loop(call.proceed()) if carries_spans(call['inputs']) else call.proceed()
+
+
+def know_the_rings(call: Call) -> Any:
+    """Note in a rank of a ViCO model where its messages are."""
+    from lmdeploy_vico.adapter.engine.ranks import runs_vico
+    from lmdeploy_vico.adapter.engine.ring import know_rings
+
+    if runs_vico(call['model_config']):
+        know_rings(call['comm_buf_name'], call['ret_buf_name'])
+    return call.proceed()
+
+
+def cut_without_copies(call: Call) -> Any:
+    """Cut a message into packages without copying the rest of it for each."""
+    from lmdeploy_vico.adapter.engine.ring import is_known, packages
+
+    if not is_known(call.instance):
+        return call.proceed()
+    return packages(call.instance, call['data'], call['receiver_mask'])
+
+
+def collect_without_copies(call: Call) -> Any:
+    """Begin a message in memory that grows in place."""
+    from lmdeploy_vico.adapter.engine.ring import is_known
+
+    data, *rest = call.proceed()
+    return (bytearray(data) if is_known(call.instance) else data, *rest)
+
+
+async def call_ranks_beside_the_loop(call: Call) -> Any:
+    """Send the visual tokens of a step in a thread."""
+    from lmdeploy_vico.adapter.engine.ranks import runs_vico
+    from lmdeploy_vico.adapter.engine.ring import call_ranks
+
+    if not runs_vico(call.instance.model_config):
+        return await call.proceed()
+    message = {'method': call['method'], 'args': call['args'] or [], 'kwargs': call['kwargs'] or {}}
+    return await call_ranks(call.instance, {**message, 'return_mask': call['return_mask']}, call['receiver_mask'])
+
+
+def wait_for_the_ring(call: Call) -> Any:
+    """Let a thread finish what it sends before the loop sends something."""
+    from lmdeploy_vico.adapter.engine.ring import lock_of
+
+    with lock_of(call.instance):
+        return call.proceed()
+
+
+_RING_COPIES = (
+    'LMDeploy copies what is left of a message for each of its packages, and on the other side what has come.'
+)
 
 PATCHES = (
     Patch(
@@ -100,6 +162,59 @@ PATCHES = (
         '(current_placement_group)',
         why='LMDeploy waits half an hour for GPUs that a Ray cluster does not have, and says so at level INFO only.',
         until='LMDeploy says what is missing.',
+        process='engine',
+    ),
+    Patch(
+        send_beside_the_loop,
+        f'{_RAY}.forward_async',
+        '(self, inputs)',
+        why="LMDeploy copies a prompt's visual tokens in the engine's loop, which serves nobody meanwhile.",
+        until='LMDeploy puts them into the store beside its loop.',
+        process='engine',
+    ),
+    Patch(
+        know_the_rings,
+        f'{_RANK}._main_loop',
+        '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
+        'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
+        "device_type='cuda', log_level=30, trust_remote_code=False)",
+        why='A ring does not know whose it is.',
+        until='as the next one',
+        process='engine',
+    ),
+    Patch(
+        cut_without_copies,
+        f'{_RING}.pack_data',
+        '(self, data, receiver_mask)',
+        why=_RING_COPIES,
+        until='LMDeploy copies a message once, or its mp executor is gone.',
+        process='engine',
+        uses={f'{_RING}.acquire_buf': '(self)', f'{_RING}.name': '(self)'},
+    ),
+    Patch(
+        collect_without_copies,
+        f'{_RING}._receive_step0',
+        '(self)',
+        why=_RING_COPIES,
+        until='as the one before',
+        process='engine',
+        uses={f'{_RING}._receive_step1': '(self, dumped_data, is_receiver, remain_size)'},
+    ),
+    Patch(
+        call_ranks_beside_the_loop,
+        f'{_MP}.collective_rpc_async',
+        '(self, method, args=None, kwargs=None, receiver_mask=255, return_mask=255)',
+        why="LMDeploy sends a prompt's visual tokens in the engine's loop, which serves nobody meanwhile.",
+        until='LMDeploy sends beside its loop, or its mp executor is gone.',
+        process='engine',
+        uses={f'{_RING}.send': '(self, data, receiver_mask=255)', f'{_RING}.receive_async': '(self)'},
+    ),
+    Patch(
+        wait_for_the_ring,
+        f'{_MP}.collective_rpc',
+        '(self, method, args=None, kwargs=None, receiver_mask=255, return_mask=255)',
+        why='Two threads may not write to a ring at once.',
+        until='as the one before',
         process='engine',
     ),
 )

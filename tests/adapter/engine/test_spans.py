@@ -1,17 +1,25 @@
-"""Spans leave the engine's process for its workers unchanged, at the cost of their bytes, into memory of their own."""
+"""Spans leave the engine's process for its workers unchanged, at the cost of their bytes."""
 
+import asyncio
 import copy
 import gc
 import pickle
+import threading
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import ray
 import torch
 from lmdeploy.pytorch.model_inputs import VisionModelInputs
 from lmdeploy.pytorch.multimodal.data_type import MultiModalData
 from ray import cloudpickle
+from ray_cluster import own_cluster
+from waiting import HANG
 
-from lmdeploy_vico.adapter.engine.spans import VisualSpan
+from lmdeploy_vico.adapter.engine.spans import VisualSpan, beside_the_loop, carries_spans
 
 pytestmark = pytest.mark.filterwarnings('error')  # torch warns of tensors in memory that must not be written to
 
@@ -84,6 +92,9 @@ def test_bit_patterns_survive(sent):
     assert torch.equal(sent(span_of(image)).data.view(torch.int16), image.view(torch.int16))
 
 
+@pytest.mark.parametrize(
+    'sent', [way for name, way in WAYS.items() if name != 'Ray'], ids=[name for name in WAYS if name != 'Ray']
+)
 def test_what_arrives_can_be_written_to_and_is_nobody_elses(sent):
     span = span_of(rows())
     first, second = sent(span), sent(span)
@@ -93,17 +104,74 @@ def test_what_arrives_can_be_written_to_and_is_nobody_elses(sent):
     assert second.data.untyped_storage().nbytes() == second.data.nbytes
 
 
-def test_what_arrives_outlives_what_brought_it():
-    image = rows()
-    buffers = []
-    data = cloudpickle.dumps(span_of(image), protocol=5, buffer_callback=buffers.append)
-    store = [bytearray(buffer) for buffer in buffers]
-    got = pickle.loads(data, buffers=[memoryview(buffer).toreadonly() for buffer in store])
-    for buffer in store:
-        buffer[:] = bytes(len(buffer))  # as a store that gives the place to another object
+def test_what_arrives_by_ray_lies_in_its_store_and_is_kept_there():
+    span, buffers = span_of(rows()), []
+    data = cloudpickle.dumps(span, protocol=5, buffer_callback=buffers.append)
+    store = np.frombuffer(bytes(buffers[0]), np.uint8)
+    freed = threading.Event()
+    weakref.finalize(store, freed.set)
+    got = pickle.loads(data, buffers=[memoryview(store)])
+    assert got.data.data_ptr() == store.ctypes.data
     del store
     gc.collect()
-    assert torch.equal(got.data, image)
+    assert not freed.is_set() and torch.equal(got.data, span.data)
+    part = got.data[3:]
+    del got
+    gc.collect()
+    assert not freed.is_set() and torch.equal(part, span.data[3:])
+    del part
+    gc.collect()
+    assert freed.is_set()
+
+
+@pytest.mark.slow
+def test_rays_store_keeps_what_is_still_read(tmp_path):
+    """The object is gone for Ray, and others want its place: in a store of 256 MiB."""
+    spans = [span_of(rows(shape=(64, 4096))) for _ in range(40)]
+    with own_cluster(tmp_path):
+        held = ray.put(spans)
+        got = ray.get(held)
+        del held
+        for turn in range(20):
+            ray.get(ray.put(np.full(64 << 20, turn, np.uint8)))
+        assert all(torch.equal(one.data, span.data) for one, span in zip(got, spans, strict=True))
+        del got
+
+
+def inputs_with(*multimodals):
+    return {'inputs': SimpleNamespace(vision_inputs=VisionModelInputs(input_multimodals=list(multimodals)))}
+
+
+@pytest.mark.parametrize(
+    ('inputs', 'carries'),
+    [
+        ({'inputs': None, 'delta': object()}, False),
+        ({'inputs': SimpleNamespace(vision_inputs=None)}, False),
+        ({'inputs': SimpleNamespace(vision_inputs=VisionModelInputs())}, False),
+        (inputs_with(None, {}), False),
+        (inputs_with({'image': []}), False),
+        (inputs_with({}, {'image': [span_of(rows())]}), True),
+    ],
+    ids=['a decoding step', 'text', 'no pictures', 'nothing for a prompt', 'no spans', 'spans'],
+)
+def test_steps_with_visual_tokens_are_known(inputs, carries):
+    assert carries_spans(inputs) is carries
+
+
+def test_work_beside_the_loop_leaves_the_loop_to_others():
+    """The work ends only after the loop has done something else."""
+    others = threading.Event()
+
+    async def work():
+        assert others.wait(HANG)
+        await asyncio.sleep(0)
+        return 'done'
+
+    async def serve():
+        asyncio.get_running_loop().call_soon(others.set)
+        return await beside_the_loop(work())
+
+    assert asyncio.run(serve()) == 'done'
 
 
 def test_positions_are_those_of_the_moment():

@@ -11,8 +11,8 @@ long enough to warm up.
 
     python -m benchmarks soak --requests 2000 --output-file soak.json
 
-Starts a server of a tiny checkpoint, unless --base-url names one. The last line says what was found; the exit code is
-1 if anything was wrong.
+Starts a server of a tiny checkpoint, with the arguments in --serve, unless --base-url names one. The last line says what
+was found; the exit code is 1 if anything was wrong.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 import signal
 import tempfile
 import threading
@@ -304,6 +305,7 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
         environment = {'LMDEPLOY_VICO_CACHE_BYTES': str(CACHE_BYTES)}
         # What answers say of their tokens' probabilities has to be asked for at the start.
         given = ['--logprobs-mode', 'raw_logprobs'] if arguments.near_tie else []
+        given += shlex.split(arguments.serve)
         with ApiServer(checkpoint, *given, log=Path(scratch) / 'server.log', environment=environment) as started:
             yield started.url, started.pid
 
@@ -346,6 +348,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('--base-url', help='address of a running server, instead of starting one')
     parser.add_argument('--pid', type=int, help='process id of that server; without it, only device memory is watched')
+    parser.add_argument(
+        '--serve',
+        default='',
+        metavar='ARGUMENTS',
+        help='of the server that is started, for example "--tp 2"; with four ranks sums are rounded to other near ties',
+    )
     parser.add_argument('--output-file', type=Path, help='write the results, as JSON, to this file')
     arguments = parser.parse_args(argv)
     # Told to end, it keeps what there is and stops its server.
@@ -366,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     report(result, console)
     if arguments.output_file:
-        asked = {name: getattr(arguments, name) for name in ('requests', 'cancel', 'clients', 'seed', 'near_tie')}
+        asked = {
+            name: getattr(arguments, name) for name in ('requests', 'cancel', 'clients', 'seed', 'near_tie', 'serve')
+        }
         arguments.output_file.write_text(json.dumps({**facts(), **asked, **result}, indent=1) + '\n')
     return 1 if result['problems'] else 0

@@ -11,8 +11,8 @@ long enough to warm up.
 
     python -m benchmarks soak --requests 2000 --output-file soak.json
 
-Starts a server of a tiny checkpoint, with the arguments in --serve, unless --base-url names one. The last line says what
-was found; the exit code is 1 if anything was wrong.
+Starts a server of a tiny checkpoint, with the arguments in --serve, unless --base-url names one. The last line says
+what was found; the exit code is 1 if anything was wrong.
 """
 
 import argparse

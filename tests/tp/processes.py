@@ -8,8 +8,9 @@ from waiting import HANG
 
 from lmdeploy_vico.launch import ApiServer
 
-# A server's processes are given this before they count as left over; Ray's end some seconds after their driver.
-ENDING = 60  # seconds
+# A server's processes are given this before they count as left over. Ray's end some seconds after their driver; two
+# agents of a cluster that was killed wait for it for a minute.
+ENDING = 180  # seconds
 # Every server has a Ray cluster of its own, whatever else runs on this machine. Without a token in the environment, Ray
 # would write one into the user's home.
 OWN_CLUSTER = {'RAY_ADDRESS': 'local', 'RAY_AUTH_MODE': 'token', 'RAY_AUTH_TOKEN': secrets.token_hex(32)}

@@ -1,5 +1,7 @@
 """``--dp 2 --tp 2``: LMDeploy starts a server for each of two ranks, which share the layers behind the attention."""
 
+import os
+import signal
 import socket
 import time
 from types import SimpleNamespace
@@ -48,8 +50,17 @@ def well(address: str, port: int) -> bool:
         return connection.connect_ex((address, port)) == 0
 
 
-@pytest.mark.parametrize('kind', [{}, {'llm': 'moe', 'dtype': 'float32'}], ids=['dense', 'moe'])
-def test_answers_of_both_servers_are_right(kind, make_checkpoint, prompts, judge, tmp_path):
+@pytest.mark.parametrize(
+    ('kind', 'end'),
+    [
+        pytest.param({}, ApiServer.stop, id='dense, stopped'),
+        pytest.param(
+            {'llm': 'moe', 'dtype': 'float32'}, lambda one: os.kill(one.pid, signal.SIGKILL), id='moe, killed'
+        ),
+    ],
+)
+def test_answers_of_both_servers_are_right(kind, end, make_checkpoint, prompts, judge, tmp_path):
+    """And at the end, however it comes, no process is left."""
     address, first = own_address(), neighbouring_ports()
     arguments = ('--dp', str(RANKS), '--tp', str(RANKS), '--server-port', str(first), '--model-name', 'vico')
     environment = {
@@ -74,5 +85,6 @@ def test_answers_of_both_servers_are_right(kind, make_checkpoint, prompts, judge
         check_answers(clients[:1], prompts, check, rounds=1)  # the other rank has nothing to do
     finally:
         below = below or psutil.Process(launcher.pid).children(recursive=True)
-        launcher.stop()
+        end(launcher)
         require_ended(below)
+        launcher.stop()

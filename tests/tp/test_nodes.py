@@ -76,11 +76,14 @@ def wait_for_nodes(environment: dict[str, str], count: int) -> None:
 
 def test_answers_are_right(cluster, serve_ranks, make_checkpoint, prompts, judge):
     environment, nodes = cluster
-    server = serve_ranks(make_checkpoint(), '--tp', '2', '--distributed-executor-backend', 'ray', **environment)
+    # In float32: one of bfloat16's near ties falls otherwise when two ranks round their sums.
+    kind = {'dtype': 'float32'}
+    ranks = ('--tp', '2', '--distributed-executor-backend', 'ray')
+    server = serve_ranks(make_checkpoint(**kind), *ranks, **environment)
     assert 'ranks (2) run in the cluster that runs already' in server.log_text()
     assert processes.ranks(server.pid, 'ray') == []  # they are not the server's processes, but the nodes'
     assert [len(processes.ranks(one.pid, 'ray')) for one in nodes] == [1, 1]
-    check_answers([Client(server)], prompts, judge().check)
+    check_answers([Client(server)], prompts, judge(**kind).check)
     workers = [worker for one in nodes for worker in processes.ranks(one.pid, 'ray')]
     processes.stop(server, *workers)  # the cluster stays, without the ranks
     assert all(one.is_running() for one in nodes)

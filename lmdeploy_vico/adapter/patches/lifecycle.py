@@ -57,7 +57,7 @@ def refuse_at_the_end(call: Call) -> None:
 
 
 def end_with_the_server(call: Call) -> Any:
-    """End an engine's process when the one that started it has ended."""
+    """End a process of LMDeploy's when the one that started it has ended."""
     from lmdeploy_vico.adapter.engine.ending import end_with_parent
 
     end_with_parent()
@@ -142,17 +142,20 @@ PATCHES = (
             target,
             signature,
             why='When a server is killed, its engine and the processes of its tensor-parallel ranks stay, with the '
-            "device's memory.",
+            "device's memory; when the one that --dp started it from is killed, the server does.",
             until='LMDeploy ends them.',
-            process='engine',
+            process=process,
         )
-        for target, signature in (
+        for process, target, signature in (
+            ('server', 'lmdeploy.serve.openai.launch_server:_run_server', '(gpu_ids, model_path, **kwargs)'),
             (
+                'engine',
                 f'{_ZMQ}._mp_proc',
                 "(shared_dict, condition, model_path, engine_config=None, log_level='WARNING', "
                 'speculative_config=None, **kwargs)',
             ),
             (
+                'engine',
                 f'{_RANK}._main_loop',
                 '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
                 'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '

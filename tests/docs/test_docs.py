@@ -12,7 +12,12 @@ import pytest
 from lmdeploy_vico import cli
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+DOCUMENTS = [
+    ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    ROOT / 'CHANGELOG.md',
+    *sorted((ROOT / 'docs').rglob('*.md')),
+]
 LINK = re.compile(r'\[[^]]*\]\(([^)\s]+)\)')
 BLOCK = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 # What a command line that is not checked here is checked by.

@@ -105,7 +105,10 @@ def test_every_type_of_an_item_is_among_them():
         {'input': [{'type': 'function_call_output', 'call_id': 'c', 'output': [ITEMS['responses']]}]},
         {
             'messages': [
-                {'role': 'user', 'content': [{'type': 'tool_result', 'tool_use_id': 't', 'content': [ITEMS['Anthropic']]}]}
+                {
+                    'role': 'user',
+                    'content': [{'type': 'tool_result', 'tool_use_id': 't', 'content': [ITEMS['Anthropic']]}],
+                }
             ]
         },
     ],

@@ -1,4 +1,4 @@
-"""Two real servers behind the shipped HAProxy: one is killed and restarted, one is busy, both are, pictures come again."""
+"""Two real servers behind the shipped HAProxy: one is killed, one is busy, both are, pictures come again."""
 
 import asyncio
 import contextlib
@@ -116,7 +116,7 @@ def ask(servers, path, body):
     return headers['X-Served-By']
 
 
-def test_pictures_that_come_again_are_encoded_once(servers):
+def test_pictures_that_come_again_are_encoded_once(servers, record_property):
     urls = [noise(1000 + number) for number in range(40)]
     before = servers.encoded_tiles()
     rounds = []
@@ -127,7 +127,7 @@ def test_pictures_that_come_again_are_encoded_once(servers):
             rounds.append(dict(zip(order, names, strict=True)))
     tiles = len(urls)
     encoded = servers.encoded_tiles() - before
-    print(f'{encoded} tiles encoded of {tiles} that differ, {len(rounds)} times each')
+    record_property('tiles', f'{encoded} encoded of {tiles} that differ, {len(rounds)} times each')
     assert tiles <= encoded < 1.05 * tiles
     assert all(placed == rounds[0] for placed in rounds)
     assert min(list(rounds[0].values()).count(name) for name in NAMES[:2]) > len(urls) / 5
@@ -244,7 +244,7 @@ async def keep_asking(url, bodies, change):
     return outcomes
 
 
-def test_a_server_is_killed_and_restarted_under_load(servers):
+def test_a_server_is_killed_and_restarted_under_load(servers, record_property):
     bodies = [chat(noise(4000 + one), stream=bool(one % 2))[1] for one in range(PICTURES)]
     expected = {}
     for one, body in enumerate(bodies):
@@ -259,7 +259,7 @@ def test_a_server_is_killed_and_restarted_under_load(servers):
     counts = {kind: sum(one.kind == kind for _, one in outcomes) for kind in ('answer', 'refusal', 'event', 'cut')}
     log = servers.balancer.log.read_text()
     retried = sum('/+' in line for line in log.splitlines())
-    print(f'{len(outcomes)} requests: {counts}; {retried} sent again to another server')
+    record_property('outcomes', f'{len(outcomes)} requests: {counts}; {retried} sent again to another server')
     for body, outcome in outcomes:
         assert outcome.kind != 'answer' or outcome.text == expected[bodies.index(body)]
     assert counts['answer'] > CLIENTS and retried

@@ -86,7 +86,7 @@ test-tp: $(STAMP) ## Serve with 2 and 4 ranks, both executors, two nodes, killed
 test-reader: $(STAMP) ## Hold the shipped reader to its committed answers, and calibrate to eval (7 minutes)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m quality tests/serving/reader
 
-test-system: $(STAMP) ## Look at a server with a real Prometheus and Chromium (3 minutes; needs both)
+test-system: $(STAMP) ## Look at servers with a real Prometheus, Chromium and HAProxy (8 minutes; needs all three)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m system tests/system
 
 test-ray: $(STAMP) ## Encoders in a Ray cluster: servers, 200 batches, three minutes of encoders that come and go (8 minutes)

@@ -42,6 +42,7 @@ class ApiServer:
         environment: variables to set for the server; a value of None removes one.
         log: file for the server's output.
         timeout: seconds to wait until the server is ready.
+        port: for the server, as that of one which is to be replaced; 0 for any that is free.
         program: what to run instead of the ``lmdeploy`` command. That is the one beside the running Python, whatever
             PATH says, or ``python -m lmdeploy`` if there is none, as after ``pip install --target``.
 
@@ -59,10 +60,11 @@ class ApiServer:
         log: Path,
         environment: Mapping[str, str | None] | None = None,
         timeout: float = 300,
+        port: int = 0,
         program: Sequence[str] | None = None,
     ) -> None:
         self.log = log
-        self._checkpoint, self._arguments = str(checkpoint), arguments
+        self._checkpoint, self._arguments, self._wanted_port = str(checkpoint), arguments, port
         self._choose_port()
         self._environment = environment or {}
         self._timeout = timeout
@@ -97,7 +99,8 @@ class ApiServer:
         self.stop()
 
     def _choose_port(self) -> None:
-        self._port_holder = hold_port(LOOPBACK)  # the server takes its port only when its model is loaded
+        # The server takes its port only when its model is loaded.
+        self._port_holder = hold_port(LOOPBACK, self._wanted_port)
         self.port = self._port_holder.getsockname()[1]
         self.url = f'http://{LOOPBACK}:{self.port}'
         address = ('--server-name', LOOPBACK, '--server-port', str(self.port))

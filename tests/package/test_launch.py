@@ -47,7 +47,7 @@ def stranger():
 @pytest.mark.busy
 def test_a_port_that_somebody_else_has_taken(stranger, tmp_path, monkeypatch):
     holder = SimpleNamespace(getsockname=lambda: ('127.0.0.1', stranger), close=lambda: None, fileno=lambda: -1)
-    monkeypatch.setattr('lmdeploy_vico.launch.hold_port', lambda address: holder)
+    monkeypatch.setattr('lmdeploy_vico.launch.hold_port', lambda address, port: holder)
     server = ApiServer('m', log=tmp_path / 'log', program=WAITS)
     with pytest.raises(ServerError, match=f'Another program listens on port {stranger}'), server:
         pass

@@ -15,7 +15,7 @@ from waiting import HANG
 
 pytestmark = pytest.mark.system
 
-MEDIA = [asking(picture(f'https://example.com/{number}')) for number in range(300)]
+MEDIA = [asking(picture(f'https://example.com/{number}')) for number in range(150)]
 LARGE = asking(picture('data:image/png;base64,' + 'A' * 7_000_000))  # a picture of 5 MB
 TOO_LARGE = asking(picture('data:image/png;base64,' + 'A' * BODY_BYTES))
 EVENTS = 20

@@ -7,7 +7,7 @@ that it changes is complete.
 import importlib.metadata
 import logging
 
-from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, server, start
+from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, server, start, turbomind
 from lmdeploy_vico.cpu import patches as cpu
 from lmdeploy_vico.patching import Patch, register
 
@@ -37,6 +37,7 @@ def all_patches() -> tuple[Patch, ...]:
         *cpu_engine.PATCHES,
         *start.PATCHES,
         *server.PATCHES,
+        *turbomind.PATCHES,
         *forms.PATCHES,
         *generation.PATCHES,
         *lifecycle.PATCHES,
@@ -61,4 +62,5 @@ def set_up(cpu_only: bool = False) -> None:
         return
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
-        register.install((*server.PATCHES, *forms.PATCHES, *generation.PATCHES, *lifecycle.PATCHES, *engine.PATCHES))
+        tables = (server, turbomind, forms, generation, lifecycle, engine)
+        register.install(patch for table in tables for patch in table.PATCHES)

@@ -32,6 +32,7 @@ class Request:
         self._stream, self._notify = stream, cb
         self.canceled = False
         self._state: SimpleNamespace | None = None
+        self._lock = threading.Lock()
         self.metrics = SimpleNamespace(enqueue_time=int(time.time() * 1e6), scheduled_time=0, cached_tokens=0)
         self.length = len(inputs['input_ids'])
         most = min(config.max_new_tokens, engine.context) + 1
@@ -44,13 +45,18 @@ class Request:
             }
 
     def consume(self) -> SimpleNamespace | None:
-        state, self._state = self._state, None
-        return state
+        return self._exchange(None)
 
     def update(self, status: int, length: int) -> None:
-        if status or self._stream:
-            self._state = SimpleNamespace(status=status, seq_len=length)
+        """Tell the client, who is not told again before it has looked."""
+        seen = (status or self._stream) and self._exchange(SimpleNamespace(status=status, seq_len=length)) is None
+        if seen:
             self._notify()
+
+    def _exchange(self, state: SimpleNamespace | None) -> SimpleNamespace | None:
+        with self._lock:
+            before, self._state = self._state, state
+        return before
 
 
 class Engine:

@@ -9,7 +9,7 @@ import logging
 
 from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, server, start, turbomind
 from lmdeploy_vico.cpu import patches as cpu
-from lmdeploy_vico.patching import Patch, register
+from lmdeploy_vico.patching import Patch, Trigger, register
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,13 @@ def all_patches() -> tuple[Patch, ...]:
         *lifecycle.PATCHES,
         *engine.PATCHES,
     )
+
+
+def can_be_checked(patch: Patch) -> bool:
+    """Return whether the module of a patch can be imported here: TurboMind's needs a CUDA driver."""
+    from lmdeploy import turbomind
+
+    return patch.trigger is not Trigger.TURBOMIND or bool(turbomind.is_available())
 
 
 def set_up(cpu_only: bool = False) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lmdeploy.messages import PytorchEngineConfig
 from lmdeploy.model import BaseChatTemplate
 from lmdeploy.serve.processors.multimodal import MultimodalProcessor
 from lmdeploy.vl.engine import ImageEncoder
@@ -17,6 +18,7 @@ from lmdeploy_vico.adapter.server import items, request, served
 from lmdeploy_vico.adapter.server.forms.ids import mark_ids, stand_for_ids
 from lmdeploy_vico.adapter.server.forms.texts import TextBound
 from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
 from lmdeploy_vico.adapter.server.served import ServedRequest, serving
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
 from lmdeploy_vico.media.decoder import MediaDecoder
@@ -70,7 +72,8 @@ def model():
     model.tokenizer = SimpleNamespace(encode=lambda text, add_bos: [1] * add_bos + [2] * len(text))
     model.image_token_id = IMAGE_TOKEN
     model.hf_config = SimpleNamespace(llm_config=SimpleNamespace(vocab_size=VOCABULARY))
-    model.backend_config = SimpleNamespace(session_len=10**5, block_size=BLOCK)
+    model.backend_config = SimpleNamespace(session_len=10**5)
+    model.language = PytorchLanguage(model.hf_config, PytorchEngineConfig(block_size=BLOCK))
     model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
     model._memory, model._synthetic, model._assembling = MemoryBudget(None), None, None
     decoder = MediaDecoder(2)

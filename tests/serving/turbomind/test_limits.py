@@ -46,9 +46,9 @@ def test_log_probabilities(client, pictures):
     status, body = chat(client, image, max_tokens=3, logprobs=True, top_logprobs=4)
     assert status == 200, body
     for place in body['choices'][0]['logprobs']['content']:
-        values = [one['logprob'] for one in place['top_logprobs']]
+        values = [place['logprob'], *(one['logprob'] for one in place['top_logprobs'])]  # LMDeploy names the others
         assert values == sorted(values, reverse=True) and len(values) == 4
-        assert place['logprob'] == values[0] < 0  # greedy
+        assert values[0] < 0
 
 
 def test_sampling_with_a_seed_can_be_repeated(client, pictures):
@@ -59,7 +59,7 @@ def test_sampling_with_a_seed_can_be_repeated(client, pictures):
 
 @pytest.mark.parametrize(
     'extra',
-    [{'logit_bias': {'5': 1}}, {'repetition_ngram_size': 3, 'ignore_eos': False}],
+    [{'logit_bias': {'5': 1}}, {'repetition_ngram_size': 3, 'repetition_ngram_threshold': 2, 'ignore_eos': False}],
     ids=lambda extra: next(iter(extra)),
 )
 def test_what_turbomind_lacks_is_refused(client, extra):
@@ -71,7 +71,7 @@ def test_what_turbomind_lacks_is_refused(client, extra):
 def test_scores_of_prompts_are_refused(client):
     status, body = generate(client, prompt='a', **{**GREEDY, 'max_tokens': 0}, return_logprob=True, logprob_start_len=0)
     assert status == 400
-    assert LACKING in message(body)
+    assert 'supported only by the PyTorch' in message(body)  # LMDeploy's own words
 
 
 @pytest.mark.parametrize('ids', [[10**6], [-1], []])
@@ -80,9 +80,8 @@ def test_ids_that_are_none(client, ids):
     assert status == 400
 
 
-def test_a_prompt_longer_than_the_context(client, pictures):
-    images = [image_item(data_url(pictures['page']), compression='none', max_dynamic_patch=12) for _ in range(3)]
-    status, body = chat(client, *images)
+def test_a_prompt_longer_than_the_context(client):
+    status, body = chat(client, image_item('x', synthetic={'tiles': 40, 'compressed': 0, 'seed': 1}))
     assert status == 400
     assert 'context length (8192)' in message(body)
 

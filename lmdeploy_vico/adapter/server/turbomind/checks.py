@@ -16,11 +16,11 @@ VARIABLE = f'{PREFIX}LANGUAGE_ENGINE'
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # The methods of quantisation that TurboMind reads, and what it asks of each.
 QUANTISED = {
-    'awq': 'version "gemm"',
-    'gptq': 'symmetric, without desc_act',
-    'fp8': 'blocks of 128',
-    'mxfp4': '',
-    'compressed-tensors': 'pack-quantized, 4-bit integers',
+    'awq': 'version "gemm", groups of 128',
+    'gptq': 'symmetric, without desc_act, groups of 128',
+    'fp8': 'blocks of 128 x 128',
+    'mxfp4': 'groups of 32',
+    'compressed-tensors': 'pack-quantized 4-bit integers, groups of 32 or 128',
 }
 OTHERWISE = f'set {VARIABLE}={PYTORCH}.'
 
@@ -38,7 +38,7 @@ def require_quantisation(hf_config: Any) -> None:
     """Raise UnsupportedCheckpointError unless TurboMind reads the language model's quantisation, if there is any."""
     quantisation = getattr(hf_config.llm_config, 'quantization_config', None)
     if quantisation and not _reads(quantisation):
-        served = ', '.join(f'{name} ({how})' if how else name for name, how in QUANTISED.items())
+        served = ', '.join(f'{name} ({how})' for name, how in QUANTISED.items())
         method = quantisation.get('quant_method')
         raise UnsupportedCheckpointError(
             f'TurboMind cannot serve this quantization_config ({method}). It reads {served}. Otherwise {OTHERWISE}'
@@ -46,17 +46,19 @@ def require_quantisation(hf_config: Any) -> None:
 
 
 def _reads(quantisation: Mapping[str, Any]) -> bool:
+    group = quantisation.get('group_size') or 128
     match quantisation.get('quant_method'):
         case 'awq':
-            return quantisation.get('version') == 'gemm'
+            return quantisation.get('version') == 'gemm' and group == 128
         case 'gptq':
-            return not quantisation.get('desc_act', False) and bool(quantisation.get('sym', True))
+            return not quantisation.get('desc_act', False) and bool(quantisation.get('sym', True)) and group == 128
+        case 'fp8':
+            return list(quantisation.get('weight_block_size') or ()) == [128, 128]
         case 'compressed-tensors':
-            groups = quantisation.get('config_groups') or {}
-            group = groups.get('group_0') or {}
-            weights = group.get('weights') or {}
-            stored = group.get('format') or quantisation.get('format')
-            return stored == 'pack-quantized' and (weights.get('num_bits'), weights.get('type')) == (4, 'int')
+            first = (quantisation.get('config_groups') or {}).get('group_0') or {}
+            weights = first.get('weights') or {}
+            integers = (weights.get('num_bits'), weights.get('type')) == (4, 'int')
+            return first.get('format') == 'pack-quantized' and integers and weights.get('group_size') in (32, 128)
         case method:
             return method in QUANTISED
 

@@ -205,7 +205,7 @@ def checks_turbomind(setup: Setup) -> Iterator[Step]:
         return
     model, made = checkpoint(setup, SMALLEST, '--weights')
     yield from made
-    environment = {'VICO_TURBOMIND_CHECKPOINT': str(model), 'LMDEPLOY_VICO_LANGUAGE_ENGINE': 'turbomind'}
+    environment = {'VICO_TURBOMIND_CHECKPOINT': str(model)}
     yield Step(f'{SMALLEST} on TurboMind', setup.test('-m', 'gpu', 'tests/gpu/test_turbomind.py'), environment)
 
 

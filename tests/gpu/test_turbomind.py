@@ -1,7 +1,7 @@
 """On a CUDA device: the language model of a checkpoint on the real TurboMind, judged by the independent reference.
 
-A tiny checkpoint is not made for TurboMind's kernels. ``benchmarks/on_gpu.sh checks-turbomind`` makes one of the 1B size
-with random weights and names it in ``VICO_TURBOMIND_CHECKPOINT``.
+A tiny checkpoint is not made for TurboMind's kernels. ``benchmarks/on_gpu.sh checks-turbomind`` makes one of the 1B
+size with random weights and names it in ``VICO_TURBOMIND_CHECKPOINT``.
 """
 
 import os
@@ -27,11 +27,12 @@ pytestmark = [
 @pytest.fixture(scope='module')
 def turbomind():
     """The vision side in float32, so that what is judged is what TurboMind makes of the visual tokens."""
-    os.environ['LMDEPLOY_VICO_LANGUAGE_ENGINE'] = 'turbomind'
-    os.environ['LMDEPLOY_VICO_VISION_DEVICE'] = 'cpu'
     config = TurbomindEngineConfig(max_batch_size=32, session_len=16384, cache_max_entry_count=0.2)
-    with pipeline(CHECKPOINT, backend_config=config) as pipe:
-        yield pipe
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv('LMDEPLOY_VICO_LANGUAGE_ENGINE', 'turbomind')
+        environment.setenv('LMDEPLOY_VICO_VISION_DEVICE', 'cpu')
+        with pipeline(CHECKPOINT, backend_config=config) as pipe:
+            yield pipe
 
 
 def test_answers_alone_and_together(turbomind, prompts):

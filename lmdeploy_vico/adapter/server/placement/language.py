@@ -27,7 +27,7 @@ class LanguageEngine(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The data type of visual tokens, as far as it is known before the engine is built."""
+        """The data type in which the vision side makes visual tokens."""
 
     def require_ranks(self) -> None:
         """Raise OptionError if the model cannot be split as the operator asks."""

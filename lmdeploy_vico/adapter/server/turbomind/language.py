@@ -40,8 +40,9 @@ class TurbomindLanguage:
 
     Attributes:
         config: the same in the terms of the PyTorch engine.
-        dtype: of visual tokens: what TurboMind will most likely choose, and what it has chosen when it is built.
-        width: of its embeddings.
+        dtype: of visual tokens as the vision side makes them; :meth:`assemble` converts them.
+        width: of the engine's embeddings.
+        engine_dtype: what TurboMind will most likely compute in, and what it has chosen when it is built.
 
     Raises:
         OptionError, UnsupportedCheckpointError, PatchError: TurboMind cannot serve this; the text says why.
@@ -60,7 +61,9 @@ class TurbomindLanguage:
             distributed_executor_backend='mp',  # no Ray cluster decides where its ranks are
             enable_mp_engine=getattr(config, SERVES, False),
         )
-        self.dtype = checks.likely_dtype(config.dtype, self._hf_config)
+        self.engine_dtype = checks.likely_dtype(config.dtype, self._hf_config)
+        # The vision side would cut what float16 cannot hold off; here that is refused, when it is known.
+        self.dtype = torch.float32 if self.engine_dtype == torch.float16 else torch.bfloat16
         self.width: int = self._hf_config.llm_config.hidden_size
         for lack in LACKS:
             logger.info('on TurboMind %s', lack)
@@ -96,8 +99,8 @@ class TurbomindLanguage:
         ids, starts = place(pieces, images, image_token_id)
         if not images:
             return ids, []
-        visual = VisualInput.of(images, starts, self.dtype)
-        visual.require(len(ids), self.width, self.dtype)
+        visual = VisualInput.of(images, starts, self.engine_dtype)
+        visual.require(len(ids), self.width, self.engine_dtype)
         return ids, [visual]
 
     def building(self, config: TurbomindEngineConfig) -> TurbomindEngineConfig:
@@ -118,9 +121,7 @@ class TurbomindLanguage:
         chosen = engine.engine_config.dtype
         if chosen not in checks.DTYPES:
             raise OptionError(f'TurboMind runs in {chosen}, in which it takes no visual tokens: set --dtype bfloat16.')
-        if checks.DTYPES[chosen] != self.dtype:
-            logger.warning('TurboMind runs in %s: visual tokens are converted to it for each prompt', chosen)
-        self.dtype = checks.DTYPES[chosen]
+        self.engine_dtype = checks.DTYPES[chosen]
         width = engine.source_model.text_model.cfg.hidden_size
         if width != self.width:
             raise UnsupportedCheckpointError(

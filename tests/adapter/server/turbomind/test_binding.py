@@ -110,11 +110,15 @@ BUILT = """
 import sys
 from types import SimpleNamespace
 import pytest
+import torch
 from lmdeploy.messages import TurbomindEngineConfig
+from lmdeploy.serve.core.exceptions import RequestError
 from lmdeploy_vico.adapter.hf_config import load_vico_config
 from lmdeploy_vico.adapter.server.turbomind.language import TurbomindLanguage
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.options import OptionError, Options
+from lmdeploy_vico.stage.jobs import EncodedImage
+from lmdeploy_vico.vision.projection import VisualTokens
 
 config = load_vico_config(sys.argv[1])
 given = TurbomindEngineConfig(tp=1)
@@ -132,7 +136,18 @@ with pytest.raises(OptionError, match='TurboMind runs in float32, in which it ta
 with pytest.raises(UnsupportedCheckpointError, match='tokens of 128 values, and .* takes 64: the two do not belong'):
     language.built(engine('bfloat16', 64))
 language.built(engine('float16', language.width))
-print(language.dtype)
+assert language.engine_dtype == torch.float16 and language.dtype == torch.bfloat16  # of another machine, perhaps
+language = TurbomindLanguage(config, TurbomindEngineConfig(dtype='float16'), Options())
+assert (language.engine_dtype, language.dtype) == (torch.float16, torch.float32)
+rows = torch.full((64, language.width), 65504.0)
+image = EncodedImage(VisualTokens(rows, [64], [0.5]), [b'x'])
+ids, [visual] = language.assemble([[1], [2]], [image], 9)
+assert ids == [1] + [9] * 64 + [2] and visual.values.dtype == torch.float16 and visual.values.isfinite().all()
+rows[5, 3] = 7e4
+with pytest.raises(RequestError, match='beyond the range of float16'):
+    language.assemble([[1], [2]], [image], 9)
+assert language.assemble([[1]], [], 9) == ([1], [])
+print(language.engine_dtype)
 with pytest.raises(OptionError, match='--tp 2, --dp 1, --cp 1 and --ep 3 do not work together on 1 devices'):
     TurbomindLanguage(config, TurbomindEngineConfig(tp=2, ep=3), Options())
 with pytest.raises(OptionError, match=r'TurboMind is told to use the devices \\[3\\]: set vision_device'):

@@ -50,7 +50,7 @@ def targets() -> list[Target]:
                 made.append(Target(('llm', paper_name, text, share), title, llm_target(paper_name, text, share), 'x'))
     for text in SPEEDUPS[IMAGE_MODEL]:
         for share in SHARES:
-            title = f'{IMAGE_MODEL} on TurboMind, language model alone, {text} text tokens, {share:.0%} removed'
+            title = f'{IMAGE_MODEL} on TurboMind, alone, {text} text tokens, {share:.0%} removed'
             wanted = llm_target(IMAGE_MODEL, text, share)
             made.append(Target(('llm on turbomind', IMAGE_MODEL, text, share), title, wanted, 'x'))
     for share, speedup in IMAGE_SPEEDUPS.items():

@@ -121,7 +121,7 @@ def test_each_language_engine_has_targets_of_its_own(tmp_path, capsys):
     found = {title: shown for title, shown in rows(capsys, tmp_path).items() if shown[0] != 'not measured'}
     assert found == {
         '8B, language model alone, 64 text tokens, 50% removed': ('met', 'turbomind.json'),
-        '8B on TurboMind, language model alone, 64 text tokens, 50% removed': ('MISSED', 'turbomind.json'),
+        '8B on TurboMind, alone, 64 text tokens, 50% removed': ('MISSED', 'turbomind.json'),
     }
 
 

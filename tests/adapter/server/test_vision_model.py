@@ -318,4 +318,4 @@ def test_turbomind_gets_one_matrix_that_is_made_beside_the_loop(model, processor
     assert visual.values.shape == (4 * 256, WIDTH) and visual.values.dtype == torch.bfloat16
     assert visual.values[:256].eq(0).all() and visual.values[256:].eq(1).all()
     assert threading.main_thread() not in threads and len(threads) == 1
-    assert 'multimodal' not in asked(processor, 'a text')
+    assert 'multimodal' not in asked(processor, user(text('x')))

@@ -6,7 +6,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from waiting import HANG
+
+pytestmark = pytest.mark.slow  # LMDeploy is imported anew each time
 
 SITE = Path(__file__).parents[3] / 'turbomind' / 'site'
 

@@ -4,37 +4,25 @@ The stand-in computes with ``transformers`` from what C++ would be given: weight
 ranges where its rows go. It refuses what TurboMind would not serve, or would serve wrongly.
 """
 
-import json
 import random
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from parity.conversations import data_url, on_the_wire
 from parity.judge import Answer
 from parity.prompts import Picture
-from serving.client import generate
+from serving.client import CONCURRENCY, check_alone_and_together, generate, send, stream
 from serving.configurations import ON_STAND_IN
-from serving.limits.test_disconnect import send
 from waiting import HANG
 
 pytestmark = ON_STAND_IN
 
-TOGETHER = 16
 LONG = 4000  # tokens, of which no client waits for the last
 
 
 def test_alone_and_among_others(client, prompts, judge):
-    for name, messages in prompts.items():
-        judge().check(messages, client.chat(messages), name=name)
-    order = random.Random(7)
-    for _ in range(2):
-        names = order.choices(list(prompts), k=TOGETHER)
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            answers = list(pool.map(lambda name: client.chat(prompts[name]), names))
-        for name, answer in zip(names, answers, strict=True):
-            judge().check(prompts[name], answer, name=name)
+    check_alone_and_together(client, prompts, judge().check)
 
 
 @pytest.mark.parametrize('compression', ['none', 'all', 0.25])
@@ -68,8 +56,8 @@ def test_clients_that_leave_take_their_requests_along(client, prompts, judge):
     for name in leaving:
         body = {'model': client.model, 'messages': on_the_wire(prompts[name]), 'max_tokens': LONG, 'ignore_eos': True}
         sockets.append(send(client, '/v1/chat/completions', {**body, 'stream': True, 'temperature': 0}))
-    with ThreadPoolExecutor(TOGETHER) as pool:
-        staying = random.Random(3).choices(list(prompts), k=TOGETHER)
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        staying = random.Random(3).choices(list(prompts), k=CONCURRENCY)
         asked = [pool.submit(client.chat, prompts[name]) for name in staying]
         for one in sockets:
             while b'data: ' not in one.recv(4096):  # it is being answered
@@ -85,13 +73,8 @@ def test_clients_that_leave_take_their_requests_along(client, prompts, judge):
 
 def test_streamed(client, prompts, judge):
     body = {'model': client.model, 'messages': on_the_wire(prompts['very wide']), 'max_tokens': 12, 'temperature': 0}
-    body |= {'ignore_eos': True, 'return_token_ids': True, 'stream': True, 'stream_options': {'include_usage': True}}
-    request = urllib.request.Request(
-        f'{client.server.url}/v1/chat/completions', json.dumps(body).encode(), {'Content-Type': 'application/json'}
-    )
-    with urllib.request.urlopen(request, timeout=HANG) as response:
-        lines = [line.decode().removeprefix('data: ').strip() for line in response]
-    *events, last = [json.loads(line) for line in lines if line.startswith('{')]
+    body |= {'ignore_eos': True, 'return_token_ids': True, 'stream_options': {'include_usage': True}}
+    *events, last = stream(client, '/v1/chat/completions', body)
     ids = [token for event in events for choice in event['choices'] for token in choice.get('output_ids') or []]
     judge().check(prompts['very wide'], Answer(tuple(ids), last['usage']['prompt_tokens']), name='very wide')
 

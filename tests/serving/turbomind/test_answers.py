@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from parity.conversations import data_url, on_the_wire
-from parity.judge import Answer
+from parity.judge import GAP, Answer
 from parity.prompts import Picture
+from parity.videos import moving_crops, read_video, write_video
 from serving.client import CONCURRENCY, check_alone_and_together, generate, send, stream
 from serving.configurations import ON_STAND_IN
 from waiting import HANG
@@ -42,7 +43,22 @@ def test_images_without_a_token_between_them(client, pictures, judge):
     pair = [Picture(pictures[name], wrapped=False) for name in ('coffee', 'chelsea')]
     judgement = judge().reference.judge([word, *pair, word], body['output_ids'])
     assert body['meta_info']['prompt_tokens'] == judgement.prompt_tokens
-    assert judgement.gap <= 0.05
+    assert judgement.gap <= GAP
+
+
+def test_videos_and_images_in_several_turns(client, pictures, judge, tmp_path):
+    file = write_video(tmp_path / 'cup.mp4', moving_crops(pictures['coffee'], 20))
+    clip = {'url': file, 'frames': read_video(file, 5), 'num_frames': 5}
+    image = {'type': 'image_url', 'image_url': {'url': pictures['page']}}
+    messages = [
+        {
+            'role': 'user',
+            'content': [{'type': 'video_url', 'video_url': clip}, {'type': 'text', 'text': 'What is it?'}],
+        },
+        {'role': 'assistant', 'content': 'A cup.'},
+        {'role': 'user', 'content': [image, {'type': 'text', 'text': 'And this?'}]},
+    ]
+    judge().check(messages, client.chat(messages))
 
 
 def canceled(client):

@@ -18,22 +18,25 @@ def choose_language_engine(call: Call) -> bool:
     from lmdeploy.archs import get_model_arch
 
     from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-    from lmdeploy_vico.adapter.server.turbomind.choice import choose_turbomind, requested
+    from lmdeploy_vico.adapter.server.turbomind.checks import requested
 
     supported, path = bool(call.proceed()), call['model_path']
     # A model converted for TurboMind has no config to read.
     if not (supported or requested()) or os.path.exists(os.path.join(path, 'triton_models')):
         return supported
     config = get_model_arch(path, trust_remote_code=call['trust_remote_code'])[1]
-    return choose_turbomind(config, supported) if isinstance(config, VicoChatConfig) else supported
+    if not isinstance(config, VicoChatConfig):
+        return supported
+    from lmdeploy_vico.adapter.server.turbomind.choice import choose_turbomind
+
+    return choose_turbomind(config, supported)
 
 
 def note_that_a_server_starts(call: Call) -> Any:
     """Note in TurboMind's config that it is a server's."""
     from lmdeploy.messages import TurbomindEngineConfig
 
-    from lmdeploy_vico.adapter.server.turbomind.choice import requested
-    from lmdeploy_vico.adapter.server.turbomind.language import SERVES
+    from lmdeploy_vico.adapter.server.turbomind.checks import SERVES, requested
 
     config = call['backend_config']
     if isinstance(config, TurbomindEngineConfig) and requested():

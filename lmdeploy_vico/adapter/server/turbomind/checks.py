@@ -1,6 +1,10 @@
-"""What of a checkpoint and of a command TurboMind can serve, said before anything is loaded."""
+"""Whether TurboMind is asked for, and what of a checkpoint and of a command it can serve: before anything is loaded.
+
+Imports nothing of the vision side: it is asked for every model that LMDeploy might serve on TurboMind.
+"""
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +12,12 @@ import torch
 from lmdeploy.messages import TurbomindEngineConfig
 from lmdeploy.utils import is_bf16_supported
 
-from lmdeploy_vico.choices import PYTORCH
+from lmdeploy_vico.choices import PYTORCH, TURBOMIND
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.options import PREFIX, OptionError, Options
 
 VARIABLE = f'{PREFIX}LANGUAGE_ENGINE'
+SERVES = 'vico_serves'  # an attribute of TurboMind's config, which does not say itself whether it is a server's
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # The methods of quantisation that TurboMind reads, and what it asks of each.
 QUANTISED = {
@@ -23,6 +28,11 @@ QUANTISED = {
     'compressed-tensors': 'pack-quantized 4-bit integers, groups of 32 or 128',
 }
 OTHERWISE = f'set {VARIABLE}={PYTORCH}.'
+
+
+def requested() -> bool:
+    """Return whether the environment asks for TurboMind. ``--backend turbomind`` does not: it is the default."""
+    return os.environ.get(VARIABLE) == TURBOMIND
 
 
 def require_architecture(hf_config: Any) -> None:

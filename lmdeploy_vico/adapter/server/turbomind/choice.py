@@ -1,7 +1,6 @@
 """Which engine runs the language model: the PyTorch engine, unless the environment asks for TurboMind."""
 
 import logging
-import os
 from typing import Any
 
 from lmdeploy.messages import TurbomindEngineConfig
@@ -10,6 +9,7 @@ from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
 from lmdeploy_vico.adapter.server.turbomind.checks import (
     OTHERWISE,
     VARIABLE,
+    requested,
     require_architecture,
     require_quantisation,
 )
@@ -19,11 +19,6 @@ from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.options import OptionError, Options
 
 logger = logging.getLogger(__name__)
-
-
-def requested() -> bool:
-    """Return whether the environment asks for TurboMind. ``--backend turbomind`` does not: it is the default."""
-    return os.environ.get(VARIABLE) == TURBOMIND
 
 
 def choose_turbomind(hf_config: Any, supported: bool) -> bool:

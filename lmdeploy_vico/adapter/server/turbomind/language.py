@@ -22,7 +22,6 @@ from lmdeploy_vico.stage.jobs import EncodedImage
 
 logger = logging.getLogger(__name__)
 
-SERVES = 'vico_serves'  # an attribute of the engine's config, which does not say itself whether it is a server's
 LACKS = (
     'prompts with images neither use nor fill the prefix cache',
     'there are no LoRA adapters (--adapters is ignored)',
@@ -59,7 +58,7 @@ class TurbomindLanguage:
             tp=checks.require_devices(config, options),
             hf_overrides=config.hf_overrides,
             distributed_executor_backend='mp',  # no Ray cluster decides where its ranks are
-            enable_mp_engine=getattr(config, SERVES, False),
+            enable_mp_engine=getattr(config, checks.SERVES, False),
         )
         self.engine_dtype = checks.likely_dtype(config.dtype, self._hf_config)
         # The vision side would cut what float16 cannot hold off; here that is refused, when it is known.

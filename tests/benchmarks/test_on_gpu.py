@@ -149,6 +149,13 @@ def test_told_to_end_it_keeps_what_it_has(tmp_path, endless):
     assert list(tmp_path.glob('vico-on-gpu-*')) == [], 'nothing is left of the scratch folder'
 
 
+@pytest.mark.parametrize('part', ['checks-turbomind', 'turbomind-8B-64', 'turbomind-8B-512'])
+def test_turbomind_has_no_trial_without_a_device(part, tmp_path):
+    setup = parts.Setup(sys.executable, cuda=False, scratch=tmp_path, prefix='x', prompts=6)
+    [step] = parts.find(part).steps(setup)
+    assert step.skipped == 'TurboMind needs a CUDA device' and not step.command
+
+
 @pytest.fixture
 def recorded(tmp_path, interpreter):
     """``recorded(memory, part, ..., variables)``: what was printed, and the commands that were run, with variables."""

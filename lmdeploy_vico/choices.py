@@ -30,6 +30,9 @@ Compression: TypeAlias = Literal['auto', 'none', 'all'] | float | Experiment
 # Whose tiles are compared with each other: those of all images of a prompt (the published rule), or of one image.
 ROUTING_SCOPES = ('prompt', 'image')
 
+# What runs the language model: LMDeploy's PyTorch engine, or its engine in C++.
+PYTORCH, TURBOMIND = LANGUAGE_ENGINES = ('pytorch', 'turbomind')
+
 COMPRESSIONS = '"auto", "none", "all", or a number from 0 to 1 (the share of tiles to compress)'
 EXPERIMENT = re.compile(r'(random|image):(\d*\.?\d+)')
 

@@ -13,6 +13,11 @@ def total_memory() -> int:
     return min([psutil.virtual_memory().total, *_cgroup_values('memory.max', 'memory/memory.limit_in_bytes')])
 
 
+def share_of_memory(most: int, divisor: int) -> int:
+    """Return ``most`` bytes, but no more than the total memory divided by ``divisor``."""
+    return min(most, total_memory() // divisor)
+
+
 def available_memory() -> int:
     """Return the bytes that a new allocation can get, within the host's and the control group's memory.
 

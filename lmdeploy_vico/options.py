@@ -8,11 +8,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lmdeploy_vico.choices import (
     COMPRESSIONS,
+    LANGUAGE_ENGINES,
     NO_SPEEDUPS,
+    PYTORCH,
     ROUTING_SCOPES,
     SPEEDUPS,
     Compression,
@@ -20,12 +23,13 @@ from lmdeploy_vico.choices import (
     parse_compression,
     parse_speedups,
 )
-from lmdeploy_vico.host_memory import GIB, total_memory
+from lmdeploy_vico.host_memory import GIB, share_of_memory
 from lmdeploy_vico.kernels.choice import AUTO, CHOICES
 from lmdeploy_vico.media.options import default_processes
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
+ENVIRONMENT_ONLY = ('language_engine',)  # LMDeploy chooses the engine before it looks at --hf-overrides
 _METADATA = 'option'
 _TRUTH = {'0': False, '1': True, 'false': False, 'true': True}
 
@@ -111,6 +115,7 @@ COMPRESSION = Kind(COMPRESSIONS, parse_compression)
 FLAG = Kind('0, 1, true or false', _parse_flag)
 KERNELS = _one_of(CHOICES)
 SCOPES = _one_of(ROUTING_SCOPES)
+ENGINES = _one_of(LANGUAGE_ENGINES)
 ENCODING = '"auto", devices like "cuda:0,cuda:1" or "cpu", or "ray:auto" or "ray:<host>:<port>"'
 DEVICES = Kind(ENCODING, _parse_devices, numeric=False)
 SECONDS = Kind('a number above 0', _seconds)
@@ -123,22 +128,6 @@ def _option(kind: Kind, default: Any, meaning: str, words: str = '') -> Any:
     declaration = Declaration(kind, words or str(default), meaning)
     where = 'default_factory' if callable(default) else 'default'
     return dataclasses.field(**{where: default}, metadata={_METADATA: declaration})
-
-
-def _default_threads() -> int:
-    return min(os.cpu_count() or 1, 16)
-
-
-def _default_cache_bytes() -> int:
-    return min(4 * GIB, total_memory() // 16)
-
-
-def _default_media_store_bytes() -> int:
-    return min(2**28, total_memory() // 64)
-
-
-def _default_decoded_bytes() -> int:
-    return min(16 * GIB, total_memory() // 8)
 
 
 @dataclass(frozen=True)
@@ -182,7 +171,7 @@ class Options:
     )
     preprocess_threads: int = _option(
         _at_least(1),
-        _default_threads,
+        lambda: min(os.cpu_count() or 1, 16),
         'Threads that resize images and cut them into tiles.',
         'the number of cores, at most 16',
     )
@@ -209,7 +198,7 @@ class Options:
     )
     max_decoded_bytes: int = _option(
         _at_least(1),
-        _default_decoded_bytes,
+        partial(share_of_memory, 16 * GIB, 8),
         'Host memory that all clients together can make the server take for what they send: request bodies, files that '
         'are fetched, decoded images and video frames (11 to 18 bytes a pixel while they are decoded, then 4), and '
         'what resizing them takes. It is counted before it is taken. A request that alone needs more gets a 400; one '
@@ -218,7 +207,7 @@ class Options:
     )
     media_store_bytes: int = _option(
         _at_least(0),
-        _default_media_store_bytes,
+        partial(share_of_memory, 2**28, 64),
         'Host memory for encoded images and videos that clients name by a `uuid`, so that they need not send them '
         'again. Those used least recently are dropped. 0 keeps none, and every item needs its `url`.',
         '256 MiB, at most 1/64 of the memory',
@@ -265,7 +254,7 @@ class Options:
     )
     cache_bytes: int = _option(
         _at_least(0),
-        _default_cache_bytes,
+        partial(share_of_memory, 4 * GIB, 16),
         'Host memory for encoded tiles that may be asked about again, whatever their compression; 0 keeps none. Where '
         'CUDA devices encode, it is pinned once, while the engine starts, with at most 400 MiB and 300 MiB a device '
         'for what is in flight. Where the host cannot give that much, a warning says so and the server runs with what '
@@ -308,6 +297,12 @@ class Options:
         'depend on other tiles. One that cannot run stops the start. `python -m benchmarks vit-speed` says which '
         'pay on a GPU. None has been measured yet, so all are off.',
         'empty',
+    )
+    language_engine: str = _option(
+        ENGINES,
+        PYTORCH,
+        'What runs the language model. It is set in the environment only. `turbomind` is experimental: no GPU has run '
+        'it yet ([turbomind.md](turbomind.md)).',
     )
     page: bool = _option(
         FLAG,
@@ -356,6 +351,11 @@ class Options:
         for name, value in section.items():
             source = f'--hf-overrides "{OVERRIDES_KEY}"'
             _check_name(name, f'{source} {name!r}')
+            if name in ENVIRONMENT_ONLY:
+                raise OptionError(
+                    f'{source}: {name} is set by the environment variable {PREFIX}{name.upper()} only, as LMDeploy '
+                    'chooses its engine before it looks at --hf-overrides.'
+                )
             values[name], sources[name] = value, source
         return cls(**{name: _checked(name, value, sources[name]) for name, value in values.items()})
 

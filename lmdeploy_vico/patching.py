@@ -41,6 +41,7 @@ class Trigger(Enum):
     IMPORT = 'when its module is imported'
     MODEL = 'when a ViCO model starts'
     CPU_ENGINE = 'when an engine starts on a CPU'
+    TURBOMIND = 'when a ViCO model starts on TurboMind'
 
 
 class Call:

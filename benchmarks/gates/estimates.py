@@ -96,6 +96,16 @@ def baselines(model: str, name: str) -> list[Item]:
     ]
 
 
+def turbomind(model: str, text: int) -> list[Item]:
+    written, each = weight_bytes(model) / GB, cells(model, text, LLM_SHARES)
+    return [
+        Item(f'{written:.0f} GB of weights written', written * DISK),
+        *starts(model, 3, files=True),  # the first engine, the other one, the first again
+        Item(f'a request in each of {len(LLM_SHARES)} cells, to warm up, three times', each, 3 * WARM_UP),
+        Item('the same on both engines, measured', 2 * each, None),
+    ]
+
+
 def placement(model: str = '8B', runs: int = 4) -> list[Item]:
     each = cells(model, 64, BASELINE_SHARES, image=True)
     return [
@@ -180,6 +190,17 @@ def checks_engine() -> list[Item]:
         Item('engines after it', START, 2),
         Item('twelve answers judged by the reference on the CPU', 40, 1),
         Item('answers', 1.0, 3 * 2 * 12),
+    ]
+
+
+def checks_turbomind(model: str = '1B') -> list[Item]:
+    written = weight_bytes(model) / GB
+    return [
+        Item(f'{written:.0f} GB of weights written', written * DISK),
+        Item('start of the tests', SESSION),
+        *starts(model, 1, files=True),
+        Item('twelve answers judged by the reference on the CPU', 200, 1),
+        Item('answers', 1.0, 2 * 12),
     ]
 
 

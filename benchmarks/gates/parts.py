@@ -15,6 +15,8 @@ from benchmarks.gates.estimates import HANDOVERS, Item
 DUMMY_WEIGHTS = {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '1'}  # a checkpoint without weights: servers make them up
 # test_compiled.py compiles ahead of time, for which it needs no GPU.
 KERNEL_TESTS = ('tests/kernels', '--ignore', 'tests/kernels/test_compiled.py')
+SMALLEST = '1B'  # of the published sizes; those of tiny checkpoints are not made for TurboMind's kernels
+NO_TURBOMIND = 'TurboMind needs a CUDA device'
 MEMCHECK_TESTS = ('tests/kernels', '-k', 'triton and (sizes_of_models or heads or many)')
 
 
@@ -197,6 +199,30 @@ def baselines(setup: Setup, name: str, mode: str) -> Iterator[Step]:
         yield Step(f'{name}: images, against {baseline}', command)
 
 
+def checks_turbomind(setup: Setup) -> Iterator[Step]:
+    if not setup.cuda:
+        yield Step('TurboMind', skipped=NO_TURBOMIND)
+        return
+    model, made = checkpoint(setup, SMALLEST, '--weights')
+    yield from made
+    environment = {'VICO_TURBOMIND_CHECKPOINT': str(model)}
+    yield Step(f'{SMALLEST} on TurboMind', setup.test('-m', 'gpu', 'tests/gpu/test_turbomind.py'), environment)
+
+
+def turbomind(setup: Setup, name: str, text: int) -> Iterator[Step]:
+    if not setup.cuda:
+        yield Step(f'{name} on TurboMind', skipped=NO_TURBOMIND)
+        return
+    model, made = checkpoint(setup, name, '--weights')
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, model, ignore_errors=True)  # 18 GB
+        yield from made
+        options = ['--text-tokens', str(text), '--token-compression', '0', '0.25', '0.5', '0.75']
+        options += ['--language-engine', 'pytorch', 'turbomind', '--servers', 'in-turn']
+        command = first_token(setup, f'turbomind-{name}-{text}', model, 'llm', *options)
+        yield Step(f'{name}: language model alone on both engines, {text} text tokens', command)
+
+
 def soak(setup: Setup) -> Iterator[Step]:
     requests = '2000' if setup.cuda else '24'
     yield Step('soak', setup.run('soak', '--requests', requests, '--output-file', setup.result('soak')))
@@ -234,6 +260,10 @@ PLACEMENT = '8B: vision side and engine in two processes, against one, or agains
 LLM = (
     "the paper's Table 4: first-token throughput of the language model alone, by token compression, with 64 or 512 "
     'text tokens; 38B needs more memory than an H100 has and is skipped there'
+)
+TURBOMIND = (
+    'the same Table 4 on TurboMind and on the PyTorch engine in one run; writes 18 GB of random weights to a scratch '
+    'folder, as TurboMind makes none up'
 )
 BASELINES = 'image-8B against LMDeploy without the plugin; writes 18 GB of random weights to a scratch folder'
 
@@ -279,6 +309,23 @@ PARTS = (
             '8B',
         )
         for mode in ('flash', 'internvl')
+    ),
+    Part(
+        'checks-turbomind',
+        'answers of a checkpoint of the 1B size on TurboMind against the independent reference',
+        checks_turbomind,
+        estimates.checks_turbomind,
+        SMALLEST,
+    ),
+    *(
+        Part(
+            f'turbomind-8B-{text}',
+            TURBOMIND,
+            partial(turbomind, name='8B', text=text),
+            partial(estimates.turbomind, '8B', text),
+            '8B',
+        )
+        for text in (64, 512)
     ),
     Part('soak', '2000 requests with cancels: every answer right, nothing grows', soak, estimates.soak),
     Part(

@@ -220,15 +220,16 @@ class Measured:
 
 # --- results of ``lmdeploy-vico bench`` ------------------------------------------------------------------------------
 
-OURS = 'none'  # the server that is the plugin
+OURS = {'none': 'lmdeploy-vico', 'turbomind': 'lmdeploy-vico on TurboMind'}  # the servers that are the plugin
 # Arguments that make another benchmark, and what a file that does not name them was measured with.
 SAME_RUN: dict[str, Any] = {
     **dict.fromkeys(('num_prompts', 'max_concurrency', 'tiles', 'images', 'seed')),
     'count_prefills': False,
     'server_arguments': [],
+    'language_engine': ['pytorch'],
 }
-# Variables of a server that make no other benchmark: the command sets one for llm mode; the device has been compared.
-ANY_VALUE = ('LMDEPLOY_VICO_SYNTHETIC_IMAGES', 'CUDA_VISIBLE_DEVICES')
+# Variables of a server that make no other benchmark: the command sets them; device and engine have been compared.
+ANY_VALUE = ('LMDEPLOY_VICO_SYNTHETIC_IMAGES', 'CUDA_VISIBLE_DEVICES', 'LMDEPLOY_VICO_LANGUAGE_ENGINE')
 CELL = ('mode', 'server', 'text_tokens', 'token_compression')
 NOT_OURS = "That is LMDeploy's code, not the plugin's."
 SECONDS_DECIDE = 'Seconds a request decide: a speed-up is also lost when uncompressed requests get faster.'
@@ -264,7 +265,7 @@ def compare_first_token(
     for cell in before:
         if _answered(before[cell]) and cell in after:
             compared += _compare_cell(cell, (before, old), (after, new))
-        elif _answered(before[cell]) and cell[1] == OURS:
+        elif _answered(before[cell]) and cell[1] in OURS:
             gone.append(_cell_name(cell))
         else:
             console.print(f'{_cell_name(cell)} is not in both files and is not compared.')
@@ -280,7 +281,8 @@ def _experiment(content: Mapping[str, Any]) -> dict[str, Any]:
     that was running already are not known.
     """
     arguments = content['arguments']
-    variables = (content.get('environment_variables') or {}).get(OURS)
+    noted = content.get('environment_variables') or {}
+    variables = next((noted[server] for server in OURS if server in noted), None)
     if variables is not None:
         variables = {k: v for k, v in sorted(variables.items()) if k not in ANY_VALUE}
     return {
@@ -297,7 +299,7 @@ _Side = tuple[Mapping[Any, Mapping[str, Any]], Mapping[str, Any]]  # the cells o
 
 def _compare_cell(cell: tuple[Any, ...], old: _Side, new: _Side) -> list[Comparison]:
     """Compare a cell that was answered then: its seconds a request and, if it is the plugin's, its inverse speed-up."""
-    ours = cell[1] == OURS
+    ours = cell[1] in OURS
     answered = _answered(new[0][cell])
     seconds = _seconds(cell, *new) if answered else []
     found = [Comparison(f'{_cell_name(cell)}: s/request', _seconds(cell, *old), seconds, '' if ours else NOT_OURS)]
@@ -314,7 +316,7 @@ def _cells(content: Mapping[str, Any]) -> dict[tuple[Any, ...], Mapping[str, Any
 
 def _cell_name(cell: tuple[Any, ...]) -> str:
     mode, server, text, compression = cell
-    name = 'lmdeploy-vico' if server == OURS else server
+    name = OURS.get(server, server)
     removed = f'{compression:.0%}' if isinstance(compression, float | int) else compression or 'as it is'
     return f'{mode}, {name}, {text} text tokens, {removed}'
 
@@ -332,8 +334,8 @@ def _seconds(cell: Any, cells: Mapping[Any, Mapping[str, Any]], content: Mapping
 
 def _inverse_speedups(cell: Any, cells: Mapping[Any, Mapping[str, Any]]) -> list[float]:
     """Return a cell's time over the uncompressed cell's, round by round; empty without that one, and for itself."""
-    mode, _, text, _ = cell
-    reference = (mode, OURS, text, 0.0)
+    mode, server, text, _ = cell
+    reference = (mode, server, text, 0.0)
     if cell == reference or reference not in cells or not _answered(cells[reference]):
         return []
     durations, others = cells[cell]['round_durations'], cells[reference]['round_durations']

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lmdeploy_vico.bench.workload.requests import AUTO, BASELINES, IMAGE, LLM, OURS, parse_compression
+from lmdeploy_vico.bench.workload.requests import AUTO, BASELINES, IMAGE, LLM, OURS, SERVER_OF_ENGINE, parse_compression
 
 DESCRIPTION = """\
 Measure first-token throughput as in Table 4 of the ViCO paper: requests with the same images and the same amount of
@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--text-tokens', type=positive, nargs='+', default=[64, 512], help='(default: 64 512)')
     parser.add_argument('--token-compression', type=_compression, nargs='+', default=[0.0, 0.25, 0.5, 0.75, AUTO],
         metavar='SHARE', help='shares of visual tokens to remove, 0 to 0.75, or auto (default: 0 0.25 0.5 0.75 auto)',
+    )  # fmt: skip
+    parser.add_argument('--language-engine', nargs='+', choices=tuple(SERVER_OF_ENGINE), default=['pytorch'],
+        metavar='ENGINE', help='what runs the language model of the plugin: pytorch, turbomind (experimental, needs a '
+        'GPU), or both, each compared with itself without compression (default: pytorch)',
     )  # fmt: skip
     parser.add_argument('--baseline', nargs='+', choices=(OURS, *BASELINES), default=[OURS],
         help='none: the plugin without compression, always measured; lmdeploy-flash: LMDeploy without the plugin, '

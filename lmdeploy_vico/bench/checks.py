@@ -2,7 +2,7 @@
 
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.client import Outcome
-from lmdeploy_vico.bench.workload.requests import LLM, OURS, Cell, visual_tokens
+from lmdeploy_vico.bench.workload.requests import LLM, Cell, visual_tokens
 
 
 def check_answer(cell: Cell, outcome: Outcome, tiles: int, compressed: int | None) -> None:
@@ -14,7 +14,7 @@ def check_answer(cell: Cell, outcome: Outcome, tiles: int, compressed: int | Non
         )
     if outcome.error:
         raise BenchError(f'The server does not answer requests ({cell}): {outcome.error}')
-    if cell.server != OURS:
+    if not cell.is_ours:
         return
     if outcome.image_tokens is None:
         raise BenchError(

@@ -29,7 +29,8 @@ from lmdeploy_vico.bench.workload.requests import (
     IMAGE,
     LABELS,
     LLM,
-    OURS,
+    OURS_ON_TURBOMIND,
+    SERVER_OF_ENGINE,
     TURBOMIND,
     Cell,
     Picture,
@@ -44,6 +45,7 @@ from lmdeploy_vico.launch import ApiServer, ServerError
 # is short against it, and there are still rounds enough for the cells to take turns.
 ROUND, LEAST_ROUND = 8, 100
 SETTLED, POLL = 5.0, 0.05  # seconds to wait for the engine's metrics of the last requests, and between two looks
+UNCOUNTED = (TURBOMIND, OURS_ON_TURBOMIND)  # whose log tells of no steps
 PREFILLS = 'lmdeploy:request_prefill_time_seconds_count'
 
 
@@ -58,7 +60,8 @@ class Measurement:
         self.options, self.console = options, console
         self.output = OutputFile(options.output_file)
         baselines = [name for name in BASELINES if name in options.baseline]
-        todo = cells(options.mode, options.text_tokens, options.token_compression, baselines)
+        self._ours = [SERVER_OF_ENGINE[engine] for engine in dict.fromkeys(options.language_engine)]
+        todo = cells(options.mode, options.text_tokens, options.token_compression, baselines, self._ours)
         self.results = {cell: CellResult(cell, options.tiles) for cell in todo}
         self._baselines = [name for name in baselines if any(cell.server == name for cell in todo)]
         self._pictures: list[str] = []
@@ -78,8 +81,8 @@ class Measurement:
             table.check_plot(options.plot)
         if options.model:
             servers.check_model(options.model)
-        elif set(options.baseline) & set(BASELINES):
-            raise BenchError('Baselines are servers of their own: name the checkpoint with --model, not --base-url.')
+        elif set(options.baseline) & set(BASELINES) or len(self._ours) > 1:
+            raise BenchError('Baselines and engines have servers of their own: use --model, not --base-url.')
         elif options.count_prefills:
             raise BenchError("--count-prefills reads a server's log: name a checkpoint with --model, not --base-url.")
         elif options.server_arguments:
@@ -104,11 +107,11 @@ class Measurement:
             with self._progress('Making pictures', count) as done:
                 self._pictures = make_pictures(count, picture.size, options.seed, done)
         if options.base_url:
-            self._about = {'servers': {OURS: options.base_url}, 'environment': servers.environment(None)}
+            self._about = {'servers': {self._ours[0]: options.base_url}, 'environment': servers.environment(None)}
             return
-        gpu, names = servers.gpu_name(), [OURS, *self._baselines]
+        gpu, names = servers.gpu_name(), [*self._ours, *self._baselines]
         together = options.servers == 'together' or (options.servers == 'auto' and not gpu)
-        servers.check_arguments(options.server_arguments, self._baselines, together, bool(gpu))
+        servers.check_arguments(options.server_arguments, names, together, bool(gpu))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='vico-bench-')))
         given = options.server_arguments
         self._servers = {
@@ -137,7 +140,7 @@ class Measurement:
         try:
             if self.options.base_url:
                 async with Client(self.options.base_url, self.options.request_timeout) as client:
-                    await self._measure({OURS: (client, None)}, range(self._rounds))
+                    await self._measure({self._ours[0]: (client, None)}, range(self._rounds))
             else:
                 await self._run_servers()
         except (BenchError, ServerError, asyncio.CancelledError):
@@ -152,7 +155,7 @@ class Measurement:
             title = f'{Path(self._model).name}: {self.options.tiles} tiles, {self.options.max_concurrency} at a time'
             table.draw(self.options.plot, self.results, paper_model(self._model), self.options.tiles, title)
             self._say(f'Plot: {self.options.plot}')
-        ours = [result for cell, result in self.results.items() if cell.server == OURS]
+        ours = [result for cell, result in self.results.items() if cell.is_ours]
         return all(result.completed and not result.failed and not result.error for result in ours)
 
     def _say(self, text: str) -> None:
@@ -176,7 +179,7 @@ class Measurement:
                         running[name] = (await stack.enter_async_context(client), server)
                 await self._measure(running, turns)
         if self.options.count_prefills:
-            for name in dict.fromkeys(name for group in self._groups for name in group if name != TURBOMIND):
+            for name in dict.fromkeys(name for group in self._groups for name in group if name not in UNCOUNTED):
                 await self._count(name)
 
     async def _count(self, name: str) -> None:
@@ -207,7 +210,7 @@ class Measurement:
         try:
             await asyncio.to_thread(server.wait_until_ready)
         except ServerError:
-            if name == OURS:
+            if name == self._ours[0]:
                 raise
             self._lose(name, f'the server did not start: {servers.why_ended(server)}')
             return False
@@ -220,7 +223,7 @@ class Measurement:
             try:
                 requests[name] = await self._requests(name, client)
             except BenchError:
-                if name == OURS:
+                if name == self._ours[0]:
                     raise
                 self._lose(name, f'the server ended at once: {servers.why_ended(server)}')
         order = [cell for cell in self.results if cell.server in requests]
@@ -269,7 +272,7 @@ class Measurement:
         self.results[cell].add_failures(measured)
         why = servers.why_ended(server) if ended else f'it answers no request any more: {errors[-1]}'
         self._lose(cell.server, f'the server or its engine ended: {why}')
-        if cell.server == OURS:
+        if cell.server == self._ours[0]:
             raise BenchError(
                 f'The server or its engine ended during the measurement ({why}). Results: {self.output.path}'
             )
@@ -298,7 +301,7 @@ class Measurement:
             self._check_alike(cell, bare)
         except BenchError as error:
             ended = await client.ended(outcomes)
-            if cell.server == OURS:
+            if cell.server == self._ours[0]:
                 raise BenchError(
                     f'{error} The server has ended: {servers.why_ended(server)}' if ended else str(error)
                 ) from error
@@ -306,14 +309,14 @@ class Measurement:
                 f'the server or its engine ended while warming up: {servers.why_ended(server)}' if ended else str(error)
             )
             self._lose(cell.server, reason)
-        visual = bare.image_tokens if cell.server == OURS else visual_tokens(options.tiles)
+        visual = bare.image_tokens if cell.is_ours else visual_tokens(options.tiles)
         result.overhead = bare.prompt_tokens - (visual or 0)
 
     def _check_alike(self, cell: Cell, bare: Outcome) -> None:
         """Raises :class:`BenchError` for a baseline whose prompts are not those of the plugin without compression."""
-        if cell.server == OURS:
+        if cell.is_ours:
             return
-        ours = next(other for one, other in self.results.items() if one.server == OURS and one.mode == cell.mode)
+        ours = next(other for one, other in self.results.items() if one.is_ours and one.mode == cell.mode)
         expected = visual_tokens(self.options.tiles) + ours.overhead
         if bare.prompt_tokens != expected:
             raise BenchError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmdeploy_vico.bench import BenchError
-from lmdeploy_vico.bench.workload.requests import INTERNVL, LLM, OURS, TURBOMIND
+from lmdeploy_vico.bench.workload.requests import INTERNVL, LLM, OURS_ON_TURBOMIND, SERVER_OF_ENGINE, TURBOMIND
 from lmdeploy_vico.checkpoints.names import FLASH
 from lmdeploy_vico.checkpoints.safetensors_format import (
     INDEX_FILE,
@@ -46,15 +46,16 @@ def check_model(model: str) -> None:
         raise BenchError(f'--model: {model} is not a checkpoint directory: it holds no config.json.')
 
 
-def check_arguments(arguments: Sequence[str], baselines: Sequence[str], together: bool, on_gpu: bool) -> None:
+def check_arguments(arguments: Sequence[str], servers: Sequence[str], together: bool, on_gpu: bool) -> None:
     """Raises :class:`BenchError` for arguments with which no server, or no fair measurement, would come about."""
     given = {argument.partition('=')[0] for argument in arguments}
     for own in OWN_ARGUMENTS:
         if own in given:
             raise BenchError(f'{own} is chosen here, for every server: leave it out.')
-    if TURBOMIND in baselines and not on_gpu:
-        raise BenchError(f'{TURBOMIND} needs a CUDA device.')
-    if together and on_gpu and baselines and SHARE not in given:
+    for name in (OURS_ON_TURBOMIND, TURBOMIND):
+        if name in servers and not on_gpu:
+            raise BenchError(f'{name} needs a CUDA device.')
+    if together and on_gpu and len(servers) > 1 and SHARE not in given:
         raise BenchError(
             'Servers together on a GPU: the first would take most of the memory for its KV cache. Give each its share, '
             f'for example -- {SHARE} 0.2, or leave out --servers together.'
@@ -73,13 +74,15 @@ def make_server(
     """The server of a baseline, or of the plugin, not started yet.
 
     Args:
-        name: ``none`` for the plugin, or a baseline.
+        name: ``none`` or ``turbomind`` for the plugin, by its language engine, or a baseline.
         extra: further arguments of ``lmdeploy serve api_server``.
         scratch: a directory for its log, and for the checkpoint without a router.
     """
     environment: dict[str, str | None] = {'OMP_WAIT_POLICY': os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')}
     arguments = list(extra)
-    if name == OURS:
+    engine = next((engine for engine, server in SERVER_OF_ENGINE.items() if server == name), None)
+    if engine is not None:
+        environment['LMDEPLOY_VICO_LANGUAGE_ENGINE'] = engine
         environment['LMDEPLOY_VICO_CACHE_BYTES'] = '0'  # cells share pictures, and each has to pay for them
         if LLM in modes:
             environment['LMDEPLOY_VICO_SYNTHETIC_IMAGES'] = '1'

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmdeploy_vico.cli import Commands
+    from lmdeploy_vico.patching import Patch
 
 HELP = 'print versions, the device and whether the plugin is active'
 DESCRIPTION = """\
@@ -17,6 +18,7 @@ Print what a bug report needs: versions, the device, and whether the plugin is a
 change that the plugin makes to LMDeploy against the installed one: the command to run first on a new LMDeploy.
 """
 _WIDTH = 120
+FITS, UNSEEN = 'fits', 'not looked at, as TurboMind cannot be loaded here (it needs a CUDA driver)'
 
 
 def add_parser(commands: 'Commands') -> None:
@@ -46,9 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_patches() -> int:
     """List every patch with its state; those of one name, which differ only in their targets, together."""
     from lmdeploy_vico.adapter.patches.table import all_patches, supported_range
-    from lmdeploy_vico.patching import MisfitError, check
 
-    patches, misfits = all_patches(), []
+    patches = all_patches()
+    misfits: list[Patch] = []
+    unseen = 0
     for _, alike in groupby(patches, key=lambda patch: patch.change):
         group = list(alike)
         print(group[0].name)
@@ -57,19 +60,30 @@ def _print_patches() -> int:
         _print_row('can go when', group[0].until)
         _print_row('process', f'{group[0].process}, {group[0].trigger.value}')
         for patch in group:
-            try:
-                check(patch)
-                state = 'fits'
-            except MisfitError as error:
-                state = str(error)
-                misfits.append(patch)
+            state = _state(patch)
+            misfits += [patch] if state not in (FITS, UNSEEN) else []
+            unseen += state == UNSEEN
             _print_row('target', f'{patch.target}: {state}')
         print()
     print(f'The patches are made for LMDeploy {supported_range()}; {_version("lmdeploy")} is installed.')
-    print(f'{len(patches) - len(misfits)} of {len(patches)} fit it.')
+    print(f'{len(patches) - len(misfits) - unseen} of {len(patches) - unseen} fit it.')
     for patch in misfits:
         print(f'Does not fit: {patch}')
     return 1 if misfits else 0
+
+
+def _state(patch: 'Patch') -> str:
+    """Say whether a patch fits, and why if it does not."""
+    from lmdeploy_vico.adapter.patches.table import can_be_checked
+    from lmdeploy_vico.patching import MisfitError, check
+
+    if not can_be_checked(patch):
+        return UNSEEN
+    try:
+        check(patch)
+    except MisfitError as error:
+        return str(error)
+    return FITS
 
 
 def _print_row(name: str, text: str) -> None:

@@ -179,7 +179,14 @@ def test_a_disk_that_fills_up_is_said_and_the_tables_are_printed(fake_server, be
 
 def test_options_that_do_not_go_together(bench, tmp_path):
     for arguments, said in (
-        (['--base-url', 'http://localhost', '--baseline', 'lmdeploy-flash'], 'Baselines are servers of their own'),
+        (
+            ['--base-url', 'http://localhost', '--baseline', 'lmdeploy-flash'],
+            'have servers of their own: use --model',
+        ),
+        (
+            ['--base-url', 'http://localhost', '--language-engine', 'pytorch', 'turbomind'],
+            'have servers of their own',
+        ),
         (['--base-url', 'http://localhost', '--', '--tp', '2'], 'are for a server that is started here'),
         (['--model', str(tmp_path)], 'holds no config.json'),
         (['--model', 'nowhere'], 'holds no config.json'),

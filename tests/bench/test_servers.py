@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.bench import BenchError, servers
-from lmdeploy_vico.bench.workload.requests import FLASH, IMAGE, INTERNVL, LLM, OURS, TURBOMIND
+from lmdeploy_vico.bench.workload.requests import FLASH, IMAGE, INTERNVL, LLM, OURS, OURS_ON_TURBOMIND, TURBOMIND
 from lmdeploy_vico.launch import ServerError
 
 
@@ -68,7 +68,15 @@ def test_our_server_keeps_no_tiles_and_takes_synthetic_images_where_they_are_sen
         assert server._environment.get('LMDEPLOY_VICO_SYNTHETIC_IMAGES') == synthetic
         assert server._environment['LMDEPLOY_VICO_CACHE_BYTES'] == '0'
         assert 'LMDEPLOY_VICO' not in server._environment
+        assert server._environment['LMDEPLOY_VICO_LANGUAGE_ENGINE'] == 'pytorch'
         assert server.command[-2:] == ['--tp', '2']
+
+
+def test_the_plugin_on_turbomind_is_a_server_of_its_own(tmp_path):
+    server = servers.make_server(OURS_ON_TURBOMIND, 'm', [LLM], on_gpu=True, extra=[], scratch=tmp_path)
+    assert server._environment['LMDEPLOY_VICO_LANGUAGE_ENGINE'] == 'turbomind'
+    assert server._environment['LMDEPLOY_VICO_SYNTHETIC_IMAGES'] == '1'
+    assert '--backend' not in server.command and server.log.name == 'turbomind.log'
 
 
 @pytest.mark.parametrize(('on_gpu', 'switch'), [(True, '0'), (False, 'cpu')])
@@ -98,22 +106,25 @@ def test_what_decides_how_a_server_works_is_recorded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'baselines', 'together', 'gpu', 'said'),
+    ('arguments', 'started', 'together', 'gpu', 'said'),
     [
         (['--server-port', '1'], [], False, True, '--server-port is chosen here'),
         (['--server-name=0.0.0.0'], [], False, False, '--server-name is chosen here'),
-        ([], [TURBOMIND], True, False, 'needs a CUDA device'),
-        ([], [FLASH], True, True, '--cache-max-entry-count 0.2'),
-        (['--cache-max-entry-count', '0.3'], [FLASH], True, True, None),
-        ([], [FLASH], True, False, None),
-        ([], [FLASH, TURBOMIND], False, True, None),
+        ([], [OURS, TURBOMIND], True, False, 'lmdeploy-turbomind needs a CUDA device'),
+        ([], [OURS_ON_TURBOMIND], True, False, 'turbomind needs a CUDA device'),
+        ([], [OURS, FLASH], True, True, '--cache-max-entry-count 0.2'),
+        ([], [OURS, OURS_ON_TURBOMIND], True, True, '--cache-max-entry-count 0.2'),
+        (['--cache-max-entry-count', '0.3'], [OURS, FLASH], True, True, None),
+        ([], [OURS, FLASH], True, False, None),
+        ([], [OURS], True, True, None),
+        ([], [OURS, OURS_ON_TURBOMIND, FLASH, TURBOMIND], False, True, None),
     ],
 )
-def test_arguments_that_no_fair_measurement_comes_of(arguments, baselines, together, gpu, said):
+def test_arguments_that_no_fair_measurement_comes_of(arguments, started, together, gpu, said):
     if said is None:
-        return servers.check_arguments(arguments, baselines, together, gpu)
+        return servers.check_arguments(arguments, started, together, gpu)
     with pytest.raises(BenchError, match=said):
-        servers.check_arguments(arguments, baselines, together, gpu)
+        servers.check_arguments(arguments, started, together, gpu)
 
 
 def test_the_reason_is_the_last_exception_of_the_log(tmp_path):
@@ -245,3 +256,28 @@ def test_without_our_own_server_there_is_nothing_to_measure(bench):
     assert status == 1
     assert 'ended while starting' in printed
     assert results is None
+
+
+@pytest.mark.parametrize('engines', [['pytorch', 'turbomind'], ['turbomind']], ids=' '.join)
+def test_both_language_engines_in_one_run(bench, engines):
+    """The first of them is what baselines are compared with, and each of them is compared with itself."""
+    ours = {'pytorch': OURS, 'turbomind': OURS_ON_TURBOMIND}
+    wanted = ['--token-compression', '0', '0.5', '--language-engine', *engines, '--baseline', TURBOMIND]
+    answers = {OURS_ON_TURBOMIND: {'image_tokens': True}}
+    status, printed, results = bench(answers, *wanted, gpu='H200')
+    assert status == 0, printed
+    names = [ours[engine] for engine in engines]
+    assert completed(results) == dict.fromkeys([*names, TURBOMIND], 8)
+    speedups = {(cell['server'], cell['token_compression']): cell['speedup'] for cell in results['cells']}
+    assert all(speedups[name, 0.0] == 1 and speedups[name, 0.5] for name in names)
+    assert speedups[TURBOMIND, None]
+    assert ('Each language engine against itself.' in printed) == (len(engines) > 1)
+    assert 'lmdeploy-vico on TurboMind' in printed
+
+
+def test_an_engine_that_does_not_start_costs_the_others_nothing(bench):
+    both = ['--language-engine', 'pytorch', 'turbomind']
+    status, _, results = bench({OURS_ON_TURBOMIND: 'no start'}, *both, gpu='H200')
+    assert status == 1  # it is the plugin's own
+    assert completed(results) == {OURS: 8, OURS_ON_TURBOMIND: 0, FLASH: 8, INTERNVL: 8}
+    assert results['cells'][1]['error'] == 'the server did not start: RuntimeError: killed'

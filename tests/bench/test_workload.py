@@ -18,6 +18,7 @@ from lmdeploy_vico.bench.workload.requests import (
     INTERNVL,
     LLM,
     OURS,
+    OURS_ON_TURBOMIND,
     Cell,
     Picture,
     Requests,
@@ -66,6 +67,9 @@ def test_cells():
         Cell(IMAGE, INTERNVL, 64, None),
     ]
     assert [cell for cell in made if cell.is_reference] == [made[0], made[2]]
+    both = cells([LLM], [64], [0.5], [], [OURS, OURS_ON_TURBOMIND])
+    assert both == [Cell(LLM, server, 64, share) for server in (OURS, OURS_ON_TURBOMIND) for share in (0.0, 0.5)]
+    assert [cell.is_reference for cell in both] == [True, False] * 2
 
 
 @pytest.mark.parametrize('tiles', [1, 2, 3, 5, 7, 10, 13, 40])

@@ -149,6 +149,13 @@ def test_told_to_end_it_keeps_what_it_has(tmp_path, endless):
     assert list(tmp_path.glob('vico-on-gpu-*')) == [], 'nothing is left of the scratch folder'
 
 
+@pytest.mark.parametrize('part', ['checks-turbomind', 'turbomind-8B-64', 'turbomind-8B-512'])
+def test_turbomind_has_no_trial_without_a_device(part, tmp_path):
+    setup = parts.Setup(sys.executable, cuda=False, scratch=tmp_path, prefix='x', prompts=6)
+    [step] = parts.find(part).steps(setup)
+    assert step.skipped == 'TurboMind needs a CUDA device' and not step.command
+
+
 @pytest.fixture
 def recorded(tmp_path, interpreter):
     """``recorded(memory, part, ..., variables)``: what was printed, and the commands that were run, with variables."""
@@ -174,25 +181,29 @@ def test_what_a_gpu_would_run(recorded):
     printed, ran = recorded(139, PROMPTS='96', SERVER='--tp 2')
     made = [line.partition(' tiny ')[2].partition('/')[2].split('/')[-1] for line in ran if ' tiny ' in line]
     sized = [f'{name} --like {name}' for name in ('8B', '30B-A3B', '38B')]
-    assert made == [*sized, *['8B--weights --like 8B --weights'] * 2]
+    written = '8B--weights --like 8B --weights'
+    assert made == [*sized, *[written] * 2, '1B--weights --like 1B --weights', *[written] * 2]
     bench = {
         line.partition('--plot ')[2].split()[0].partition('h200-')[2]: line for line in ran if ' first-token ' in line
     }
     cells = [f'llm-{name}-{text}.png' for name in ('8B', '30B-A3B', '38B') for text in (64, 512)]
-    assert list(bench) == [*cells, 'image-8B.png', 'baselines-8B-flash.png', 'baselines-8B-internvl.png']
+    baselines = ['baselines-8B-flash.png', 'baselines-8B-internvl.png']
+    assert list(bench) == [*cells, 'image-8B.png', *baselines, 'turbomind-8B-64.png', 'turbomind-8B-512.png']
     for what, line in bench.items():
-        assert ('dummy=1 ' in line) == (not what.startswith('baselines')), line
+        assert ('dummy=1 ' in line) == (not what.startswith(('baselines', 'turbomind'))), line
         assert '--num-prompts 96 --max-concurrency 32 --tiles 10 ' in line
         assert line.endswith(' -- --tp 2')
         assert '--log-level' not in line
     assert '--text-tokens 512 --token-compression 0 0.25 0.5 0.75' in bench['llm-8B-512.png']
     assert '--baseline lmdeploy-flash --servers in-turn' in bench['baselines-8B-flash.png']
+    both = '--language-engine pytorch turbomind --servers in-turn'
+    assert f'--text-tokens 512 --token-compression 0 0.25 0.5 0.75 {both}' in bench['turbomind-8B-512.png']
     expected = ('tests/kernels', 'tests/gpu -k not engine', 'engine and moe', '--like 6B', '--width 3200')
     expected += (
         'benchmarks vit-speed --like 300M --device cuda --output ',
         f'benchmarks handover --rounds {estimates.HANDOVERS} --output ',
     )
-    expected += ('benchmarks placement', '--requests 2000', 'benchmarks check --update')
+    expected += ('tests/gpu/test_turbomind.py', 'benchmarks placement', '--requests 2000', 'benchmarks check --update')
     places = [next(index for index, line in enumerate(ran) if words in line) for words in expected]
     assert places[:4] == sorted(places[:4]) and places[3] < min(places[5:]), 'what is right comes first'
     assert all(line.startswith('RUN device=cuda ') for line in ran)

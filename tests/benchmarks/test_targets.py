@@ -60,7 +60,7 @@ def test_nothing_is_measured_yet(tmp_path, capsys):
     (tmp_path / 'list.json').write_text('[]')
     (tmp_path / 'cut.json').write_text('{"benchmark": ')
     found = rows(capsys, tmp_path)
-    assert len(found) == 2 + 1 + 18 + 2
+    assert len(found) == 2 + 1 + 18 + 6 + 2
     assert set(found.values()) == {('not measured', '')}
 
 
@@ -113,6 +113,16 @@ def test_a_run_beside_a_baseline_does_not_replace_one_without(tmp_path, capsys):
     first_token(tmp_path, 'later', cell(1.8, 'image'), baseline)
     first_token(tmp_path, 'later-cut-off', cell(1.9, 'image'), complete=False, baseline=['lmdeploy-flash'])
     assert rows(capsys, tmp_path)[title] == ('MISSED', 'image-1.json')
+
+
+def test_each_language_engine_has_targets_of_its_own(tmp_path, capsys):
+    cells = cell(1.98), cell(1.5, server='turbomind'), cell(9.0, 'image', server='turbomind')
+    first_token(tmp_path, 'turbomind', *cells)
+    found = {title: shown for title, shown in rows(capsys, tmp_path).items() if shown[0] != 'not measured'}
+    assert found == {
+        '8B, language model alone, 64 text tokens, 50% removed': ('met', 'turbomind.json'),
+        '8B on TurboMind, alone, 64 text tokens, 50% removed': ('MISSED', 'turbomind.json'),
+    }
 
 
 def test_devices_have_tables_of_their_own(tmp_path, capsys):

@@ -100,6 +100,17 @@ def test_mistakes_say_where_they_were_made(overrides, environ, source):
     assert str(refusal.value) == f'max_tiles must be an integer of at least 1, {source}'
 
 
+def test_the_language_engine_is_chosen_in_the_environment_only():
+    assert load().language_engine == 'pytorch'
+    assert load(LMDEPLOY_VICO_LANGUAGE_ENGINE='turbomind').language_engine == 'turbomind'
+    with pytest.raises(
+        OptionError, match='by the environment variable LMDEPLOY_VICO_LANGUAGE_ENGINE only, as LMDeploy'
+    ):
+        load({'vico': {'language_engine': 'pytorch'}}, LMDEPLOY_VICO_LANGUAGE_ENGINE='pytorch')
+    with pytest.raises(OptionError, match="language_engine must be one of pytorch, turbomind, not 'TurboMind'"):
+        load(LMDEPLOY_VICO_LANGUAGE_ENGINE='TurboMind')
+
+
 def test_an_override_replaces_a_mistake_in_the_environment():
     assert load({'vico': {'max_tiles': 7}}, LMDEPLOY_VICO_MAX_TILES='many').max_tiles == 7
 

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import random
 import re
+import socket
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from parity.judge import TOKENS, Answer
 from waiting import HANG
 
 from lmdeploy_vico.launch import ApiServer
+
+CONCURRENCY = 16  # clients at a time
 
 
 class Client:
@@ -63,6 +68,33 @@ def post(client: Client, path: str, body: dict, **headers: str) -> tuple[int, di
         return error.code, json.load(error)
 
 
+def send(client: Client, path: str, body: dict) -> socket.socket:
+    """Send a request and return its socket."""
+    payload = json.dumps(body).encode()
+    lines = [
+        f'POST {path} HTTP/1.1',
+        'Host: localhost',
+        'Content-Type: application/json',
+        'anthropic-version: 2023-06-01',
+        f'Content-Length: {len(payload)}',
+    ]
+    connection = socket.create_connection(('127.0.0.1', client.server.port), timeout=HANG)
+    connection.sendall('\r\n'.join([*lines, '', '']).encode() + payload)
+    return connection
+
+
+def stream(client: Client, path: str, body: dict) -> list[dict]:
+    """The decoded events of a streamed answer."""
+    request = urllib.request.Request(
+        client.server.url + path, json.dumps(body | {'stream': True}).encode(), {'Content-Type': 'application/json'}
+    )
+    with urllib.request.urlopen(request, timeout=HANG) as response:
+        lines = [line.decode().strip() for line in response]
+    events = [line.removeprefix('data: ') for line in lines if line.startswith('data: ')]
+    assert events[-1] == '[DONE]'
+    return [json.loads(event) for event in events[:-1]]
+
+
 def chat(client: Client, *items: dict, text: str = 'What is this?', **extra: Any) -> tuple[int, dict]:
     """Ask in plain JSON; returns the status and the decoded body."""
     content = [{'type': 'text', 'text': text}, *items]
@@ -84,6 +116,19 @@ def image_item(url: Any, **params: Any) -> dict:
 def generate(client: Client, **body: Any) -> tuple[int, dict]:
     """Ask ``/generate``; returns the status and the decoded body."""
     return post(client, '/generate', {'max_tokens': TOKENS, 'temperature': 0, 'ignore_eos': True, **body})
+
+
+def check_alone_and_together(client: Client, prompts: Mapping[str, list], check: Callable[..., None]) -> None:
+    """Ask for every prompt alone, then twice for some among others, and have each answer judged."""
+    for name, messages in prompts.items():
+        check(messages, client.chat(messages), name=name)
+    order = random.Random(7)
+    for _ in range(2):
+        names = order.choices(list(prompts), k=CONCURRENCY)
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            answers = list(pool.map(lambda name: client.chat(prompts[name]), names))
+        for name, answer in zip(names, answers, strict=True):
+            check(prompts[name], answer, name=name)
 
 
 class PeakMemory:

@@ -1,5 +1,8 @@
 """The configurations that several modules share, and the kinds of checkpoints."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 KINDS = {
@@ -24,5 +27,16 @@ LIMITED = pytest.mark.served(
     LMDEPLOY_VICO_MAX_IMAGES=str(PROMPT_IMAGES), LMDEPLOY_VICO_MAX_PROMPT_TILES=str(PROMPT_TILES),
     LMDEPLOY_VICO_MAX_VIDEOS=str(PROMPT_VIDEOS),
 )  # fmt: skip
+
+# The unmodified server on a stand-in for TurboMind's binding, with a driver that is none: tests/turbomind/.
+TESTS = Path(__file__).parents[1]
+STAND_IN = {
+    'PYTHONPATH': os.pathsep.join([str(TESTS / 'turbomind' / 'site'), os.environ.get('PYTHONPATH', '')]),
+    'LMDEPLOY_VICO_LANGUAGE_ENGINE': 'turbomind',
+    'LMDEPLOY_VICO_VISION_DEVICE': 'cpu',
+}
+ON_STAND_IN = pytest.mark.served(
+    '--enable-prefix-caching', '--session-len', '8192', **STAND_IN, LMDEPLOY_VICO_SYNTHETIC_IMAGES='1'
+)
 
 LOGPROBS = pytest.mark.served('--logprobs-mode', 'raw_logprobs')

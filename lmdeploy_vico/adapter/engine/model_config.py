@@ -6,7 +6,7 @@ from lmdeploy.pytorch.configurations.builder import AutoModelConfigBuilder
 
 from lmdeploy_vico.adapter.engine.architectures import vico_architecture
 from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-from lmdeploy_vico.options import OVERRIDES_KEY, environment_options
+from lmdeploy_vico.options import ENVIRONMENT_ONLY, OVERRIDES_KEY, environment_options
 from lmdeploy_vico.patching import register
 
 
@@ -29,6 +29,7 @@ class VicoModelConfigBuilder(AutoModelConfigBuilder):
         hf_config.architectures = [vico_architecture(hf_config.llm_config.architectures[0])]
         # Worker processes of an existing Ray cluster have an environment of their own. What --hf-overrides says is put
         # on top of it by LMDeploy, after this.
-        hf_config.update({OVERRIDES_KEY: environment_options()})
+        options = {name: value for name, value in environment_options().items() if name not in ENVIRONMENT_ONLY}
+        hf_config.update({OVERRIDES_KEY: options})
         config.hf_config = hf_config
         return config

@@ -1,13 +1,9 @@
 """Changes to LMDeploy's API process. None of them has an effect on a model that is not a ViCO checkpoint."""
 
 import asyncio
-import logging
-import os
 from typing import Any
 
 from lmdeploy_vico.patching import Call, Patch, Target, Trigger
-
-logger = logging.getLogger(__name__)
 
 _PROCESSOR = 'lmdeploy.serve.processors.multimodal:MultimodalProcessor'
 _ENGINE = 'lmdeploy.serve.core.vl_async_engine:VLAsyncEngine'
@@ -18,23 +14,6 @@ def load_configs_without_remote_code(call: Call) -> Any:
     from lmdeploy_vico.adapter.hf_config import load_vico_config
 
     return load_vico_config(call['pretrained_model_name_or_path'], **call['kwargs']) or call.proceed()
-
-
-def choose_pytorch_engine(call: Call) -> bool:
-    """Have ``autoget_backend`` choose the PyTorch engine for ViCO checkpoints."""
-    from lmdeploy.archs import get_model_arch
-
-    from lmdeploy_vico.adapter.hf_config import VicoChatConfig
-
-    if not call.proceed():
-        return False
-    path = call['model_path']
-    if os.path.exists(os.path.join(path, 'triton_models')):
-        return True  # converted for TurboMind: there is no config to read
-    if isinstance(get_model_arch(path, trust_remote_code=call['trust_remote_code'])[1], VicoChatConfig):
-        logger.info('%s is a ViCO checkpoint: using the PyTorch engine, TurboMind has no router', path)
-        return False
-    return True
 
 
 def put_vision_model_first(target: Target) -> None:
@@ -182,15 +161,6 @@ PATCHES = (
             process='server and engine',
         )
         for module in ('lmdeploy.hf_configs', 'lmdeploy.pytorch.transformers')
-    ),
-    Patch(
-        choose_pytorch_engine,
-        'lmdeploy.turbomind.supported_models:is_supported',
-        '(model_path, trust_remote_code=False)',
-        why="TurboMind's own InternVL vision model knows no router: it would serve 256 tokens a tile without a word.",
-        until='TurboMind refuses ViCO checkpoints, or routes their tiles.',
-        process='server',
-        uses={'lmdeploy.archs:get_model_arch': '(model_path, trust_remote_code=False)'},
     ),
     Patch(
         put_vision_model_first,

@@ -7,9 +7,9 @@ that it changes is complete.
 import importlib.metadata
 import logging
 
-from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, ranks, server, start
+from lmdeploy_vico.adapter.patches import engine, forms, generation, lifecycle, ranks, server, start, turbomind
 from lmdeploy_vico.cpu import patches as cpu
-from lmdeploy_vico.patching import Patch, register
+from lmdeploy_vico.patching import Patch, Trigger, register
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,20 @@ def all_patches() -> tuple[Patch, ...]:
         *cpu_engine.PATCHES,
         *start.PATCHES,
         *server.PATCHES,
+        *turbomind.PATCHES,
         *forms.PATCHES,
         *generation.PATCHES,
         *lifecycle.PATCHES,
         *ranks.PATCHES,
         *engine.PATCHES,
     )
+
+
+def can_be_checked(patch: Patch) -> bool:
+    """Return whether the module of a patch can be imported here: TurboMind's needs a CUDA driver."""
+    from lmdeploy import turbomind
+
+    return patch.trigger is not Trigger.TURBOMIND or bool(turbomind.is_available())
 
 
 def set_up(cpu_only: bool = False) -> None:
@@ -62,5 +70,5 @@ def set_up(cpu_only: bool = False) -> None:
         return
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
-        register.install((*server.PATCHES, *forms.PATCHES, *generation.PATCHES))
-        register.install((*lifecycle.PATCHES, *ranks.PATCHES, *engine.PATCHES))
+        tables = (server, turbomind, forms, generation, lifecycle, ranks, engine)
+        register.install(patch for table in tables for patch in table.PATCHES)

@@ -161,13 +161,23 @@ def assemble(
     Returns:
         The prompt's ids at their true length, and the spans of its visual tokens.
     """
-    ids = list(pieces[0])
-    spans = []
+    ids, starts = place(pieces, images, image_token_id)
+    spans = [span for image, start in zip(images, starts, strict=True) for span in _spans(image, start, block_size)]
+    return ids, spans
+
+
+def place(pieces: Sequence[Ids], images: Sequence[EncodedImage], image_token_id: int) -> tuple[Ids, list[int]]:
+    """Return a prompt's ids at their true length, and where the visual tokens of each image begin.
+
+    Args:
+        pieces, images, image_token_id: as for :func:`assemble`.
+    """
+    ids, starts = list(pieces[0]), []
     for image, piece in zip(images, pieces[1:], strict=True):
-        spans += _spans(image, len(ids), block_size)
+        starts.append(len(ids))
         ids += [image_token_id] * len(image.tokens.embeddings)
         ids += piece
-    return ids, spans
+    return ids, starts
 
 
 def _spans(image: EncodedImage, start: int, block_size: int) -> list[Span]:

@@ -22,9 +22,10 @@ from lmdeploy_vico.adapter.server.lifecycle.state import set_lifecycle
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.page.routes import offer_page
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
-from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, assemble, check_ids, cut_at_images
+from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, check_ids, cut_at_images
 from lmdeploy_vico.adapter.server.request import VicoRequest, parse_processor_kwargs, parse_request, require_text
 from lmdeploy_vico.adapter.server.served import admitted, served_request
+from lmdeploy_vico.adapter.server.turbomind.choice import language_engine
 from lmdeploy_vico.adapter.server.usage import count_tiles
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.media.store import MediaStore
@@ -47,6 +48,8 @@ class VicoVisionModel(VisionModel):
     """
 
     _arch = 'InternVLChatModel'
+    # On TurboMind, LMDeploy would otherwise build a vision side in Python, and turn prefix caching off for texts, too.
+    _turbomind_native_vision = True
     media_store: MediaStore | None = None  # until the start
     allowed_media_domains: list[str] | None = None  # those of --allowed-media-domains; None for all
 
@@ -79,7 +82,8 @@ class VicoVisionModel(VisionModel):
         register.require_all()
         register.apply(Trigger.MODEL)
         self.backend_config = backend_config
-        side = start_vision_side(self.model_path, self.hf_config, backend_config)
+        self.language = language_engine(self.hf_config, backend_config)
+        side = start_vision_side(self.model_path, self.language)
         self.stage, self.rules, self.loader, self._synthetic = side.stage, side.rules, side.loader, side.synthetic
         self._memory, self.media_store, self.thresholds = side.memory, side.media_store, side.thresholds
         watch_clients(Bounds(side.memory, side.max_body_bytes))
@@ -191,7 +195,7 @@ class VicoVisionModel(VisionModel):
             mm_processor_kwargs: not used; the request has been parsed.
 
         Returns:
-            ``prompt`` (text for the log), ``input_ids`` at their true length, ``multimodal`` (the spans).
+            ``prompt`` (text for the log), ``input_ids`` at their true length, ``multimodal`` (the visual tokens).
 
         Raises:
             OverloadError: too much is being encoded already; LMDeploy answers 503.
@@ -220,9 +224,8 @@ class VicoVisionModel(VisionModel):
         texts = [piece for piece in pieces if isinstance(piece, str)]
         encoded = [self.tokenizer.encode(text, add_bos=index == 0) for index, text in enumerate(texts)]
         of_ids = [piece for piece in pieces if not isinstance(piece, str)]
-        block_size = self.backend_config.block_size
-        input_ids, spans = assemble(encoded or of_ids, images, self.image_token_id, block_size)
-        return {'prompt': IMAGE_CONTEXT.join(texts) if texts else None, 'input_ids': input_ids, 'multimodal': spans}
+        input_ids, visual = self.language.assemble(encoded or of_ids, images, self.image_token_id)
+        return {'prompt': IMAGE_CONTEXT.join(texts) if texts else None, 'input_ids': input_ids, 'multimodal': visual}
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

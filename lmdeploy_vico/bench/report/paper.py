@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmdeploy_vico.bench.workload.requests import LLM, OURS, Cell
+from lmdeploy_vico.bench.workload.requests import LLM, Cell
 
 TILES = 10
 # ViCO, Table 4: throughput of the language model at 25, 50 and 75 % compression over none, by model and text tokens.
@@ -35,7 +35,7 @@ def paper_model(model: str) -> str | None:
 
 def paper_speedup(model: str | None, tiles: int, cell: Cell) -> float | None:
     """The paper's number for a cell; None where it has none, image mode included: it measured no ViT."""
-    if model is None or tiles != TILES or cell.mode != LLM or cell.server != OURS:
+    if model is None or tiles != TILES or cell.mode != LLM or not cell.is_ours:
         return None
     row = SPEEDUPS[model].get(cell.text_tokens)
     if row is None or cell.compression not in SHARES:

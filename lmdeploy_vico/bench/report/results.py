@@ -13,7 +13,7 @@ import numpy as np
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.client import Round
 from lmdeploy_vico.bench.report.breakdown import Breakdown
-from lmdeploy_vico.bench.workload.requests import LABELS, OURS, Cell, visual_tokens
+from lmdeploy_vico.bench.workload.requests import LABELS, Cell, visual_tokens
 
 KV_BLOCK = 64  # tokens of a KV block, LMDeploy's default
 
@@ -52,7 +52,7 @@ class CellResult:
             self.cached_tokens += outcome.cached_tokens
             self._input_tokens += outcome.prompt_tokens
             # LMDeploy without the plugin says no visual tokens, and schedules 256 for every tile.
-            known = outcome.image_tokens is not None and self.cell.server == OURS
+            known = outcome.image_tokens is not None and self.cell.is_ours
             self._vision_tokens += (outcome.image_tokens or 0) if known else visual_tokens(self._tiles)
             self._kv_blocks += -(-outcome.prompt_tokens // KV_BLOCK)
         for name, value in added.items():

@@ -19,8 +19,12 @@ SLOW_SHARE = 0.5
 
 
 def speedup(results: Results, cell: Cell) -> float:
-    """Requests per second over those of the plugin without compression, same mode and text; NaN without either."""
-    reference = next((r for c, r in results.items() if c.is_reference and _row(c)[::2] == _row(cell)[::2]), None)
+    """Requests per second over those of the plugin without compression, same mode and text; NaN without either.
+
+    Each language engine of the plugin is compared with itself, a baseline with the first of them.
+    """
+    alike = (c for c in results if c.is_reference and _row(c)[::2] == _row(cell)[::2])
+    reference = next((results[c] for c in alike if c.server == cell.server or not cell.is_ours), None)
     if reference is None or not reference.request_throughput or not results[cell].completed:
         return math.nan
     return results[cell].request_throughput / reference.request_throughput
@@ -52,6 +56,8 @@ def speedup_table(results: Results, model: str | None, tiles: int) -> Table:
     captions = []
     if any(paper_speedup(model, tiles, cell) for cell in results):
         captions.append(f"In brackets: the paper's {model}, Table 4.")
+    if len({cell.server for cell in results if cell.is_ours}) > 1:
+        captions.append('Each language engine against itself.')
     if any(result.cached for result in results.values()):
         captions.append('*: with the help of a cache, see below.')
     table.caption = ' '.join(captions)
@@ -74,7 +80,7 @@ def detail_table(results: Results) -> Table:
         times = [result.ttft_ms(percentile) for percentile in (None, 50, 90, 99)]
         table.add_row(
             *_names(cell)[:-1],
-            cell.asked + (achieved if cell.server == OURS else ''),
+            cell.asked + (achieved if cell.is_ours else ''),
             *(f'{number:.1f}' for number in numbers),
             *('-' if math.isnan(time) else f'{time:.0f}' for time in times),
             str(result.failed),
@@ -111,8 +117,7 @@ def _table(numbers: Sequence[str], title: str | None = None, caption: str | None
 
 
 def _names(cell: Cell) -> tuple[str, str, str, str]:
-    server = 'lmdeploy-vico' if cell.server == OURS else cell.server
-    return cell.mode, server, str(cell.text_tokens), cell.asked
+    return cell.mode, LABELS[cell.server] if cell.is_ours else cell.server, str(cell.text_tokens), cell.asked
 
 
 def time_table(results: Results) -> Table | None:
@@ -206,7 +211,7 @@ def draw(path: Path, results: Results, model: str | None, tiles: int, title: str
         label = f'{mode}, {text} text tokens' + ('' if server == OURS else f', {server}')
         line.sort(key=lambda cell: results[cell].achieved_compression)
         removed = [100 * results[cell].achieved_compression for cell in line]
-        style = {'marker': 'o'} if server == OURS else {'marker': 'x', 'linestyle': 'none'}
+        style = {'marker': 'o'} if line and line[0].is_ours else {'marker': 'x', 'linestyle': 'none'}
         [drawn] = left.plot(removed, [speedup(results, cell) for cell in line], label=label, **style)
         right.plot(removed, [results[cell].ttft_ms(50) for cell in line], label=label, **style)
         paper = {cell: paper_speedup(model, tiles, cell) for cell in line}

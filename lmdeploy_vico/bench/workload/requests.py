@@ -10,11 +10,14 @@ from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 
 AUTO = 'auto'
 IMAGE, LLM = 'image', 'llm'
-OURS = 'none'  # the plugin itself; as a baseline: the plugin without compression
+# The plugin itself, on LMDeploy's PyTorch engine or on TurboMind; as a baseline, none is it without compression.
+OURS, OURS_ON_TURBOMIND = 'none', 'turbomind'
+SERVER_OF_ENGINE = {'pytorch': OURS, 'turbomind': OURS_ON_TURBOMIND}
 FLASH, INTERNVL, TURBOMIND = 'lmdeploy-flash', 'lmdeploy-internvl', 'lmdeploy-turbomind'
 BASELINES = (FLASH, INTERNVL, TURBOMIND)
 LABELS = {
     OURS: 'lmdeploy-vico',
+    OURS_ON_TURBOMIND: 'lmdeploy-vico on TurboMind',
     FLASH: 'LMDeploy flash mode (answers are wrong after the first token)',
     INTERNVL: 'LMDeploy without a router',
     TURBOMIND: 'LMDeploy on TurboMind (no router)',
@@ -47,7 +50,7 @@ class Cell:
 
     Attributes:
         mode: ``image`` or ``llm``.
-        server: ``none`` for the plugin, or a baseline.
+        server: ``none`` for the plugin, ``turbomind`` for the plugin with that language engine, or a baseline.
         text_tokens: tokens of a request's text.
         compression: the share of visual tokens to remove, ``auto``, or None where the server cannot be told.
     """
@@ -58,9 +61,14 @@ class Cell:
     compression: float | str | None
 
     @property
+    def is_ours(self) -> bool:
+        """Return whether the plugin serves, whatever the language engine."""
+        return self.server in SERVER_OF_ENGINE.values()
+
+    @property
     def is_reference(self) -> bool:
-        """Return whether the speed-ups of its mode and text are relative to this cell."""
-        return self.server == OURS and self.compression == 0
+        """Return whether the speed-ups of its mode, text and server are relative to this cell."""
+        return self.is_ours and self.compression == 0
 
     @property
     def asked(self) -> str:
@@ -73,15 +81,24 @@ class Cell:
 
 
 def cells(
-    modes: Sequence[str], text_tokens: Sequence[int], compressions: Sequence[float | str], baselines: Sequence[str]
+    modes: Sequence[str],
+    text_tokens: Sequence[int],
+    compressions: Sequence[float | str],
+    baselines: Sequence[str],
+    ours: Sequence[str] = (OURS,),
 ) -> list[Cell]:
-    """Return all cells to measure: always one without compression; ``auto`` and the baselines in image mode only."""
+    """Return all cells to measure: always one without compression; ``auto`` and the baselines in image mode only.
+
+    Args:
+        modes, text_tokens, compressions, baselines: as the command line has them.
+        ours: the plugin's own servers.
+    """
     shares = sorted({0.0, *(c for c in compressions if isinstance(c, float))})
     made = []
     for mode in dict.fromkeys(modes):
         columns: list[float | str] = [*shares, AUTO] if AUTO in compressions and mode == IMAGE else [*shares]
         for text in dict.fromkeys(text_tokens):
-            made += [Cell(mode, OURS, text, column) for column in columns]
+            made += [Cell(mode, server, text, column) for server in ours for column in columns]
             made += [Cell(mode, name, text, None) for name in BASELINES if name in baselines and mode == IMAGE]
     return made
 

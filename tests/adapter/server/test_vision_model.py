@@ -1,11 +1,13 @@
 """A request from LMDeploy's first call to the prompt: every decision about it is taken once."""
 
 import asyncio
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lmdeploy.messages import PytorchEngineConfig
 from lmdeploy.model import BaseChatTemplate
 from lmdeploy.serve.processors.multimodal import MultimodalProcessor
 from lmdeploy.vl.engine import ImageEncoder
@@ -17,7 +19,10 @@ from lmdeploy_vico.adapter.server import items, request, served
 from lmdeploy_vico.adapter.server.forms.ids import mark_ids, stand_for_ids
 from lmdeploy_vico.adapter.server.forms.texts import TextBound
 from lmdeploy_vico.adapter.server.items import Rules
+from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
 from lmdeploy_vico.adapter.server.served import ServedRequest, serving
+from lmdeploy_vico.adapter.server.turbomind.inputs import VisualInput
+from lmdeploy_vico.adapter.server.turbomind.language import TurbomindLanguage
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
 from lmdeploy_vico.media.decoder import MediaDecoder
 from lmdeploy_vico.media.fetch import Fetcher
@@ -70,7 +75,8 @@ def model():
     model.tokenizer = SimpleNamespace(encode=lambda text, add_bos: [1] * add_bos + [2] * len(text))
     model.image_token_id = IMAGE_TOKEN
     model.hf_config = SimpleNamespace(llm_config=SimpleNamespace(vocab_size=VOCABULARY))
-    model.backend_config = SimpleNamespace(session_len=10**5, block_size=BLOCK)
+    model.backend_config = SimpleNamespace(session_len=10**5)
+    model.language = PytorchLanguage(model.hf_config, PytorchEngineConfig(block_size=BLOCK))
     model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
     model._memory, model._synthetic, model._assembling = MemoryBudget(None), None, None
     decoder = MediaDecoder(2)
@@ -296,3 +302,20 @@ def test_the_salt_of_the_request_reaches_the_stage(model, processor):
     asyncio.run(ask(cache_salt='mine'))
     asyncio.run(ask())
     assert [job.salt for jobs, _ in model.stage.submitted for job in jobs] == ['mine', '']
+
+
+def test_turbomind_gets_one_matrix_that_is_made_beside_the_loop(model, processor, monkeypatch):
+    threads, of = [], VisualInput.of
+    recorded = staticmethod(lambda *given: threads.append(threading.current_thread()) or of(*given))
+    monkeypatch.setattr(VisualInput, 'of', recorded)
+    model.language = TurbomindLanguage.__new__(TurbomindLanguage)  # as it is when TurboMind has been built
+    model.language.engine_dtype, model.language.width = torch.bfloat16, WIDTH
+    processor.backend = 'turbomind'
+    made = asked(processor, user(image((448, 448)), text('x'), image((896, 448))))
+    [visual] = made['multimodal']
+    placed = [index for index, token in enumerate(made['input_ids']) if token == IMAGE_TOKEN]
+    assert [index for begin, end in visual.ranges.tolist() for index in range(begin, end)] == placed
+    assert visual.values.shape == (4 * 256, WIDTH) and visual.values.dtype == torch.bfloat16
+    assert visual.values[:256].eq(0).all() and visual.values[256:].eq(1).all()
+    assert threading.main_thread() not in threads and len(threads) == 1
+    assert 'multimodal' not in asked(processor, user(text('x')))

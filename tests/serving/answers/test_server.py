@@ -1,13 +1,10 @@
 """The unmodified ``lmdeploy serve api_server``: right answers alone and in company, for all kinds of checkpoints."""
 
-import random
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from serving.client import check_alone_and_together
 from serving.configurations import KINDS
-
-CONCURRENCY = 16
 
 
 @pytest.fixture(
@@ -19,16 +16,7 @@ def kind(request):
 
 
 def test_alone_and_in_random_batches(client, kind, prompts, judge):
-    alone = {name: client.chat(messages) for name, messages in prompts.items()}
-    for name, answer in alone.items():
-        judge(**kind).check(prompts[name], answer, name=name)
-    order = random.Random(7)
-    for _ in range(2):
-        names = order.choices(list(prompts), k=CONCURRENCY)
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            answers = list(pool.map(lambda name: client.chat(prompts[name]), names))
-        for name, answer in zip(names, answers, strict=True):
-            judge(**kind).check(prompts[name], answer, name=name)
+    check_alone_and_together(client, prompts, judge(**kind).check)
 
 
 @pytest.mark.parametrize('compression', ['none', 'all', 0.25])

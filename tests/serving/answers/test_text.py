@@ -1,15 +1,12 @@
 """The text of an answer is the decoding of its tokens: Chinese and emoji cut anywhere, streamed or not."""
 
-import json
 import random
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from lmdeploy.tokenizer import Tokenizer
-from serving.client import post
+from serving.client import post, stream
 from serving.configurations import LOGPROBS
-from waiting import HANG
 
 pytestmark = LOGPROBS
 
@@ -21,18 +18,6 @@ LONGEST = 24  # tokens
 @pytest.fixture(scope='module')
 def tokenizer(make_checkpoint):
     return Tokenizer(str(make_checkpoint())).model.model
-
-
-def stream(client, path, body):
-    """The decoded events of a streamed answer."""
-    request = urllib.request.Request(
-        client.server.url + path, json.dumps(body | {'stream': True}).encode(), {'Content-Type': 'application/json'}
-    )
-    with urllib.request.urlopen(request, timeout=HANG) as response:
-        lines = [line.decode().strip() for line in response]
-    events = [line.removeprefix('data: ') for line in lines if line.startswith('data: ')]
-    assert events[-1] == '[DONE]'
-    return [json.loads(event) for event in events[:-1]]
 
 
 def chat(client, body, streamed):

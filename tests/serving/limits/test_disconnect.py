@@ -1,13 +1,12 @@
 """Clients that leave before their answer: what is left to encode of their images leaves the queue."""
 
-import json
-import socket
 import time
 
 import numpy as np
 import pytest
 from parity.conversations import data_url
 from PIL import Image
+from serving.client import send
 from waiting import HANG
 
 IMAGES, TILES = 20, 13  # images of a request, and tiles of each, the thumbnail included
@@ -71,18 +70,3 @@ def request(client, case, seed):
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (IMAGES, 30, 40, 3), dtype=np.uint8)
     return build(client, [data_url(Image.fromarray(one)) for one in noise], model=client.model, max_tokens=4, **extra)
-
-
-def send(client, path, body):
-    """Send a request and return its socket."""
-    payload = json.dumps(body).encode()
-    lines = [
-        f'POST {path} HTTP/1.1',
-        'Host: localhost',
-        'Content-Type: application/json',
-        'anthropic-version: 2023-06-01',
-        f'Content-Length: {len(payload)}',
-    ]
-    connection = socket.create_connection(('127.0.0.1', client.server.port), timeout=HANG)
-    connection.sendall('\r\n'.join([*lines, '', '']).encode() + payload)
-    return connection

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 from lmdeploy.pytorch.engine.mp_engine.base import MPEngine
 
 from lmdeploy_vico.adapter.server.generation.endpoints import unsupported
+from lmdeploy_vico.adapter.server.lifecycle.state import lifecycle
 
 LIFE = ('sleep', 'wakeup')  # methods of LMDeploy's AsyncEngine
 WEIGHTS = (  # methods of the engine that it holds
@@ -19,13 +20,14 @@ WEIGHTS = (  # methods of the engine that it holds
 def close_control(engine: Any) -> None:
     """Refuse what clients ask of these methods.
 
-    An engine in the program's own process has no clients, and one that was started without weights
+    An engine of a program that is no server has no clients, and one that was started without weights
     (``--empty-init``) is of no use without these methods; both are left as they are.
 
     Args:
         engine: LMDeploy's AsyncEngine, complete.
     """
-    if not isinstance(engine.engine, MPEngine) or engine.backend_config.empty_init:
+    served = isinstance(engine.engine, MPEngine) or lifecycle() is not None  # TurboMind runs in the server's process
+    if not served or engine.backend_config.empty_init:
         return
     # Take the place of methods, for this engine only.
     for owner, names in ((engine, LIFE), (engine.engine, WEIGHTS)):

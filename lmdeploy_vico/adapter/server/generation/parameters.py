@@ -86,6 +86,8 @@ _NEEDS_END = (
 )
 _DISAGGREGATED = 'this server has no role in disaggregated serving (--role).'
 _disaggregated = only_if(lambda limits: limits.disaggregated, _DISAGGREGATED, anything)
+_TURBOMIND = "TurboMind, which runs this server's language model, does not have it."
+_PYTORCH_ONLY = (lambda limits: not limits.turbomind, _TURBOMIND)
 _token_ids = optional(list_of(integer(0, _last_token), MOST_TOKEN_IDS))
 
 
@@ -106,7 +108,9 @@ TABLE: Mapping[str, Parameter] = {
     'min_p': Parameter('min_p', number(0, 1)),
     'temperature': Parameter('temperature', _temperature),
     'repetition_penalty': Parameter('repetition_penalty', number(0.01, 100)),
-    'repetition_ngram_size': Parameter('repetition_ngram_size', integer(0, LONGEST_NGRAM)),
+    'repetition_ngram_size': Parameter(
+        'repetition_ngram_size', only_if(*_PYTORCH_ONLY, integer(0, LONGEST_NGRAM), absent=(0,))
+    ),
     'repetition_ngram_threshold': Parameter('repetition_ngram_threshold', integer(0, INT32)),
     'random_seed': Parameter('seed', optional(_any_integer)),
     'ignore_eos': Parameter('ignore_eos', flag),
@@ -125,9 +129,9 @@ TABLE: Mapping[str, Parameter] = {
             integer(0, lambda limits: min(limits.vocabulary, MOST_LOGPROBS)),
         ),
     ),
-    'logprob_start_len': Parameter('logprob_start_len', integer(-1, INT32)),
+    'logprob_start_len': Parameter('logprob_start_len', only_if(*_PYTORCH_ONLY, integer(-1, INT32), absent=(-1,))),
     'response_format': Parameter('response_format', anything),  # see grammar.py
-    'logits_processors': Parameter('logit_bias', optional(_processors)),
+    'logits_processors': Parameter('logit_bias', only_if(*_PYTORCH_ONLY, optional(_processors))),
     'output_logits': Parameter('output_logits', one_of(None, 'all', 'generation')),
     'output_last_hidden_state': Parameter('output_last_hidden_state', one_of(None, 'all', 'generation')),
     'return_ppl': Parameter('return_ppl', flag),
@@ -153,6 +157,8 @@ def fit(config: Config, limits: Limits) -> Config:
     """
     values = fit_values(vars(config), limits)
     _check_together(values)
+    if limits.turbomind and not values['temperature']:
+        values |= {'top_k': 1, 'temperature': 1.0}  # TurboMind divides by it
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 

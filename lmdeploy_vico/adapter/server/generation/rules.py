@@ -19,6 +19,7 @@ class Limits:
         logprobs: whether the server computes log probabilities.
         routed_experts: whether it returns the experts that tokens were routed to.
         disaggregated: whether it has a role in disaggregated serving.
+        turbomind: whether TurboMind runs the language model.
     """
 
     vocabulary: int
@@ -26,6 +27,7 @@ class Limits:
     logprobs: bool = True
     routed_experts: bool = True
     disaggregated: bool = False
+    turbomind: bool = False
 
 
 Rule = Callable[[str, Any, Limits], Any]
@@ -111,11 +113,11 @@ def one_of(*values: Any) -> Rule:
     return check
 
 
-def only_if(able: Callable[[Limits], bool], reason: str, rule: Rule) -> Rule:
-    """What another rule accepts, if the server is able to; not given, or false, is accepted everywhere."""
+def only_if(able: Callable[[Limits], bool], reason: str, rule: Rule, absent: tuple[Any, ...] = (None, False)) -> Rule:
+    """What another rule accepts, if the server is able to; what is ``absent`` is accepted everywhere."""
 
     def check(name: str, value: Any, limits: Limits) -> Any:
-        if value is None or value is False:
+        if any(type(value) is type(one) and value == one for one in absent):
             return value
         if not able(limits):
             raise ParameterError(f'{name} is not available: {reason}')

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lmdeploy.messages import TurbomindEngineConfig
 from lmdeploy.pytorch.disagg.config import EngineRole
 from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
@@ -85,6 +86,7 @@ class Generation:
             logprobs=getattr(config, 'logprobs_mode', 'not an option of this engine') is not None,
             routed_experts=bool(getattr(config, 'enable_return_routed_experts', False)),
             disaggregated=self.disaggregated,
+            turbomind=isinstance(config, TurbomindEngineConfig),
         )
 
 

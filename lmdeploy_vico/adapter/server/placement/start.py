@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lmdeploy.messages import PytorchEngineConfig
 
 from lmdeploy_vico import __version__
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.lifecycle.state import Lifecycle
 from lmdeploy_vico.adapter.server.placement.devices import vision_devices
 from lmdeploy_vico.adapter.server.placement.elsewhere import encoders_elsewhere, ray_address
-from lmdeploy_vico.adapter.server.placement.kv_memory import report_kv_cache
-from lmdeploy_vico.adapter.server.placement.parallel import require_parallelism
-from lmdeploy_vico.adapter.server.placement.precision import engine_dtype
+from lmdeploy_vico.adapter.server.placement.language import LanguageEngine
 from lmdeploy_vico.adapter.server.placement.replicas import Replicas
-from lmdeploy_vico.adapter.server.placement.weights import open_weights
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.config import VicoConfig
@@ -69,29 +67,29 @@ class VisionSide:
     page: bool
 
 
-def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> VisionSide:
+def start_vision_side(model_path: str, language: LanguageEngine) -> VisionSide:
     """Load the vision side of a checkpoint, once for each of its devices, and start the stage.
 
     Args:
         model_path: the checkpoint.
-        hf_config: its config, without ``--hf-overrides``.
-        backend_config: LMDeploy's PytorchEngineConfig.
+        language: the engine of its language model.
 
     Raises:
         UnsupportedCheckpointError, OptionError, UnsupportedSpeedupError: the server must not start; the text says why.
             After these or any other error, no thread is left.
     """
     began = time.perf_counter()
-    options = Options.load(backend_config.hf_overrides)
+    engine_config = language.config
+    options = Options.load(engine_config.hf_overrides)
     use(options.kernels)
-    require_parallelism(hf_config.llm_config, backend_config)
-    weights = open_weights(model_path, hf_config, backend_config, options)
-    config = read_config(model_path, backend_config.hf_overrides)
+    language.require_ranks()
+    weights = language.open_weights(model_path, options)
+    config = read_config(model_path, engine_config.hf_overrides)
     config = replace(config, max_tiles=min(config.max_tiles, options.max_tiles))
-    replicas, quest = _encoders(model_path, weights, config, options, backend_config)
+    replicas, quest = _encoders(model_path, weights, config, options, engine_config)
     # A pipeline's own limit on concurrent prompts is enough, and its caller cannot try again later.
-    limited = backend_config.enable_mp_engine
-    dtype = engine_dtype(hf_config, backend_config)
+    limited = engine_config.enable_mp_engine
+    dtype = language.dtype
     with replicas.fitting():
         stage = VisionStage(
             replicas.encoders,
@@ -103,7 +101,7 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
         )
     try:
         _log_start(model_path, config, replicas.encoders, options, limited, time.perf_counter() - began)
-        report_kv_cache(model_path, hf_config, backend_config, replicas.before)
+        language.report_memory(model_path, replicas.before)
         return VisionSide(
             stage,
             _rules(config, options),
@@ -124,12 +122,12 @@ def start_vision_side(model_path: str, hf_config: Any, backend_config: Any) -> V
 
 
 def _encoders(
-    model_path: str, weights: Weights, config: VicoConfig, options: Options, backend_config: Any
+    model_path: str, weights: Weights, config: VicoConfig, options: Options, engine_config: PytorchEngineConfig
 ) -> tuple[Replicas, Quest | None]:
     """The vision side on devices of this machine, or on none and a quest for encoders elsewhere."""
     address = ray_address(options.vision_device)
-    devices = [] if address is not None else vision_devices(options.vision_device, backend_config)
-    replicas = Replicas(weights, config, devices, options, graph=not backend_config.eager_mode)
+    devices = [] if address is not None else vision_devices(options.vision_device, engine_config)
+    replicas = Replicas(weights, config, devices, options, graph=not engine_config.eager_mode)
     if address is not None:
         return replicas, encoders_elsewhere(model_path, config, options, address)
     # Loading leaves memory behind. The KV cache is sized by what is free, and what the stage takes from here on stays.

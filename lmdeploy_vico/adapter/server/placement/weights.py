@@ -4,6 +4,7 @@ With the option ``dummy_weights`` they are random and no file is read: for sizin
 """
 
 import logging
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -34,7 +35,7 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
             random weights are asked for in place of quantised ones.
     """
     if not options.dummy_weights:
-        return _open_checkpoint(model_path, _as_served(hf_config, backend_config))
+        return _open_checkpoint(model_path, as_served(hf_config, backend_config.hf_overrides))
     if backend_config.model_format or is_quantised(hf_config.llm_config, hf_config):
         raise UnsupportedCheckpointError('dummy_weights cannot make up quantised weights: serve without quantisation.')
     logger.warning(
@@ -44,13 +45,13 @@ def open_weights(model_path: str, hf_config: Any, backend_config: Any, options: 
     return DummyWeights()
 
 
-def _as_served(hf_config: Any, backend_config: Any) -> Any:
-    """Return the config as the engine sees it: with ``--hf-overrides`` applied."""
+def as_served(hf_config: Any, overrides: Mapping[str, Any] | None) -> Any:
+    """Return a copy of the config as the engine sees it: with ``--hf-overrides`` applied."""
     # LMDeploy imports its vision models, and with them this module, before its engine.
     from lmdeploy.pytorch.config import override_hf_config
 
     config = deepcopy(hf_config)
-    override_hf_config(config, backend_config.hf_overrides or {})
+    override_hf_config(config, overrides or {})
     return config
 
 

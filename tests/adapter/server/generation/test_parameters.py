@@ -238,3 +238,29 @@ def test_repetitions_need_the_end_token():
     config.bad_token_ids = [3]
     with pytest.raises(ParameterError, match='bad words that contain it'):
         check_tokens(config, LIMITS)
+
+
+@pytest.mark.parametrize(
+    'asked',
+    [
+        {'logits_processors': [LogitBias((3,), (1.0,))]},
+        {'repetition_ngram_size': 2, 'repetition_ngram_threshold': 2},
+        {'logprob_start_len': 0, 'logprobs': 1},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_turbomind_would_ignore_is_refused(asked):
+    on_turbomind = dataclasses.replace(LIMITS, turbomind=True)
+    config = GenerationConfig(**asked)
+    fit(config, LIMITS)
+    with pytest.raises(ParameterError, match="is not available: TurboMind, which runs this server's language model"):
+        fit(config, on_turbomind)
+    fit(GenerationConfig(logprobs=3, min_new_tokens=2, bad_token_ids=[5]), on_turbomind)
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1e-9])
+def test_turbomind_does_not_divide_by_zero(temperature):
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=40, repetition_penalty=1.1)
+    assert fit(config, LIMITS).temperature == 0
+    fitted = fit(config, dataclasses.replace(LIMITS, turbomind=True))
+    assert (fitted.top_k, fitted.temperature, fitted.repetition_penalty) == (1, 1.0, 1.1)

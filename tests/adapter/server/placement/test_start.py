@@ -7,7 +7,8 @@ from lmdeploy.messages import PytorchEngineConfig
 from waiting import HANG
 
 from lmdeploy_vico.adapter.hf_config import load_vico_config
-from lmdeploy_vico.adapter.server.placement import start
+from lmdeploy_vico.adapter.server.placement import language, start
+from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
 
 pytestmark = pytest.mark.busy
 
@@ -22,10 +23,11 @@ def test_a_late_failure_leaves_no_thread(make_checkpoint, monkeypatch, step):
         return [one for one in set(threading.enumerate()) - before if one.name.startswith('vico-')]
 
     before = set(threading.enumerate())
-    monkeypatch.setattr(start, step, fail)
+    monkeypatch.setattr(language if step == 'report_kv_cache' else start, step, fail)
     path = str(make_checkpoint())
+    engine = PytorchLanguage(load_vico_config(path), PytorchEngineConfig(enable_mp_engine=True))
     with pytest.raises(KeyError, match='trouble'):
-        start.start_vision_side(path, load_vico_config(path), PytorchEngineConfig(enable_mp_engine=True))
+        start.start_vision_side(path, engine)
     for thread in begun():
         thread.join(HANG)
     assert not begun()

@@ -1,0 +1,104 @@
+"""What a request may ask of a server on TurboMind, and what ``usage`` says; on the stand-in for its binding."""
+
+import pytest
+from parity.conversations import data_url, on_the_wire
+from serving.client import chat, generate, image_item, post
+from serving.configurations import ON_STAND_IN
+
+from lmdeploy_vico.adapter.server.generation.control import LIFE
+
+pytestmark = ON_STAND_IN
+
+GREEDY = {'max_tokens': 8, 'temperature': 0, 'ignore_eos': True}
+LACKING = 'is not available: TurboMind, which runs this server'
+
+
+def message(body):
+    return (body.get('error') or body)['message']
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_usage_counts_visual_tokens_of_each_choice_once(client, prompts, judge, n):
+    name = 'one photograph'
+    answer = client.openai.chat.completions.create(
+        model=client.model, messages=on_the_wire(prompts[name]), n=n, max_tokens=5, temperature=0,
+        extra_body={'ignore_eos': True, 'return_token_ids': True},
+    )  # fmt: skip
+    assert len(answer.choices) == n
+    assert len({tuple(choice.model_extra['output_ids']) for choice in answer.choices}) == 1
+    tiles = judge().reference.encode([prompts[name][0]['content'][1]['image_url']['url']])[0].tile_tokens
+    details = answer.usage.prompt_tokens_details.to_dict()
+    assert details['image_tokens'] == sum(tiles)
+    assert (details['image_tiles'], details['cached_tokens']) == (len(tiles), 0)
+    assert answer.usage.completion_tokens == 5 * n
+
+
+def test_stop_tokens_end_an_answer(client):
+    free = generate(client, prompt='a', **GREEDY)[1]['output_ids']
+    status, body = generate(client, prompt='a', max_tokens=8, temperature=0, ignore_eos=False, stop_token_ids=[free[3]])
+    assert status == 200, body
+    assert body['output_ids'] == free[: free.index(free[3])]
+    assert body['meta_info']['finish_reason']['type'] == 'stop'
+
+
+def test_log_probabilities(client, pictures):
+    image = image_item(data_url(pictures['rocket']), max_dynamic_patch=1)
+    status, body = chat(client, image, max_tokens=3, logprobs=True, top_logprobs=4)
+    assert status == 200, body
+    for place in body['choices'][0]['logprobs']['content']:
+        values = [place['logprob'], *(one['logprob'] for one in place['top_logprobs'])]  # LMDeploy names the others
+        assert values == sorted(values, reverse=True) and len(values) == 4
+        assert values[0] < 0
+
+
+def test_sampling_with_a_seed_can_be_repeated(client, pictures):
+    image = image_item(data_url(pictures['rocket']), max_dynamic_patch=1)
+    answers = [chat(client, image, temperature=1.0, seed=seed)[1]['choices'][0]['output_ids'] for seed in (5, 5, 6)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize(
+    'extra',
+    [{'logit_bias': {'5': 1}}, {'repetition_ngram_size': 3, 'repetition_ngram_threshold': 2, 'ignore_eos': False}],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_what_turbomind_lacks_is_refused(client, extra):
+    status, body = chat(client, **extra)
+    assert status == 400
+    assert LACKING in message(body)
+
+
+def test_scores_of_prompts_are_refused(client):
+    status, body = generate(client, prompt='a', **{**GREEDY, 'max_tokens': 0}, return_logprob=True, logprob_start_len=0)
+    assert status == 400
+    assert 'supported only by the PyTorch' in message(body)  # LMDeploy's own words
+
+
+@pytest.mark.parametrize('ids', [[10**6], [-1], []])
+def test_ids_that_are_none(client, ids):
+    status, _ = generate(client, input_ids=ids, **GREEDY)
+    assert status == 400
+
+
+def test_a_prompt_longer_than_the_context(client):
+    status, body = chat(client, image_item('x', synthetic={'tiles': 40, 'compressed': 0, 'seed': 1}))
+    assert status == 400
+    assert 'context length (8192)' in message(body)
+
+
+def test_synthetic_images(client):
+    """Made-up visual tokens, with which a benchmark measures the language model alone, take the same way."""
+    item = image_item('x', synthetic={'tiles': 4, 'compressed': 3, 'seed': 1})
+    status, body = chat(client, item)
+    assert status == 200, body
+    assert body['usage']['prompt_tokens_details']['image_tokens'] == 3 * 64 + 256
+
+
+def test_clients_do_not_control_the_engine(client):
+    for path in ('/sleep?level=1', '/wakeup?tags=weights'):
+        status, body = post(client, path, {})
+        assert status == 400 and 'option control_endpoints' in message(body), path
+    assert len(LIFE) == 2
+    status, body = post(client, '/update_weights', {'serialized_named_tensors': 'x', 'finished': True})
+    assert status == 400 and 'option control_endpoints' in message(body)
+    assert generate(client, prompt='a', **GREEDY)[0] == 200

@@ -161,7 +161,8 @@ class Measurement:
     @property
     def _rounds(self) -> int:
         options = self.options
-        return max(1, round(options.num_prompts / max(ROUND * options.max_concurrency, LEAST_ROUND)))
+        length = options.round_prompts or max(ROUND * options.max_concurrency, LEAST_ROUND)
+        return max(1, round(options.num_prompts / length))
 
     async def _run_servers(self) -> None:
         for index, group in enumerate(self._groups):

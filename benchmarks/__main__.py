@@ -16,6 +16,7 @@ COMMANDS = {
     'handover': ('benchmarks.serving.handover', "time the ways to hand visual tokens to the engine's process"),
     'placement': ('benchmarks.serving.placement', 'compare one process, two, and two under MPS on one GPU'),
     'one-process': ('benchmarks.serving.one_process', "lmdeploy with the engine in the API server's process"),
+    'share': ('benchmarks.share.run', "time one rank's share of a tensor-parallel model on one GPU"),
     'soak': ('benchmarks.serving.soak', 'send thousands of requests with cancels: answers right, nothing grows'),
     'training': ('benchmarks.training.run', 'train a tiny checkpoint with photographs: divergence before and after'),
     'reader': ('benchmarks.reader.run', 'ask the reader documents through a server, by compression'),

@@ -25,6 +25,7 @@ from lmdeploy.messages import ResponseType
 from lmdeploy.pytorch.disagg.config import EngineRole
 from lmdeploy.pytorch.engine import Engine
 
+from benchmarks.share.turns import ALONE, filling
 from lmdeploy_vico.adapter.engine.chat_model import VisualTokensMixin
 from lmdeploy_vico.adapter.handover import Span
 from lmdeploy_vico.adapter.server.prompt import assemble
@@ -36,7 +37,6 @@ from lmdeploy_vico.planning.deployment import Workload
 BEFORE = 9  # tokens of the template that stand before the picture
 KV_BLOCKS = 1024  # of a rank: several full steps
 SESSION = 8192  # tokens of the longest prompt
-ALONE = 3  # prompts that come one at a time in a turn
 FIRST_TOKEN = GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
 
 
@@ -75,11 +75,6 @@ class Cell:
 def make_cell(work: Workload, steps: int, encoder: SyntheticEncoder, vocabulary: int) -> Cell:
     """Return a cell whose prompts fill ``steps`` prefill steps, with random texts of ids below ``vocabulary``."""
     return Cell(work, [_prompt(work, index, encoder, vocabulary) for index in range(filling(work, steps))])
-
-
-def filling(work: Workload, steps: int) -> int:
-    """Return how many prompts fill so many prefill steps."""
-    return steps * max(1, int(MAX_PREFILL_TOKENS // work.tokens))
 
 
 def _prompt(work: Workload, index: int, encoder: SyntheticEncoder, vocabulary: int) -> Prompt:

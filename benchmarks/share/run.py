@@ -22,19 +22,15 @@ from rich.console import Console
 from benchmarks.lib.facts import facts
 from benchmarks.share.model import TINY, rank_share, whole
 from benchmarks.share.report import NATURE, Split, gpu_of_device, rows, said, table
+from benchmarks.share.turns import ROUNDS, STEPS, TEXTS, filling, kinds
 from lmdeploy_vico.bench import BenchError
 from lmdeploy_vico.bench.report.paper import SHARES, TILES
 from lmdeploy_vico.bench.report.results import OutputFile
 from lmdeploy_vico.checkpoints.random.published import make_checkpoint_without_weights, weight_bytes
 from lmdeploy_vico.checkpoints.sizes import MODELS, Model
-from lmdeploy_vico.planning.deployment import Workload
 
 if TYPE_CHECKING:
     from benchmarks.share.prefills import Cell
-
-TEXTS = (64, 512)
-ROUNDS = 12
-STEPS = 4  # prefill steps that the prompts of a turn fill
 
 
 def measure(share: Model, arguments: argparse.Namespace, save: Callable[[Sequence['Cell']], None]) -> None:
@@ -42,15 +38,12 @@ def measure(share: Model, arguments: argparse.Namespace, save: Callable[[Sequenc
     from benchmarks.share import prefills  # takes seconds, and the device
     from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 
-    compressions = sorted({0.0, *arguments.token_compression})
-    kinds = [
-        Workload(arguments.tiles, text, one, images=False) for text in arguments.text_tokens for one in compressions
-    ]
+    works = kinds(arguments.tiles, arguments.text_tokens, arguments.token_compression)
     with tempfile.TemporaryDirectory(prefix='vico-share-') as folder:
         checkpoint = make_checkpoint_without_weights(Path(folder), share)
-        engine = prefills.Prefills(checkpoint, max(prefills.filling(work, arguments.steps) for work in kinds))
+        engine = prefills.Prefills(checkpoint, max(filling(work, arguments.steps) for work in works))
     encoder = SyntheticEncoder(share.size.hidden, engine.dtype, arguments.tiles)
-    cells = [prefills.make_cell(work, arguments.steps, encoder, share.vocab_size) for work in kinds]
+    cells = [prefills.make_cell(work, arguments.steps, encoder, share.vocab_size) for work in works]
     asyncio.run(prefills.measure(engine, cells, arguments.rounds, lambda number: save(cells)))
 
 

@@ -36,6 +36,13 @@ def vision(folder, like, rate, milliseconds, layers=None, disturbed=False):
     (folder / f'2026-01-01-h200-vision-{like}.json').write_text(json.dumps(content))
 
 
+def a_share(folder, name, speedup, layers=94, tiles=10, complete=True, model='241B'):
+    row = {'text_tokens': 64, 'token_compression': 0.75, 'speedup': {'measured': 9.0, 'together': speedup}}
+    content = {'benchmark': 'share', 'facts': {'device': H200}, 'model': model, 'arguments': {'tiles': tiles}}
+    content |= {'layers': layers, 'all_layers': 94, 'complete': complete, 'cells': [row]}
+    (folder / f'{name}.json').write_text(json.dumps(content))
+
+
 def rows(capsys, folder):
     """Title, verdict and file of every row that the command prints."""
     assert targets.main([str(folder)]) == 0
@@ -60,7 +67,7 @@ def test_nothing_is_measured_yet(tmp_path, capsys):
     (tmp_path / 'list.json').write_text('[]')
     (tmp_path / 'cut.json').write_text('{"benchmark": ')
     found = rows(capsys, tmp_path)
-    assert len(found) == 2 + 1 + 18 + 2
+    assert len(found) == 2 + 1 + 18 + 6 + 2
     assert set(found.values()) == {('not measured', '')}
 
 
@@ -113,6 +120,20 @@ def test_a_run_beside_a_baseline_does_not_replace_one_without(tmp_path, capsys):
     first_token(tmp_path, 'later', cell(1.8, 'image'), baseline)
     first_token(tmp_path, 'later-cut-off', cell(1.9, 'image'), complete=False, baseline=['lmdeploy-flash'])
     assert rows(capsys, tmp_path)[title] == ('MISSED', 'image-1.json')
+
+
+def test_a_share_counts_with_its_all_reduces(tmp_path, capsys):
+    title = "241B, a rank's share, 64 text tokens, 75% removed"
+    a_share(tmp_path, '1', 3.76)
+    assert rows(capsys, tmp_path)[title] == ('met, all-reduces by a model', '1.json')
+    a_share(tmp_path, '2', 3.75, complete=False)
+    assert rows(capsys, tmp_path)[title] == ('MISSED, not run to its end', '2.json')
+    # Fewer layers, other prompts, and another model are not what the target is about; without a reference no ratio is.
+    a_share(tmp_path, '3', 9.0, layers=47)
+    a_share(tmp_path, '4', 9.0, tiles=3)
+    a_share(tmp_path, '5', 9.0, model='tiny')
+    a_share(tmp_path, '6', None)
+    assert rows(capsys, tmp_path)[title] == ('MISSED, not run to its end', '2.json')
 
 
 def test_devices_have_tables_of_their_own(tmp_path, capsys):

@@ -117,7 +117,6 @@ class Prefills:
             num_gpu_blocks=KV_BLOCKS,
             max_batch_size=most,
             role=EngineRole.Prefill,  # any other decodes once more while the first token is on its way
-            eager_mode=True,  # graphs are for decoding
             hf_overrides={'vico': {'dummy_weights': True}},
         )
         self._engine = Engine.from_pretrained(str(checkpoint), engine_config=config)

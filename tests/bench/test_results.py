@@ -53,6 +53,7 @@ def test_a_cell_in_the_names_of_other_benchmarks():
     assert {name: pytest.approx(entry[name]) for name in wanted} == wanted
     assert entry['errors'] == {'HTTP 503: busy': 1}
     assert entry['round_durations'] == [2.0, 1.0]
+    assert entry['processor_seconds_per_request'] == {'api': 0.5 / 5, 'engine': 2.0 / 5}
 
 
 def test_nothing_measured_is_json_all_the_same():

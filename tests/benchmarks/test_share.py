@@ -19,7 +19,7 @@ from lmdeploy_vico.bench.report.paper import SPEEDUPS
 from lmdeploy_vico.checkpoints.names import LANGUAGE_MODEL
 from lmdeploy_vico.checkpoints.random.published import tensor_shapes
 from lmdeploy_vico.checkpoints.sizes import MODELS
-from lmdeploy_vico.planning.calibration import speedup
+from lmdeploy_vico.planning.calibration.paper import speedup
 from lmdeploy_vico.planning.gpus import GPUS
 from lmdeploy_vico.planning.language import LanguageModel
 from lmdeploy_vico.planning.memory import language_bytes

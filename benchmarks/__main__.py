@@ -17,6 +17,7 @@ COMMANDS = {
     'ranks': ('benchmarks.serving.ranks', "time the engine's hand-over of visual tokens to tensor-parallel ranks"),
     'placement': ('benchmarks.serving.placement', 'compare one process, two, and two under MPS on one GPU'),
     'one-process': ('benchmarks.serving.one_process', "lmdeploy with the engine in the API server's process"),
+    'share': ('benchmarks.share.run', "time one rank's share of a tensor-parallel model on one GPU"),
     'soak': ('benchmarks.serving.soak', 'send thousands of requests with cancels: answers right, nothing grows'),
     'training': ('benchmarks.training.run', 'train a tiny checkpoint with photographs: divergence before and after'),
     'reader': ('benchmarks.reader.run', 'ask the reader documents through a server, by compression'),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from benchmarks.gates.estimates import CLIENTS, MANY, Item
 from benchmarks.gates.parts import Part, find
-from lmdeploy_vico.checkpoints.random.published import weight_bytes
+from benchmarks.share.model import rank_share
+from lmdeploy_vico.checkpoints.random.published import MODELS, weight_bytes
 
 LIMIT = 600  # seconds of a part
 RESERVE = 60  # of them to start, to stop servers and to write what there is
@@ -44,10 +45,12 @@ def plan(part: Part, limit: float, most: int, memory: float) -> Plan:
         memory: of the device, in GiB.
     """
     if part.model is not None:
-        weights = weight_bytes(part.model) / GIB
+        held = MODELS[part.model] if part.tp == 1 else rank_share(MODELS[part.model], part.tp)
+        weights = weight_bytes(held) / GIB
         if weights + SPARE > memory:
             needed = f'{weights + SPARE:.0f} GiB, {weights:.0f} of them for its weights'
-            reason = f'{part.model} needs {needed}; this device has {memory:.0f} GiB.'
+            what = part.model if part.tp == 1 else f'The share of one of {part.tp} ranks of the {part.model}'
+            reason = f'{what} needs {needed}; this device has {memory:.0f} GiB.'
             return Plan([f'==> {part.name}: SKIPPED. {reason}'])
     todo = part.items()
     number = requests(todo, limit, most)

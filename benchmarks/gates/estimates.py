@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from benchmarks.gates.targets import prefill_flop
 from benchmarks.lib.timing import PATIENCE
+from benchmarks.share import turns
+from benchmarks.share.model import rank_share
 from lmdeploy_vico.checkpoints.random.published import MODELS, weight_bytes
 
 MANY = 2000  # of a cell in the paper
@@ -218,6 +220,19 @@ def kernels() -> list[Item]:
 
 def flips() -> list[Item]:
     return [Item('start', SESSION, 2), Item('a prompt in float64, bfloat16 and ours', 0.4, 2 * 4 * 32)]
+
+
+def share(model: str, tp: int) -> list[Item]:
+    works = turns.kinds(TILES, turns.TEXTS, LLM_SHARES)
+    held = weight_bytes(rank_share(MODELS[model], tp)) / GB
+    turn = sum(
+        prefill(model, work.text_tokens, work.compression) / tp * (turns.ALONE + turns.filling(work, turns.STEPS))
+        for work in works
+    )
+    return [
+        Item(f'start, {held:.0f} GB of weights made up on the device', FIRST_START + held * LOAD),
+        Item(f'a turn of each of {len(works)} cells', turn, 1 + turns.ROUNDS),
+    ]
 
 
 def soak() -> list[Item]:

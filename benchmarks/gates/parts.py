@@ -223,6 +223,15 @@ def turbomind(setup: Setup, name: str, text: int) -> Iterator[Step]:
         yield Step(f'{name}: language model alone on both engines, {text} text tokens', command)
 
 
+SHARE_ON_CPU = ('--like', 'tiny', '--tp', '2', '--tiles', '3', '--text-tokens', '64', '--rounds', '1', '--steps', '1')
+
+
+def share(setup: Setup, name: str, tp: int) -> Iterator[Step]:
+    options = ('--like', name, '--tp', str(tp)) if setup.cuda else SHARE_ON_CPU
+    command = setup.run('share', *options, '--output', setup.result(f'share-{name}'))
+    yield Step(f'{name}: the share of one of {tp} ranks', command)
+
+
 def soak(setup: Setup) -> Iterator[Step]:
     requests = '2000' if setup.cuda else '24'
     yield Step('soak', setup.run('soak', '--requests', requests, '--output-file', setup.result('soak')))
@@ -244,6 +253,7 @@ class Part:
         steps: its commands, each made when the one before has ended.
         items: what that takes, to be added up.
         model: which the device has to have memory for; None for those that fit anywhere.
+        tp: ranks among which it is split, of which the device holds the share of one.
     """
 
     name: str
@@ -251,6 +261,7 @@ class Part:
     steps: Callable[[Setup], Iterator[Step]]
     items: Callable[[], list[Item]]
     model: str | None = None
+    tp: int = 1
 
 
 CHECKS = 'kernels against float64; vision side and engine against the independent reference'
@@ -266,6 +277,12 @@ TURBOMIND = (
     'folder, as TurboMind makes none up'
 )
 BASELINES = 'image-8B against LMDeploy without the plugin; writes 18 GB of random weights to a scratch folder'
+
+SHARED, RANKS = '241B', 8
+SHARE = (
+    f"the {SHARED}'s row of that table by one GPU: the share of one of {RANKS} ranks is measured; all-reduces are "
+    'added by the model of lmdeploy-vico plan and shown apart'
+)
 
 PARTS = (
     Part('checks-kernels', CHECKS, checks_kernels, estimates.checks_kernels),
@@ -292,6 +309,14 @@ PARTS = (
         Part(f'llm-{name}-{text}', LLM, partial(llm, name=name, text=text), partial(estimates.llm, name, text), name)
         for name in ('8B', '30B-A3B', '38B')
         for text in (64, 512)
+    ),
+    Part(
+        f'share-{SHARED}',
+        SHARE,
+        partial(share, name=SHARED, tp=RANKS),
+        partial(estimates.share, SHARED, RANKS),
+        SHARED,
+        RANKS,
     ),
     Part(
         'image-8B',

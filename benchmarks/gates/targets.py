@@ -4,10 +4,10 @@
 
 Targets are those of an H200. Vision side: tiles/s through the stage, and the time of one picture of 13 tiles. Language
 model alone: in each cell of the paper's Table 4 the paper's speed-up for the same model; where the ratio of the FLOP,
-which no engine can beat, lies below that, 98 % of the ratio; the same for 8B on TurboMind. With images (8B): 1.5x at
-half of the visual tokens and 2.15x at a quarter of them. A number with failed requests misses its target, whatever it
-is. Of several results for a device, the last by the file's name counts; with images, one that was taken beside a
-baseline only where no other is.
+which no engine can beat, lies below that, 98 % of the ratio; the same for 8B on TurboMind. For the 241B one rank's share
+is measured, and all-reduces are added by a model. With images (8B): 1.5x at half of the visual tokens and 2.15x at a
+quarter of them. A number with failed requests misses its target, whatever it is. Of several results for a device, the
+last by the file's name counts; with images, one that was taken beside a baseline only where no other is.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from lmdeploy_vico.checkpoints.random.published import MODELS
 from lmdeploy_vico.config import TOKENS_FULL
 
 LANGUAGE_MODELS = {'8B': '8B', '30B': '30B-A3B', '38B': '38B'}  # the paper's names and ours
+SHARED = '241B'  # of which a GPU holds the share of one rank
 OF_BOUND = 0.98
 IMAGE_MODEL, IMAGE_SPEEDUPS = '8B', {0.5: 1.5, 0.75: 2.15}
 TILE_RATES = {'300M': 600.0, '6B': 48.0}
@@ -53,6 +54,10 @@ def targets() -> list[Target]:
             title = f'{IMAGE_MODEL} on TurboMind, alone, {text} text tokens, {share:.0%} removed'
             wanted = llm_target(IMAGE_MODEL, text, share)
             made.append(Target(('llm on turbomind', IMAGE_MODEL, text, share), title, wanted, 'x'))
+    for text in SPEEDUPS[SHARED]:
+        for share in SHARES:
+            title = f"{SHARED}, a rank's share, {text} text tokens, {share:.0%} removed"
+            made.append(Target(('share', SHARED, text, share), title, llm_target(SHARED, text, share), 'x'))
     for share, speedup in IMAGE_SPEEDUPS.items():
         title = f'{IMAGE_MODEL}, images, {share:.0%} removed'
         made.append(Target(('image', IMAGE_MODEL, ANY, share), title, speedup, 'x'))
@@ -62,7 +67,8 @@ def targets() -> list[Target]:
 def llm_target(paper_name: str, text_tokens: int, share: float) -> float:
     """The speed-up to reach in a cell of the paper's table."""
     paper = SPEEDUPS[paper_name][text_tokens][SHARES.index(share)]
-    bound = round(flop_ratio(MODELS[LANGUAGE_MODELS[paper_name]].size, text_tokens, share), 2)  # as exact as the paper
+    size = MODELS[LANGUAGE_MODELS.get(paper_name, paper_name)].size
+    bound = round(flop_ratio(size, text_tokens, share), 2)  # as exact as the paper
     return paper if bound >= paper else OF_BOUND * bound
 
 
@@ -91,7 +97,8 @@ def measured(folder: Path) -> dict[str, dict[Key, Measured]]:
             continue
         if not isinstance(content, dict):
             continue
-        reader = _first_token if content.get('benchmark') == 'first_token' else _vision if 'rates' in content else None
+        readers = {'first_token': _first_token, 'share': _share}
+        reader = readers.get(str(content.get('benchmark'))) or (_vision if 'rates' in content else None)
         for key, number in reader(content, file.name) if reader else ():
             numbers = found.setdefault(_device(content), {})
             if not number.beside or key not in numbers or numbers[key].beside:
@@ -136,6 +143,17 @@ def _first_token(content: Mapping[str, Any], file: str) -> Iterator[tuple[Key, M
             number = replace(number, beside=beside)
             lowest[key] = min(lowest.get(key, number), number, key=lambda one: one.value)
     yield from lowest.items()
+
+
+def _share(content: Mapping[str, Any], file: str) -> Iterator[tuple[Key, Measured]]:
+    """Numbers of ``benchmarks/share``: of all layers, with the all-reduces that were not measured."""
+    if content['arguments']['tiles'] != TILES or content['layers'] != content['all_layers']:
+        return
+    note = 'all-reduces by a model' if content['complete'] else 'not run to its end'
+    for cell in content['cells']:
+        if (speedup := cell['speedup']['together']) is not None:
+            key = ('share', content['model'], cell['text_tokens'], cell['token_compression'])
+            yield key, Measured(speedup, file, note=note)
 
 
 def table(device: str, numbers: Mapping[Key, Measured]) -> Table:

@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument('--num-prompts', type=positive, default=2000, help='requests of each cell (default: 2000)')
     parser.add_argument('--max-concurrency', type=positive, default=32, help='requests at a time (default: 32)')
+    parser.add_argument('--round-prompts', type=positive, metavar='N',
+        help='requests of a cell before the next cell has its turn: fewer where other programs disturb, so that they '
+        'disturb all cells alike (default: 8 for each at a time, at least 100)',
+    )  # fmt: skip
     parser.add_argument('--tiles', type=positive, default=10, help='tiles of a request, thumbnail included (10)')
     parser.add_argument('--text-tokens', type=positive, nargs='+', default=[64, 512], help='(default: 64 512)')
     parser.add_argument('--token-compression', type=_compression, nargs='+', default=[0.0, 0.25, 0.5, 0.75, AUTO],

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmdeploy_vico.bench import BenchError, servers
 from lmdeploy_vico.bench.checks import check_answer
-from lmdeploy_vico.bench.client import Client, Outcome, Round
+from lmdeploy_vico.bench.client import Client, Outcome
 from lmdeploy_vico.bench.prefills import DEBUG, count_prefills
 from lmdeploy_vico.bench.report import table
 from lmdeploy_vico.bench.report.breakdown import difference, parse_metrics
 from lmdeploy_vico.bench.report.paper import paper_model, paper_speedup
 from lmdeploy_vico.bench.report.results import CellResult, OutputFile
+from lmdeploy_vico.bench.used import processor_seconds, what_was_added
 from lmdeploy_vico.bench.workload.pictures import make_pictures
 from lmdeploy_vico.bench.workload.requests import (
     AUTO,
@@ -44,9 +44,7 @@ from lmdeploy_vico.launch import ApiServer, ServerError
 # A round of a cell has so many requests for each that is on its way at a time: its end, when fewer and fewer are left,
 # is short against it, and there are still rounds enough for the cells to take turns.
 ROUND, LEAST_ROUND = 8, 100
-SETTLED, POLL = 5.0, 0.05  # seconds to wait for the engine's metrics of the last requests, and between two looks
 UNCOUNTED = (TURBOMIND, OURS_ON_TURBOMIND)  # whose log tells of no steps
-PREFILLS = 'lmdeploy:request_prefill_time_seconds_count'
 
 
 class Measurement:
@@ -164,7 +162,8 @@ class Measurement:
     @property
     def _rounds(self) -> int:
         options = self.options
-        return max(1, round(options.num_prompts / max(ROUND * options.max_concurrency, LEAST_ROUND)))
+        length = options.round_prompts or max(ROUND * options.max_concurrency, LEAST_ROUND)
+        return max(1, round(options.num_prompts / length))
 
     async def _run_servers(self) -> None:
         for index, group in enumerate(self._groups):
@@ -260,13 +259,13 @@ class Measurement:
         # Cells start at different pictures, so that a cache of tiles finds as little as it can of the cell before.
         start = list(self.results).index(cell) * self.options.num_prompts // len(self.results)
         bodies = [requests.body(cell, index, start) for index in indices]
-        before = parse_metrics(await client.metrics())
+        before, used = parse_metrics(await client.metrics()), processor_seconds(server)
         measured = await client.round(bodies, self.options.max_concurrency, done)
         errors = [outcome.error for outcome in measured.outcomes if outcome.error]
         ended = bool(errors) and await client.ended(measured.outcomes)
         if not ended and not measured.gave_up:
-            added = await _added(client, before, measured)
-            self.results[cell].add(measured, added)
+            added = await what_was_added(client, before, measured)
+            self.results[cell].add(measured, added, difference(processor_seconds(server), used))
             return
         # Its time says nothing: only whole rounds are compared.
         self.results[cell].add_failures(measured)
@@ -357,18 +356,6 @@ class Measurement:
         with Progress(*columns, console=self.console, transient=True, refresh_per_second=1) as progress:
             task = progress.add_task(title, total=total)
             yield lambda: progress.advance(task)
-
-
-async def _added(client: Client, before: dict[str, float], measured: Round) -> dict[str, float]:
-    """What a round added to the metrics, once the engine has reported its last requests."""
-    answered = sum(outcome.error is None for outcome in measured.outcomes)
-    end = time.monotonic() + (SETTLED if PREFILLS in before else 0)
-    while True:
-        after = parse_metrics(await client.metrics())
-        added = difference(after, before)
-        if added.get(PREFILLS, 0) >= answered or not after or time.monotonic() >= end:
-            return added
-        await asyncio.sleep(POLL)
 
 
 async def _until_signalled(work: Coroutine[Any, Any, bool], received: list[int]) -> bool:

@@ -50,9 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace, console: 'Console') -> int:
-    from lmdeploy_vico.planning import calibration, report
+    from lmdeploy_vico.planning import report
+    from lmdeploy_vico.planning.calibration.paper import fit
 
-    again = calibration.fit()
+    again = fit()
     if arguments.json:
         print(json.dumps(report.check_as_json(again), indent=2))
     else:

@@ -1,5 +1,6 @@
 """The constants of the model, each with its source. docs/planning.md says what each of them decides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 # ----- Language model on a GPU
@@ -77,11 +78,72 @@ class Fitted:
 # What `lmdeploy-vico plan --check` prints as fitted again.
 FITTED = Fitted(request=0.248e-3, more={'30B-A3B': 0.882e-3})
 
-# ----- The CPU of benchmarks/results/first-token-cpu.json, llm mode: a tiny model, 64 text tokens
+# ----- Three runs of a tiny language model alone on a CPU: benchmarks/results/llm-cpu-1.json to llm-cpu-3.json
 
-# Requests/s by compression: rows 4 and 5 of its cells.
-CPU_REQUESTS_PER_SECOND = {0.0: 8.4546, 0.75: 47.7855}
-# Seconds of the fastest and the slowest of the eight rounds of a cell.
-CPU_ROUNDS = {0.0: (27.739, 31.632), 0.75: (4.351, 6.688)}
-# Seconds of HTTP and hand-over that a request takes beside its prefill: REQUEST of benchmarks/gates/estimates.py.
-CPU_REQUEST_SECONDS = 0.005
+CpuRun = Mapping[tuple[int, float], float]  # a number for each amount of text tokens and compression
+# Seconds of a processor that the engine took for a request, in each run.
+CPU_SECONDS: tuple[CpuRun, ...] = (
+    {
+        (64, 0.0): 0.4846,
+        (64, 0.25): 0.3462,
+        (64, 0.5): 0.2496,
+        (64, 0.75): 0.1229,
+        (512, 0.0): 0.595,
+        (512, 0.25): 0.495,
+        (512, 0.5): 0.3308,
+        (512, 0.75): 0.245,
+    },
+    {
+        (64, 0.0): 0.525,
+        (64, 0.25): 0.3633,
+        (64, 0.5): 0.2121,
+        (64, 0.75): 0.1158,
+        (512, 0.0): 0.5296,
+        (512, 0.25): 0.4138,
+        (512, 0.5): 0.2842,
+        (512, 0.75): 0.1954,
+    },
+    {
+        (64, 0.0): 0.5104,
+        (64, 0.25): 0.3725,
+        (64, 0.5): 0.2596,
+        (64, 0.75): 0.1425,
+        (512, 0.0): 0.6538,
+        (512, 0.25): 0.5662,
+        (512, 0.5): 0.3721,
+        (512, 0.75): 0.2617,
+    },
+)
+# Requests/s, in each run; other programs kept the machine busy.
+CPU_REQUESTS_PER_SECOND: tuple[CpuRun, ...] = (
+    {
+        (64, 0.0): 0.804,
+        (64, 0.25): 1.014,
+        (64, 0.5): 1.328,
+        (64, 0.75): 1.919,
+        (512, 0.0): 0.503,
+        (512, 0.25): 0.79,
+        (512, 0.5): 1.202,
+        (512, 0.75): 1.352,
+    },
+    {
+        (64, 0.0): 0.847,
+        (64, 0.25): 1.09,
+        (64, 0.5): 2.03,
+        (64, 0.75): 3.448,
+        (512, 0.0): 0.818,
+        (512, 0.25): 1.09,
+        (512, 0.5): 1.649,
+        (512, 0.75): 2.159,
+    },
+    {
+        (64, 0.0): 0.449,
+        (64, 0.25): 0.558,
+        (64, 0.5): 0.695,
+        (64, 0.75): 1.312,
+        (512, 0.0): 0.302,
+        (512, 0.25): 0.33,
+        (512, 0.5): 0.574,
+        (512, 0.75): 0.798,
+    },
+)

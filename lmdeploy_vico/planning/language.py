@@ -69,6 +69,15 @@ def stored_weights(model: str) -> int:
     return sum(prod(shape) for name, shape in shapes_of(model).items() if name.startswith(names))
 
 
+def all_reduce_seconds(size: Size, gpu: Gpu, tp: int, tokens: float) -> float:
+    """Return the seconds of the all-reduces of a step of so many tokens over ``tp`` GPUs: two in each layer."""
+    if tp == 1:
+        return 0.0
+    moved = 2 * (tp - 1) / tp * tokens * size.hidden * BYTES  # bytes that each GPU sends
+    once = constants.ALL_REDUCE_LATENCY + moved / (constants.ALL_REDUCE * gpu.nvlink)
+    return 2 * size.layers * once
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A language model on the GPUs of one server.
@@ -114,12 +123,8 @@ class LanguageModel:
         return BYTES * stored_weights(self.model) / self.tp / (constants.BANDWIDTH * self.gpu.bandwidth)
 
     def all_reduce_seconds(self, tokens: float) -> float:
-        """Return the seconds of a step's all-reduces, two a layer, which overlap with nothing."""
-        if self.tp == 1:
-            return 0.0
-        moved = 2 * (self.tp - 1) / self.tp * tokens * self.size.hidden * BYTES  # bytes that each GPU sends
-        once = constants.ALL_REDUCE_LATENCY + moved / (constants.ALL_REDUCE * self.gpu.nvlink)
-        return 2 * self.size.layers * once
+        """Return the seconds of a step's all-reduces, which overlap with nothing."""
+        return all_reduce_seconds(self.size, self.gpu, self.tp, tokens)
 
     def request_seconds(
         self, tokens: float, limit: float = constants.MAX_PREFILL_TOKENS, most: float = math.inf

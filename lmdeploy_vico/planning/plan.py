@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lmdeploy_vico.planning import PlanningError
-from lmdeploy_vico.planning.calibration import speedup
+from lmdeploy_vico.planning.calibration.paper import speedup
 from lmdeploy_vico.planning.deployment import Deployment, Workload
 from lmdeploy_vico.planning.simulation import percentile, poisson, simulate
 from lmdeploy_vico.planning.stages import Stages

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lmdeploy_vico.host_memory import GIB
-from lmdeploy_vico.planning.calibration import FITTED_ROWS, OTHER_ROWS, CpuRatio, Ratio, cpu_ratio, ratios, worst
+from lmdeploy_vico.planning.calibration.cpu import CpuRatio, cpu_ratios, fit_rates
+from lmdeploy_vico.planning.calibration.paper import FITTED_ROWS, OTHER_ROWS, Ratio, ratios, worst
 from lmdeploy_vico.planning.constants import FITTED, Fitted
 from lmdeploy_vico.planning.deployment import Deployment
 from lmdeploy_vico.planning.plan import Cell, Target
@@ -64,12 +65,13 @@ def _milliseconds(value: float | None) -> str:
 
 def accuracy() -> str:
     """Say in a paragraph how far the model is off what it is checked against."""
-    fitted, others, cpu = ratios(rows=[FITTED_ROWS]), ratios(rows=[OTHER_ROWS]), cpu_ratio()
+    fitted, others = ratios(rows=[FITTED_ROWS]), ratios(rows=[OTHER_ROWS])
     return (
         f"{NATURE.capitalize()}. Its speed-ups of the language model alone are off the paper's Table 4 by "
         f'{worst(fitted):.1%} at most in the 12 ratios that two of its constants are fitted to, and by '
-        f'{worst(others):.1%} in the 12 others. The one ratio measured here, on a CPU: {cpu.ours:.2f}, '
-        f'measured {cpu.measured:.2f}. No GPU has confirmed a rate or a time. lmdeploy-vico plan --check shows all.'
+        f'{worst(others):.1%} in the 12 others. Six ratios measured on a CPU: off by '
+        f'{worst(cpu_ratios()):.1%} at most. No GPU has confirmed a rate or a time. '
+        'lmdeploy-vico plan --check shows all.'
     )
 
 
@@ -87,7 +89,7 @@ def plan_as_json(deployment: Deployment, cells: Sequence[Cell], target: Target) 
         'requests_simulated': target.requests,
         'seed': target.seed,
         'cells': [asdict(cell) for cell in cells],
-        'errors': _errors(ratios(), cpu_ratio()),
+        'errors': _errors(ratios(), cpu_ratios()),
     }
 
 
@@ -95,14 +97,14 @@ def check_as_json(again: Fitted) -> dict[str, Any]:
     """Return what :func:`show_check` prints."""
     compared = [asdict(ratio) | {'error': ratio.error} for ratio in ratios()]
     fits = {'fitted': asdict(FITTED), 'fitted_again': asdict(again)}
-    return {'nature': NATURE, **fits, 'table_4': compared, 'errors': _errors(ratios(), cpu_ratio())}
+    return {'nature': NATURE, **fits, 'table_4': compared, 'errors': _errors(ratios(), cpu_ratios())}
 
 
-def _errors(compared: Sequence[Ratio], cpu: CpuRatio) -> dict[str, Any]:
+def _errors(compared: Sequence[Ratio], cpu: Sequence[CpuRatio]) -> dict[str, Any]:
     return {
         f'table_4_{text}_text_tokens': worst([ratio for ratio in compared if ratio.text_tokens == text])
         for text in (FITTED_ROWS, OTHER_ROWS)
-    } | {'cpu_llm_mode': asdict(cpu) | {'error': cpu.error}}
+    } | {'cpu_llm_mode': [asdict(ratio) | {'error': ratio.error} for ratio in cpu]}
 
 
 def show_check(again: Fitted, console: Console) -> None:
@@ -129,9 +131,19 @@ def show_check(again: Fitted, console: Console) -> None:
     for name, times in (('In use', FITTED), ('Fitted again', again)):
         more = ', '.join(f'{1e6 * seconds:.0f} more for the {model}' for model, seconds in times.more.items())
         console.print(f'{name}: {1e6 * times.request:.0f} us for each prompt, {more}.')
-    cpu = cpu_ratio()
+    console.print(_cpu_table())
+    rates = fit_rates()
     console.print(
-        f'CPU, language model alone, 75 % removed (benchmarks/results/first-token-cpu.json): {cpu.ours:.2f} '
-        f'({cpu.error:+.1%}), {cpu.flops:.2f} by FLOP alone; measured {cpu.measured:.2f}, and {cpu.lowest:.2f} to '
-        f'{cpu.highest:.2f} by its slowest and fastest rounds. One ratio of one run, of a tiny model.'
+        f'Fitted to the rows with 64 text tokens: {1e-9 * rates.products:.1f} GFLOP/s of one core in products, '
+        f'{1e-9 * rates.attention:.0f} in attention. Largest error of a ratio: {worst(cpu_ratios()):.1%}.'
     )
+
+
+def _cpu_table() -> Table:
+    table = Table('text', 'removed', 'processor time', 'requests/s', 'model', 'error', 'one rate')
+    table.title = "A CPU's language model alone, slowest and fastest of three runs (benchmarks/results/llm-cpu-N.json)"
+    for ratio in cpu_ratios():
+        spreads = (f'{min(runs):.2f} to {max(runs):.2f}' for runs in (ratio.processor, ratio.requests))
+        shown = (f'{ratio.ours:.2f}', f'{ratio.error:+.1%}', f'{ratio.flops:.2f}')
+        table.add_row(str(ratio.text_tokens), f'{ratio.compression:.0%}', *spreads, *shown)
+    return table

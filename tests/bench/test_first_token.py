@@ -108,6 +108,18 @@ def test_measured_requests_differ(fake_server, bench):
     assert len(set(asked)) == 12
 
 
+def test_cells_take_turns_as_often_as_asked(fake_server, bench):
+    server = fake_server()
+    status, printed, results = bench('--base-url', server.url, '--round-prompts', '4')
+    assert status == 0 and 'One round of each cell' not in printed
+    assert [len(cell['round_durations']) for cell in results['cells']] == [3, 3, 3]
+    assert {cell['completed'] for cell in results['cells']} == {12}
+    assert {cell['processor_seconds_per_request'] for cell in results['cells']} == {None}, 'a server elsewhere'
+    _, printed, results = bench('--base-url', server.url)
+    assert [len(cell['round_durations']) for cell in results['cells']] == [1, 1, 1]
+    assert 'One round of each cell' in printed
+
+
 def test_no_server(bench, tmp_path):
     (tmp_path / 'results.json').write_text('{"earlier": true}')
     status, printed, results = bench('--base-url', f'http://127.0.0.1:{free_port()}')

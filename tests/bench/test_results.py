@@ -24,13 +24,13 @@ def measured(cell: Cell, seconds: float, ttfts: list[float], image_tokens: int |
     result = CellResult(cell, tiles=10)
     result.overhead = 16
     outcomes = [Outcome(ttft, 80 + (image_tokens or 2560), image_tokens, status=200) for ttft in ttfts]
-    result.add(Round(seconds, outcomes, False), added)
+    result.add(Round(seconds, outcomes, False), added, {'api': 0.5, 'engine': 2.0})
     return result
 
 
 def test_a_cell_in_the_names_of_other_benchmarks():
     result = measured(NONE, 2.0, [0.1, 0.2, 0.3, 0.4], 2560)
-    result.add(Round(1.0, [Outcome(0.5, 2640, 2560, 7), Outcome(error='HTTP 503: busy', status=503)], False), {})
+    result.add(Round(1.0, [Outcome(0.5, 2640, 2560, 7), Outcome(error='HTTP 503: busy', status=503)], False), {}, {})
     entry = result.as_json(1.0, None)
     wanted = {
         'duration': 3.0,
@@ -53,6 +53,7 @@ def test_a_cell_in_the_names_of_other_benchmarks():
     assert {name: pytest.approx(entry[name]) for name in wanted} == wanted
     assert entry['errors'] == {'HTTP 503: busy': 1}
     assert entry['round_durations'] == [2.0, 1.0]
+    assert entry['processor_seconds_per_request'] == {'api': 0.5 / 5, 'engine': 2.0 / 5}
 
 
 def test_nothing_measured_is_json_all_the_same():
@@ -160,7 +161,7 @@ def test_a_speedup_that_is_none_is_explained():
 
 def test_caches_and_failures_are_said():
     result = measured(NONE, 1.0, [0.1] * 10, 2560, **{'vico:embedding_cache_hits_total': 5.0})
-    result.add(Round(1.0, [Outcome(0.1, 100, 90, 64), Outcome(error='HTTP 500: no')], False), {})
+    result.add(Round(1.0, [Outcome(0.1, 100, 90, 64), Outcome(error='HTTP 500: no')], False), {}, {})
     said = '\n'.join(table.sentences({NONE: result}, 10))
     assert '5 tiles came from the cache' in said
     assert '64 prompt tokens came from the prefix cache' in said

@@ -199,6 +199,7 @@ def test_what_a_gpu_would_run(recorded):
     both = '--language-engine pytorch turbomind --servers in-turn'
     assert f'--text-tokens 512 --token-compression 0 0.25 0.5 0.75 {both}' in bench['turbomind-8B-512.png']
     expected = ('tests/kernels', 'tests/gpu -k not engine', 'engine and moe', '--like 6B', '--width 3200')
+    expected += ('benchmarks share --like 241B --tp 8 --output ',)
     expected += (
         'benchmarks vit-speed --like 300M --device cuda --output ',
         f'benchmarks handover --rounds {estimates.HANDOVERS} --output ',
@@ -219,6 +220,16 @@ def test_an_h100_is_told_that_38b_does_not_fit(recorded):
     assert '==> llm-38B-64: SKIPPED. 38B needs 82 GiB, 74 of them for its weights; this device has 79 GiB.' in printed
     assert [line for line in ran if ' first-token ' in line and '30B-A3B' in line]
     assert not [line for line in ran if '38B' in line]
+
+
+def test_a_share_fits_where_it_fits():
+    part = parts.find('share-241B')
+    assert budget.plan(part, budget.LIMIT, estimates.MANY, memory=79).requests, 'an H100'
+    [line] = budget.plan(part, budget.LIMIT, estimates.MANY, memory=63).lines
+    assert line.endswith(
+        'SKIPPED. The share of one of 8 ranks of the 241B needs 65 GiB, 57 of them for its weights; '
+        'this device has 63 GiB.'
+    )
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------

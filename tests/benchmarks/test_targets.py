@@ -36,6 +36,13 @@ def vision(folder, like, rate, milliseconds, layers=None, disturbed=False):
     (folder / f'2026-01-01-h200-vision-{like}.json').write_text(json.dumps(content))
 
 
+def a_share(folder, name, speedup, layers=94, tiles=10, complete=True, model='241B'):
+    row = {'text_tokens': 64, 'token_compression': 0.75, 'speedup': {'measured': 9.0, 'together': speedup}}
+    content = {'benchmark': 'share', 'facts': {'device': H200}, 'model': model, 'arguments': {'tiles': tiles}}
+    content |= {'layers': layers, 'all_layers': 94, 'complete': complete, 'cells': [row]}
+    (folder / f'{name}.json').write_text(json.dumps(content))
+
+
 def rows(capsys, folder):
     """Title, verdict and file of every row that the command prints."""
     assert targets.main([str(folder)]) == 0
@@ -123,6 +130,20 @@ def test_each_language_engine_has_targets_of_its_own(tmp_path, capsys):
         '8B, language model alone, 64 text tokens, 50% removed': ('met', 'turbomind.json'),
         '8B on TurboMind, alone, 64 text tokens, 50% removed': ('MISSED', 'turbomind.json'),
     }
+
+
+def test_a_share_counts_with_its_all_reduces(tmp_path, capsys):
+    title = "241B, a rank's share, 64 text tokens, 75% removed"
+    a_share(tmp_path, '1', 3.76)
+    assert rows(capsys, tmp_path)[title] == ('met, all-reduces by a model', '1.json')
+    a_share(tmp_path, '2', 3.75, complete=False)
+    assert rows(capsys, tmp_path)[title] == ('MISSED, not run to its end', '2.json')
+    # Fewer layers, other prompts, and another model are not what the target is about; without a reference no ratio is.
+    a_share(tmp_path, '3', 9.0, layers=47)
+    a_share(tmp_path, '4', 9.0, tiles=3)
+    a_share(tmp_path, '5', 9.0, model='tiny')
+    a_share(tmp_path, '6', None)
+    assert rows(capsys, tmp_path)[title] == ('MISSED, not run to its end', '2.json')
 
 
 def test_devices_have_tables_of_their_own(tmp_path, capsys):

@@ -41,7 +41,8 @@ def test_check_prints_every_ratio(capsys):
     assert len(said['table_4']) == 24 and said['fitted'] == said['fitted_again']
     assert cli.main(['plan', '--check']) == 0
     out = capsys.readouterr().out
-    assert out.count('│ 241B') == 6 and 'measured 5.65' in out
+    assert out.count('│ 241B') == 6 and 'of three runs' in out
+    assert len(said['errors']['cpu_llm_mode']) == 6
 
 
 @pytest.mark.parametrize(

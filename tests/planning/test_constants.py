@@ -7,7 +7,7 @@ import pytest
 from lmdeploy.messages import PytorchEngineConfig
 
 from benchmarks import RESULTS
-from benchmarks.gates import estimates, targets
+from benchmarks.gates import targets
 from lmdeploy_vico.checkpoints.sizes import MODELS
 from lmdeploy_vico.planning import constants
 from lmdeploy_vico.vision.tile_encoder import CUDA_TILE_BATCH
@@ -58,16 +58,10 @@ def test_hand_over_is_what_was_measured():
     assert ranks['send'] == pytest.approx(1e3 * constants.FORWARD_SECONDS, rel=0.01)
 
 
-def test_the_cpus_numbers_are_those_of_the_file():
-    cells = {c['token_compression']: c for c in result('first-token-cpu')['cells'] if c['mode'] == 'llm'}
-    assert set(cells) == set(constants.CPU_REQUESTS_PER_SECOND) == set(constants.CPU_ROUNDS)
-    for compression, cell in cells.items():
-        assert cell['request_throughput'] == pytest.approx(constants.CPU_REQUESTS_PER_SECOND[compression], rel=1e-4)
-        rounds = cell['round_durations']
-        assert (min(rounds), max(rounds)) == pytest.approx(constants.CPU_ROUNDS[compression], abs=1e-3)
+def test_the_template_is_what_was_counted():
+    for cell in result('first-token-cpu')['cells']:
         text = cell['input_tokens_per_request'] - cell['vision_tokens_per_request']
         assert text - cell['user_text_tokens_per_request'] == constants.TEMPLATE_TOKENS
-    assert estimates.REQUEST == constants.CPU_REQUEST_SECONDS
 
 
 def test_every_constant_has_its_source():

@@ -36,12 +36,13 @@ class CellResult:
         self.ttft: list[float] = []
         self.cached_tokens = 0
         self.added: dict[str, float] = {}
+        self.processor_seconds: dict[str, float] = {}
         self.prefill_steps_per_request: float | None = None  # several requests share a step; None if not counted
         self._tiles = tiles
         self._input_tokens = self._vision_tokens = self._kv_blocks = 0
 
-    def add(self, measured: Round, added: Mapping[str, float]) -> None:
-        """Add a round and what it added to the server's metrics."""
+    def add(self, measured: Round, added: Mapping[str, float], used: Mapping[str, float]) -> None:
+        """Add a round, what it added to the server's metrics, and the processor time of the server's processes."""
         self.duration += measured.duration
         self.rounds.append(measured.duration)
         self.add_failures(measured)
@@ -55,8 +56,9 @@ class CellResult:
             known = outcome.image_tokens is not None and self.cell.is_ours
             self._vision_tokens += (outcome.image_tokens or 0) if known else visual_tokens(self._tiles)
             self._kv_blocks += -(-outcome.prompt_tokens // KV_BLOCK)
-        for name, value in added.items():
-            self.added[name] = self.added.get(name, 0.0) + value
+        for totals, values in ((self.added, added), (self.processor_seconds, used)):
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value
 
     def add_failures(self, measured: Round) -> None:
         """Count what failed in a round, and nothing else of it."""
@@ -161,6 +163,7 @@ class CellResult:
                 'prefill_steps_per_request': self.prefill_steps_per_request,
                 'cached_tokens': self.cached_tokens,
                 'round_durations': self.rounds,
+                'processor_seconds_per_request': {k: v / answered for k, v in self.processor_seconds.items()} or None,
                 'seconds_per_request': breakdown.parts() if breakdown else None,
                 **busy,
                 'errors': dict(self.failures),

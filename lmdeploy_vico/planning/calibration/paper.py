@@ -6,21 +6,12 @@ The table says how many times faster a language model answers at 25, 50 and 75 %
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from lmdeploy_vico.bench.report.paper import SHARES, SPEEDUPS, TILES
-from lmdeploy_vico.checkpoints.flops import causal_attention_flops
-from lmdeploy_vico.checkpoints.random.configuration import SIZES
-from lmdeploy_vico.checkpoints.sizes import Size
-from lmdeploy_vico.planning.constants import (
-    CPU_REQUEST_SECONDS,
-    CPU_REQUESTS_PER_SECOND,
-    CPU_ROUNDS,
-    FITTED,
-    MAX_PREFILL_TOKENS,
-    Fitted,
-)
+from lmdeploy_vico.planning.constants import FITTED, MAX_PREFILL_TOKENS, Fitted
 from lmdeploy_vico.planning.deployment import Workload
 from lmdeploy_vico.planning.gpus import GPUS
 from lmdeploy_vico.planning.language import LanguageModel
@@ -98,52 +89,14 @@ def fit(more_for: str = '30B-A3B') -> Fitted:
     return Fitted(round(float(times[0]), 6), {more_for: round(float(times[1]), 6)})
 
 
-def worst(of: Sequence[Ratio]) -> float:
-    """Return the largest error of some ratios, without its sign."""
-    return max(abs(ratio.error) for ratio in of)
-
-
-@dataclass(frozen=True)
-class CpuRatio:
-    """The one ratio that was measured: a language model alone on a CPU, at 75 % compression over none.
-
-    Attributes:
-        measured: the ratio.
-        lowest, highest: what the slowest and fastest rounds of both cells would make of it.
-        ours: by FLOP and :data:`~lmdeploy_vico.planning.constants.CPU_REQUEST_SECONDS`; the CPU's FLOP/s are those of
-            the cell without compression.
-        flops: by FLOP alone.
-    """
-
-    measured: float
-    lowest: float
-    highest: float
-    ours: float
-    flops: float
+class Erring(Protocol):
+    """Anything with an error."""
 
     @property
     def error(self) -> float:
-        """How much too large ours is, as a share of what was measured."""
-        return self.ours / self.measured - 1
+        """A share, with its sign."""
 
 
-def cpu_ratio() -> CpuRatio:
-    """Compare with the language model alone in ``benchmarks/results/first-token-cpu.json``."""
-    rates, rounds, besides = CPU_REQUESTS_PER_SECOND, CPU_ROUNDS, CPU_REQUEST_SECONDS
-    size, most = SIZES['tiny'], max(rates)
-    flops = [_tiny_flops(size, Workload(TILES, FITTED_ROWS, share, images=False).tokens) for share in (0.0, most)]
-    prefill = 1 / rates[0.0] - besides
-    return CpuRatio(
-        measured=rates[most] / rates[0.0],
-        lowest=rounds[0.0][0] / rounds[most][1],
-        highest=rounds[0.0][1] / rounds[most][0],
-        ours=1 / rates[0.0] / (prefill * flops[1] / flops[0] + besides),
-        flops=flops[0] / flops[1],
-    )
-
-
-def _tiny_flops(size: Size, tokens: float) -> float:
-    """Return the FLOP of a dense model's layers, and of its attention."""
-    width = size.heads * size.head_dim
-    weights = size.hidden * (2 * width + 2 * size.kv_heads * size.head_dim + 3 * size.mlp)
-    return 2 * weights * size.layers * tokens + causal_attention_flops(tokens, width, size.layers)
+def worst(of: Sequence[Erring]) -> float:
+    """Return the largest error of some ratios, without its sign."""
+    return max(abs(ratio.error) for ratio in of)

@@ -136,26 +136,31 @@ PATCHES = (
         until='LMDeploy ends it.',
         process='engine',
     ),
+    Patch(
+        end_with_the_server,
+        'lmdeploy.serve.openai.launch_server:_run_server',
+        '(gpu_ids, model_path, **kwargs)',
+        why='When the process that --dp starts servers from is killed, they stay.',
+        until='LMDeploy ends them.',
+        process='server',
+    ),
     *(
         Patch(
             end_with_the_server,
             target,
             signature,
             why='When a server is killed, its engine and the processes of its tensor-parallel ranks stay, with the '
-            "device's memory; when the one that --dp started it from is killed, the server does.",
+            "device's memory.",
             until='LMDeploy ends them.',
-            process=process,
+            process='engine',
         )
-        for process, target, signature in (
-            ('server', 'lmdeploy.serve.openai.launch_server:_run_server', '(gpu_ids, model_path, **kwargs)'),
+        for target, signature in (
             (
-                'engine',
                 f'{_ZMQ}._mp_proc',
                 "(shared_dict, condition, model_path, engine_config=None, log_level='WARNING', "
                 'speculative_config=None, **kwargs)',
             ),
             (
-                'engine',
                 f'{_RANK}._main_loop',
                 '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
                 'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '

@@ -6,8 +6,8 @@ Targets are those of an H200. Vision side: tiles/s through the stage, and the ti
 model alone: in each cell of the paper's Table 4 the paper's speed-up for the same model; where the ratio of the FLOP,
 which no engine can beat, lies below that, 98 % of the ratio; the same for 8B on TurboMind. For the 241B one rank's
 share is measured, and all-reduces are added by a model. With images (8B): 1.5x at half of the visual tokens and 2.15x
-at a quarter of them. A number with failed requests misses its target, whatever it is. Of several results for a device, the
-last by the file's name counts; with images, one that was taken beside a baseline only where no other is.
+at a quarter of them. A number with failed requests misses its target, whatever it is. Of several results for a device,
+the last by the file's name counts; with images, one that was taken beside a baseline only where no other is.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def grouped(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         configuration = Configuration.of(items[index])
         if configuration is None:
             return index, False, index
-        return first.setdefault(configuration, index), ENDING in items[index].fixturenames, index
+        return first.setdefault(configuration, index), ENDING in getattr(items[index], 'fixturenames', ()), index
 
     return [items[index] for index in sorted(range(len(items)), key=place)]
 

@@ -25,7 +25,7 @@ COPIES = """
 import json, os, sys
 statuses = os.fdopen(os.dup(1), 'w')
 os.dup2(2, 1)
-import lmdeploy.serve.core.vl_async_engine, lmdeploy.serve.openai.api_server
+import lmdeploy.hf_configs, lmdeploy.serve.openai.api_server, lmdeploy.vl.engine
 from lmdeploy.cli import run
 for line in sys.stdin:
     sys.argv, environment, log = json.loads(line)

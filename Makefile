@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Servers, engines and the judge of their answers share few cores: threads that spin while they wait would starve them.
-TEST_ENV := OMP_WAIT_POLICY=PASSIVE
+# Each of many processes would compile the sources again where Python is told to keep nothing of it.
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE=
 # What is compared with numbers of a CPU leaves a GPU alone that happens to be there.
 ON_CPU := $(TEST_ENV) CUDA_VISIBLE_DEVICES= VICO_TEST_DEVICE=cpu
 ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda

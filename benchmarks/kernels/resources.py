@@ -10,14 +10,16 @@ the limits of an A100, an L40S and an H200, and what they would launch is compil
 import argparse
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -50,6 +52,15 @@ VIT_NORMS = {1024: True, 3200: False}  # by width: whether it is a LayerNorm, or
 # Both types take the same blocks and copies, and differ in a few registers: the chip that runs most shows how many.
 DTYPES = {80: (torch.bfloat16,), 89: (torch.bfloat16,), 90: (torch.bfloat16, torch.float16)}
 PATCHES = GRID * GRID
+INSTRUCTION = 16  # bytes
+# What is counted in the machine code: stores of what has no room in registers, and kinds of other instructions.
+COUNTED = {
+    'spills': r'\bSTL(?:\.\S+)? ',
+    'matrix_instructions': r'\b(?:HMMA|HGMMA)\.',
+    'async_copies': r'\bLDGSTS\.',
+    'wide_accesses': r'\b(?:LDG|STG|LDGSTS)\.\S*128\b',
+    'narrow_accesses': r'\b(?:LDG|STG|LDGSTS)\.(?!\S*128)',
+}
 
 _SCALARS = {bool: 'i1', int: 'i32', float: 'fp32'}
 _ELEMENTS = {
@@ -149,8 +160,16 @@ def _plain(value: Any) -> Any:
     return {'dtype': value.name} if isinstance(value, triton.language.dtype) else value
 
 
-def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
-    """Compile one specialisation; returns its row of the table."""
+class Compiled(NamedTuple):
+    """One specialisation: the row of the table up to its stack, bytes of shared memory, and its machine code."""
+
+    row: dict[str, Any]
+    shared_memory: int
+    code: bytes
+
+
+def compile_and_measure(spec: dict[str, Any], chip: int) -> Compiled:
+    """Compile one specialisation."""
     kernel = getattr(sys.modules[spec['module']], spec['kernel'])
     names = [parameter.name for parameter in kernel.params]
     constants = {
@@ -164,8 +183,7 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
         binary.write(compiled.asm['cubin'])
         binary.flush()
         usage = _run('cuobjdump', '--dump-resource-usage', binary.name)
-        code = _run('nvdisasm', '-c', '-ndf', binary.name)  # without an analysis of the data flow, which takes long
-    return {
+    row = {
         'chip': f'sm_{chip}',
         'kernel': spec['kernel'],
         'types': ' '.join(kind for kind in spec['types'].values() if kind.startswith('*')),
@@ -174,13 +192,41 @@ def compile_and_measure(spec: dict[str, Any], chip: int) -> dict[str, Any]:
         'warps': spec['options']['num_warps'],
         'registers': _resource('REG', usage),
         'stack': _resource('STACK', usage),
-        'spills': len(re.findall(r'\bSTL(?:\.\S+)? ', code)),
-        'shared_memory': compiled.metadata.shared,
-        'matrix_instructions': len(re.findall(r'\b(?:HMMA|HGMMA)\.', code)),
-        'async_copies': len(re.findall(r'\bLDGSTS\.', code)),
-        'wide_accesses': len(re.findall(r'\b(?:LDG|STG|LDGSTS)\.\S*128\b', code)),
-        'narrow_accesses': len(re.findall(r'\b(?:LDG|STG|LDGSTS)\.(?!\S*128)', code)),
     }
+    return Compiled(row, compiled.metadata.shared, machine_code(compiled.asm['cubin']))
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin's only function: the section ``.text.NAME`` of an ELF file of 64 bits."""
+    [headers] = struct.unpack_from('<Q', cubin, 0x28)
+    size, count, names = struct.unpack_from('<HHH', cubin, 0x3A)
+    # Of each section: where its name is among the names, its offset in the file, and its bytes.
+    sections = [struct.unpack_from('<I20xQQ', cubin, headers + index * size) for index in range(count)]
+    found = [
+        cubin[offset : offset + length]
+        for name, offset, length in sections
+        if cubin.startswith(b'.text.', sections[names][1] + name)
+    ]
+    [code] = found
+    return code
+
+
+def count_instructions(codes: Sequence[bytes], chip: int) -> list[dict[str, int]]:
+    """What is counted in each of the codes; all are disassembled together, as starting the program takes longest."""
+    with tempfile.NamedTemporaryFile(suffix='.bin') as binary:
+        binary.write(b''.join(codes))
+        binary.flush()
+        # Without an analysis of the data flow, which takes long.
+        listing = _run('nvdisasm', '-ndf', '--binary', f'SM{chip}{"a" if chip == 90 else ""}', binary.name)
+    lines = {int(place, 16): text for place, text in re.findall(r'/\*([0-9a-f]+)\*/ +(.*)', listing)}
+    ends = list(accumulate(map(len, codes)))
+    if len(lines) * INSTRUCTION != ends[-1]:
+        raise RuntimeError(f'nvdisasm printed {len(lines)} instructions of {ends[-1] // INSTRUCTION}.')
+    counts = []
+    for code, end in zip(codes, ends, strict=True):
+        text = '\n'.join(lines[place] for place in range(end - len(code), end, INSTRUCTION))
+        counts.append({name: len(re.findall(pattern, text)) for name, pattern in COUNTED.items()})
+    return counts
 
 
 def _resource(name: str, usage: str) -> int:
@@ -200,7 +246,12 @@ def measure() -> dict[str, Any]:
     """Compile everything, on all cores."""
     jobs = [(spec, chip) for chip in CHIPS for spec in specialisations(chip)]
     with ProcessPoolExecutor(mp_context=get_context('fork')) as pool:
-        rows = list(pool.map(compile_and_measure, *zip(*jobs, strict=True)))
+        compiled = list(pool.map(compile_and_measure, *zip(*jobs, strict=True)))
+    rows = []
+    for chip in CHIPS:
+        here = [one for one, (_, other) in zip(compiled, jobs, strict=True) if other == chip]
+        for one, counts in zip(here, count_instructions([one.code for one in here], chip), strict=True):
+            rows.append(one.row | {'spills': counts['spills'], 'shared_memory': one.shared_memory} | counts)
     return {'triton': triton.__version__, 'rows': rows}
 
 

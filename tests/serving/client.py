@@ -27,7 +27,8 @@ class Client:
 
     def __init__(self, server: ApiServer) -> None:
         self.server = server
-        self.openai = openai.OpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=0, timeout=HANG)
+        keys = server.command[server.command.index('--api-keys') + 1 :] if '--api-keys' in server.command else ['none']
+        self.openai = openai.OpenAI(base_url=f'{server.url}/v1', api_key=keys[0], max_retries=0, timeout=HANG)
         self.model = self.openai.models.list().data[0].id
 
     def chat(self, messages: Sequence[dict], model: str | None = None, **extra: Any) -> Answer:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 KINDS = {
     'layer_norm, dense': {},
@@ -25,7 +26,7 @@ PROMPT_IMAGES, PROMPT_VIDEOS, PROMPT_TILES = 200, 3, 400
 LIMITED = pytest.mark.served(
     '--session-len', str(SESSION_LEN), LMDEPLOY_VICO_MAX_DECODED_BYTES=str(MEMORY),
     LMDEPLOY_VICO_MAX_IMAGES=str(PROMPT_IMAGES), LMDEPLOY_VICO_MAX_PROMPT_TILES=str(PROMPT_TILES),
-    LMDEPLOY_VICO_MAX_VIDEOS=str(PROMPT_VIDEOS),
+    LMDEPLOY_VICO_MAX_VIDEOS=str(PROMPT_VIDEOS), LMDEPLOY_VICO_SHUTDOWN_GRACE=str(HANG),
 )  # fmt: skip
 
 # The unmodified server on a stand-in for TurboMind's binding, with a driver that is none: tests/turbomind/.
@@ -39,4 +40,19 @@ ON_STAND_IN = pytest.mark.served(
     '--enable-prefix-caching', '--session-len', '8192', **STAND_IN, LMDEPLOY_VICO_SYNTHETIC_IMAGES='1'
 )
 
-LOGPROBS = pytest.mark.served('--logprobs-mode', 'raw_logprobs')
+COMPRESSED = pytest.mark.served(
+    '--logprobs-mode', 'raw_logprobs', LMDEPLOY_VICO_COMPRESSION='all', LMDEPLOY_VICO_EXIT_ON_ENGINE_DEATH='0',
+)  # fmt: skip
+
+KEY, OTHER_KEY, DOMAIN = 'secret', 'other', 'pictures.test'
+KEYED = pytest.mark.served(
+    '--api-keys', KEY, OTHER_KEY, '--allowed-media-domains', DOMAIN, LMDEPLOY_VICO_PAGE='1',
+)  # fmt: skip
+
+TWO_RANKS = pytest.mark.served(
+    '--tp', '2', '--trust-remote-code', '--hf-overrides', '{"vico": {"compression": 0.25}}',
+)  # fmt: skip
+
+# LMDeploy's own classes, which need a plain checkpoint's remote code for its config.
+PLAIN = {'flash': False, 'dtype': 'float32'}
+LMDEPLOYS = pytest.mark.served('--trust-remote-code', checkpoint=PLAIN, LMDEPLOY_VICO='cpu')

@@ -38,6 +38,13 @@ def client(request, shared_server) -> Client:
 
 
 @pytest.fixture
+def last_client(client, shared_server) -> Iterator[Client]:
+    """A client of such a server that nobody uses afterwards: the test may stop and kill it."""
+    yield client
+    shared_server.stop()
+
+
+@pytest.fixture
 def serve(tmp_path_factory) -> Iterator[Callable[..., ApiServer]]:
     """``serve(checkpoint, *arguments)``: a running server of the test's own; all are stopped when it ends."""
     servers = []

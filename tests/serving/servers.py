@@ -4,7 +4,8 @@
 
 The mark names the server's arguments, the kind of tiny checkpoint and the environment; the fixture ``client`` is a
 client of that server. Other tests have used it before: compare differences of its counters, and where a picture must
-not be cached yet, send one that no other test sends. A test that needs a server of its own takes ``serve``.
+not be cached yet, send one that no other test sends. A test that stops or kills the server takes ``last_client``, and
+runs after all others of the configuration. A test that needs a server of its own takes ``serve``.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from serving.client import Client
 from waiting import HANG
 
 from lmdeploy_vico.launch import ApiServer
+
+ENDING = 'last_client'  # the fixture of tests that end the server
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,17 @@ class Configuration:
 
 
 def grouped(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """The tests in their order, but with all tests of a configuration right after its first one."""
+    """The tests in their order, but with all tests of a configuration right after its first one.
+
+    Those that end the server come last.
+    """
     first: dict[Configuration, int] = {}
 
-    def place(index: int) -> tuple[int, int]:
+    def place(index: int) -> tuple[int, bool, int]:
         configuration = Configuration.of(items[index])
-        return (index if configuration is None else first.setdefault(configuration, index)), index
+        if configuration is None:
+            return index, False, index
+        return first.setdefault(configuration, index), ENDING in getattr(items[index], 'fixturenames', ()), index
 
     return [items[index] for index in sorted(range(len(items)), key=place)]
 

@@ -8,8 +8,8 @@ from serving import servers
 from serving.servers import Configuration, SharedServer, grouped
 
 
-def item(name, mark=None):
-    return SimpleNamespace(name=name, get_closest_marker=lambda _: mark and mark.mark)
+def item(name, mark=None, fixtures=()):
+    return SimpleNamespace(name=name, fixturenames=fixtures, get_closest_marker=lambda _: mark and mark.mark)
 
 
 PLAIN = pytest.mark.served()
@@ -21,6 +21,11 @@ SET = pytest.mark.served('--session-len', '64', OPTION='1')
 def test_tests_of_a_configuration_follow_its_first():
     items = [item('a'), item('b', LONG), item('c', MOE), item('d'), item('e', LONG), item('f', PLAIN), item('g', MOE)]
     assert ''.join(one.name for one in grouped(items)) == 'abecgdf'
+
+
+def test_a_test_that_ends_the_server_is_its_last():
+    items = [item('a', LONG, ('client', 'last_client')), item('b'), item('c', LONG, ('client',)), item('d', LONG)]
+    assert ''.join(one.name for one in grouped(items)) == 'cdab'
 
 
 def test_configurations_differ_in_any_part():

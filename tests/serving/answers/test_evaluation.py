@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from parity.conversations import data_url
 from parity.videos import moving_crops, read_video, write_video
-from serving.configurations import DEFAULT
+from serving.configurations import DEFAULT, LMDEPLOYS
 
 from lmdeploy_vico import cli
 
@@ -97,15 +97,14 @@ def test_a_video_with_subtitles_and_without(client, judge, pictures, tmp_path):
         assert more > len(said.split()), mode
 
 
-def test_answers_of_a_plain_internvl_server(serve, make_checkpoint, data, tmp_path):
+@LMDEPLOYS
+def test_answers_of_a_plain_internvl_server(client, make_checkpoint, data, tmp_path):
     """The ViCO checkpoint at ``none`` answers as the InternVL model with the same weights in LMDeploy's own classes."""
     path, _ = data
     # In float32, in which no rounding decides between nearly equal tokens.
-    vico, plain = (make_checkpoint(flash=flash, dtype='float32') for flash in (True, False))
     arguments = ['none'], '--max-tokens', '12'
-    counted, ours = evaluate(vico, path, tmp_path / 'vico.json', *arguments)
-    server = serve(plain, '--trust-remote-code', LMDEPLOY_VICO='cpu')
-    uncounted, theirs = evaluate(server.url, path, tmp_path / 'plain.json', *arguments)
+    counted, ours = evaluate(make_checkpoint(dtype='float32'), path, tmp_path / 'vico.json', *arguments)
+    uncounted, theirs = evaluate(client.server.url, path, tmp_path / 'plain.json', *arguments)
     # Only the plugin says what of a prompt is visual.
     assert (counted['none']['compressed_tiles'], uncounted['none']['tiles']) == (0, None)
     said = [{key: (one['text'], one['prompt_tokens']) for key, one in answers.items()} for answers in (ours, theirs)]

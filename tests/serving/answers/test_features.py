@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving.client import Client
-from serving.configurations import BLOCK, CACHING
+from serving.configurations import BLOCK, CACHING, TWO_RANKS
 
 WITH_IMAGES = ('one photograph', 'two images with text between', 'images in the history', 'very tall')
 
@@ -37,14 +37,11 @@ def test_prefix_caching(client, prompts, judge, block_size):
     assert other.cached_tokens < block_size
 
 
-def test_server_wide_compression_tensor_parallelism_and_trust(serve, make_checkpoint, prompts, judge):
+@TWO_RANKS
+def test_server_wide_compression_tensor_parallelism_and_trust(client, prompts, judge):
     """A server that may run remote code answers as one that may not."""
-    overrides = '{"vico": {"compression": 0.25}}'
-    server = serve(make_checkpoint(), '--tp', '2', '--trust-remote-code', '--hf-overrides', overrides)
-    client = Client(server)
     for name in (*WITH_IMAGES[:2], 'text only'):
         judge().check(prompts[name], client.chat(prompts[name]), 0.25, name=name)
-    server.stop()
 
 
 def test_remote_code_is_not_needed(serve, make_checkpoint, prompts, judge, tmp_path):

@@ -3,29 +3,26 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.client import Client
-from serving.configurations import DEFAULT
+from serving.configurations import DEFAULT, LMDEPLOYS, PLAIN
 
 NAMES = ('one photograph', 'a scanned page', 'two images with text between', 'text only, two turns')
 
 
-def test_same_answers_with_the_plugin_and_without(serve, make_checkpoint, prompts, judge):
-    plain = {'flash': False, 'dtype': 'float32'}
+@LMDEPLOYS
+def test_same_answers_with_the_plugin_and_without(client, serve, make_checkpoint, prompts, judge):
+    with_plugin = Client(serve(make_checkpoint(**PLAIN), '--trust-remote-code'))
     answers = {}
-    for mode in ('1', 'cpu'):
-        # LMDeploy's classes need the checkpoint's remote code for its config.
-        server = serve(make_checkpoint(**plain), '--trust-remote-code', LMDEPLOY_VICO=mode)
-        client = Client(server)
-        answers[mode] = [client.chat(prompts[name]) for name in NAMES]
+    for mode, asked in {'with': with_plugin, 'without': client}.items():
+        answers[mode] = [asked.chat(prompts[name]) for name in NAMES]
         with ThreadPoolExecutor(len(NAMES)) as pool:
-            assert list(pool.map(client.chat, [prompts[name] for name in NAMES])) == answers[mode]
-        assert 'vision side on' not in server.log_text()
+            assert list(pool.map(asked.chat, [prompts[name] for name in NAMES])) == answers[mode]
+        assert 'vision side on' not in asked.server.log_text()
         hello = [{'role': 'user', 'content': 'Hello!'}]
-        usage = client.openai.chat.completions.create(model=client.model, messages=hello, max_tokens=1).usage
+        usage = asked.openai.chat.completions.create(model=asked.model, messages=hello, max_tokens=1).usage
         assert set(usage.prompt_tokens_details.to_dict()) == {'cached_tokens'}
-        server.stop()
-    assert answers['1'] == answers['cpu']
-    for name, answer in zip(NAMES, answers['1'], strict=True):
-        judge(**plain).check(prompts[name], answer, name=name)
+    assert answers['with'] == answers['without']
+    for name, answer in zip(NAMES, answers['with'], strict=True):
+        judge(**PLAIN).check(prompts[name], answer, name=name)
 
 
 @DEFAULT

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from lmdeploy.tokenizer import Tokenizer
 from serving.client import post, stream
-from serving.configurations import LOGPROBS
+from serving.configurations import COMPRESSED
+from waiting import HANG
 
-pytestmark = LOGPROBS
+pytestmark = COMPRESSED
 
 TOGETHER = 16
 SAMPLE = '猫在桌上看🚀和🇨🇳。'

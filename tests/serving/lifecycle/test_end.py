@@ -12,6 +12,7 @@ import urllib.request
 
 import psutil
 import pytest
+from serving.configurations import CACHING, COMPRESSED, DEFAULT, LIMITED, TWO_RANKS
 from waiting import HANG
 
 from lmdeploy_vico.launch import ApiServer
@@ -19,14 +20,14 @@ from lmdeploy_vico.launch import ApiServer
 MANY = 4000  # tokens, which take longer than anything here
 
 
-def body(stream=True, tokens=MANY):
+def body(client, stream=True, tokens=MANY):
     messages = [{'role': 'user', 'content': 'hello'}]
-    return {'model': 'vico', 'messages': messages, 'max_tokens': tokens, 'ignore_eos': True, 'stream': stream}
+    return {'model': client.model, 'messages': messages, 'max_tokens': tokens, 'ignore_eos': True, 'stream': stream}
 
 
-def ask(server, path='/v1/chat/completions', sent=None):
+def ask(server, path, sent=None):
     """Status, headers and what was answered, of a server that may be about to end."""
-    data = None if path == '/health' else json.dumps(sent or body()).encode()
+    data = json.dumps(sent).encode() if sent else None
     request = urllib.request.Request(server.url + path, data, {'Content-Type': 'application/json'})
     try:
         with urllib.request.urlopen(request, timeout=HANG) as response:
@@ -67,73 +68,77 @@ class Asked(threading.Thread):
 
 
 @pytest.fixture
-def started(serve, make_checkpoint):
-    """``started(*arguments, **environment)``: a server, its processes and its engine's process."""
-
-    def start(*arguments, **environment):
-        server = serve(make_checkpoint(), '--model-name', 'vico', *arguments, **environment)
-        children = psutil.Process(server.pid).children(recursive=True)
-        [engine] = [child for child in children if 'ZMQMPEngine' in child.name()]
-        return server, children, engine
-
-    return start
+def processes(last_client):
+    """The processes that the server has started, and which of them is its engine's."""
+    children = psutil.Process(last_client.server.pid).children(recursive=True)
+    [engine] = [child for child in children if 'ZMQMPEngine' in child.name()]
+    return children, engine
 
 
-def test_the_engine_is_stopped_and_killed(started):
-    server, children, engine = started()
+def are_told(client, sentence):
+    """Those who ask now, for the health or an answer, are told to come again, and why."""
+    for path, sent in {'/health': None, '/v1/chat/completions': body(client)}.items():
+        status, headers, text = ask(client.server, path, sent)
+        assert status == 503 and headers['Retry-After'] == '5' and sentence in text
+
+
+@DEFAULT
+def test_the_engine_is_stopped_and_killed(last_client, processes):
+    server, (children, engine) = last_client.server, processes
+    said_before = len(server.log_text())
     engine.suspend()
     _, headers, text = ask_until(server, 503)
     assert headers['Retry-After'] == '5' and 'SIGCONT' in text
     engine.resume()
     ask_until(server, 200)
-    streaming, waiting = Asked(server, body()), Asked(server, body(stream=False))
+    streaming, waiting = (Asked(server, body(last_client, stream)) for stream in (True, False))
     assert streaming.begun.wait(HANG)
     engine.kill()
-    for client in (streaming, waiting):
-        client.join(HANG)
+    for one in (streaming, waiting):
+        one.join(HANG)
     assert waiting.status == 503 and 'The inference engine has ended' in waiting.text
     assert streaming.status == 200 and '"code": 503' in streaming.text and streaming.text.rstrip().endswith('[DONE]')
     assert server.wait_until_ended() == 1
     assert psutil.wait_procs(children, HANG)[1] == []
-    assert 'Traceback' not in server.log_text()
+    assert 'Traceback' not in server.log_text()[said_before:]
 
 
-def test_the_engine_is_killed_and_the_server_stays(started):
-    server, _, engine = started(LMDEPLOY_VICO_EXIT_ON_ENGINE_DEATH='0')
+@COMPRESSED
+def test_the_engine_is_killed_and_the_server_stays(last_client, processes):
+    _, engine = processes
     engine.kill()
-    ask_until(server, 503)
-    for path in ('/health', '/v1/chat/completions'):
-        status, headers, text = ask(server, path)
-        assert status == 503 and headers['Retry-After'] == '5' and 'has to be restarted' in text
-    assert server.alive()
+    ask_until(last_client.server, 503)
+    are_told(last_client, 'has to be restarted')
+    assert last_client.server.alive()
 
 
-def test_a_server_is_told_to_stop(started):
-    server, children, _ = started(LMDEPLOY_VICO_SHUTDOWN_GRACE=str(HANG))
-    running = Asked(server, body(tokens=600))
+@LIMITED
+def test_a_server_is_told_to_stop(last_client, processes):
+    server, (children, _) = last_client.server, processes
+    running = Asked(server, body(last_client, tokens=600))
     assert running.begun.wait(HANG)
     os.kill(server.pid, signal.SIGTERM)
-    for path in ('/health', '/v1/chat/completions'):
-        status, headers, text = ask(server, path)
-        assert status == 503 and headers['Retry-After'] == '5' and 'shutting down' in text
+    are_told(last_client, 'shutting down')
     running.join(HANG)
     assert '"finish_reason": "length"' in running.text and running.text.rstrip().endswith('[DONE]')
     assert server.wait_until_ended() in (0, -signal.SIGTERM)
     assert psutil.wait_procs(children, HANG)[1] == []
 
 
-def test_a_server_is_killed(started):
-    server, children, _ = started()
-    running = Asked(server, body())
+@CACHING
+def test_a_server_is_killed(last_client, processes):
+    server, (children, _) = last_client.server, processes
+    running = Asked(server, body(last_client))
     assert running.begun.wait(HANG)
     os.kill(server.pid, signal.SIGKILL)
     server.wait_until_ended()
     assert psutil.wait_procs(children, HANG)[1] == []
 
 
-def test_a_rank_is_killed(started):
-    server, children, engine = started('--tp', '2')
-    waiting = Asked(server, body())
+@TWO_RANKS
+def test_a_rank_is_killed(last_client, processes):
+    server, (children, engine) = last_client.server, processes
+    waiting = Asked(server, body(last_client))
     assert waiting.begun.wait(HANG)
     max(engine.children(), key=lambda child: child.memory_info().rss).kill()
     waiting.join(HANG)
@@ -153,7 +158,7 @@ FEW_FILES = (
 @pytest.mark.server
 def test_a_server_with_few_descriptors_refuses_connections(make_checkpoint, tmp_path):
     program = [sys.executable, '-c', FEW_FILES]
-    with ApiServer(make_checkpoint(), '--model-name', 'vico', log=tmp_path / 'log', program=program) as server:
+    with ApiServer(make_checkpoint(), log=tmp_path / 'log', program=program) as server:
         clients = [socket.create_connection(('127.0.0.1', server.port), timeout=HANG) for _ in range(150)]
         try:
             assert clients[-1].recv(1000).startswith(b'HTTP/1.1 503 ')

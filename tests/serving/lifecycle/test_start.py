@@ -2,7 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,15 +19,54 @@ from lmdeploy_vico.launch import ApiServer
 pytestmark = pytest.mark.server
 
 
-def refusal(checkpoint, tmp_path, *arguments, **environment):
-    """Start a server that must refuse; returns its log."""
-    server = ApiServer(checkpoint, *arguments, log=tmp_path / 'log', environment=environment, timeout=HANG)
-    server.start()
-    try:
-        assert server.wait_until_ended() != 0
-    finally:
-        server.stop()
-    return server.log_text()
+# Importing what a server needs is most of what a refusal takes. This imports it once; each line that it reads is run as
+# the lmdeploy command by a copy of it, and it writes that copy's exit status.
+COPIES = """
+import json, os, sys
+statuses = os.fdopen(os.dup(1), 'w')
+os.dup2(2, 1)
+import lmdeploy.hf_configs, lmdeploy.serve.openai.api_server, lmdeploy.vl.engine
+from lmdeploy.cli import run
+for line in sys.stdin:
+    sys.argv, environment, log = json.loads(line)
+    copy = os.fork()
+    if not copy:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(environment)
+        sys.exit(run())
+    print(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]), file=statuses, flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def copies():
+    program = [sys.executable, '-c', COPIES]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def refusal(copies, tmp_path):
+    """``refusal(checkpoint, *arguments, **environment)``: the log of a server that must refuse to start."""
+
+    def start(checkpoint, *arguments, **environment):
+        server = ApiServer(checkpoint, *arguments, log=tmp_path / 'log')
+        server.stop()  # its port is free again
+        copies.stdin.write(json.dumps([server.command, environment, str(server.log)]) + '\n')
+        copies.stdin.flush()
+        hang = threading.Timer(HANG, copies.kill)
+        hang.start()
+        status = copies.stdout.readline()
+        hang.cancel()
+        assert int(status) != 0
+        return server.log_text()
+
+    return start
 
 
 @pytest.mark.busy(times=15)
@@ -44,27 +88,33 @@ def test_missing_tensors(make_checkpoint, tmp_path):
         tensors.pop('language_model.model.layers.1.mlp.up_proj.weight', None)
         tensors.pop('language_model.model.norm.weight', None)
         save_file(tensors, shard)
-    log = refusal(path, tmp_path)
+    server = ApiServer(path, log=tmp_path / 'log', timeout=HANG)
+    server.start()
+    try:
+        assert server.wait_until_ended() != 0
+    finally:
+        server.stop()
+    log = server.log_text()
     assert 'missing tensors: language_model.model.layers.1.mlp.up_proj.weight, language_model.model.norm.weight.' in log
 
 
-def test_no_weights_at_all(tmp_path):
-    log = refusal(make_checkpoint_without_weights(tmp_path / 'new', '8B'), tmp_path)
+def test_no_weights_at_all(refusal, tmp_path):
+    log = refusal(make_checkpoint_without_weights(tmp_path / 'new', '8B'))
     assert 'has neither model.safetensors.index.json nor model.safetensors. To size a deployment without' in log
     assert 'LMDEPLOY_VICO_DUMMY_WEIGHTS=1' in log
 
 
-def test_dummy_weights_are_not_quantised(tmp_path):
+def test_dummy_weights_are_not_quantised(refusal, tmp_path):
     path = make_checkpoint_without_weights(tmp_path / 'new', '1B')
-    log = refusal(path, tmp_path, '--model-format', 'fp8', LMDEPLOY_VICO_DUMMY_WEIGHTS='1')
+    log = refusal(path, '--model-format', 'fp8', LMDEPLOY_VICO_DUMMY_WEIGHTS='1')
     assert 'dummy_weights cannot make up quantised weights' in log
 
 
-def test_other_pixel_shuffle(make_checkpoint, tmp_path):
+def test_other_pixel_shuffle(refusal, make_checkpoint, tmp_path):
     path = shutil.copytree(make_checkpoint(), tmp_path / 'copy')
     config = json.loads((path / 'config.json').read_text())
     (path / 'config.json').write_text(json.dumps(config | {'ps_version': 'v1'}))
-    assert "ps_version is 'v1' in config.json; only 'v2' is supported." in refusal(path, tmp_path)
+    assert "ps_version is 'v1' in config.json; only 'v2' is supported." in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -80,5 +130,5 @@ def test_other_pixel_shuffle(make_checkpoint, tmp_path):
         ),
     ],
 )
-def test_bad_options(make_checkpoint, tmp_path, arguments, environment, message):
-    assert message in refusal(make_checkpoint(), tmp_path, *arguments, **environment)
+def test_bad_options(refusal, make_checkpoint, arguments, environment, message):
+    assert message in refusal(make_checkpoint(), *arguments, **environment)

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving.client import post
-from serving.configurations import LOGPROBS
+from serving.configurations import COMPRESSED
 
-pytestmark = LOGPROBS
+pytestmark = COMPRESSED
 
 MESSAGES = [{'role': 'user', 'content': 'x'}]
 LENGTH = 3

@@ -10,10 +10,8 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
-from serving.configurations import DEFAULT
+from serving.configurations import DEFAULT, DOMAIN, KEY, KEYED
 from waiting import HANG
-
-KEY = 'secret'
 
 
 def png(size, seed=0):
@@ -46,10 +44,9 @@ def test_there_is_none_unless_it_is_asked_for(client):
     assert fetch(f'{client.server.url}/vico/route', {'images': [url_of(png((60, 40)))]})[0] == 404
 
 
-def test_the_page_and_what_it_asks(serve, make_checkpoint, judge):
-    server = serve(
-        make_checkpoint(), '--api-keys', KEY, '--allowed-media-domains', 'pictures.test', LMDEPLOY_VICO_PAGE='1'
-    )
+@KEYED
+def test_the_page_and_what_it_asks(client, judge):
+    server = client.server
     page, route = f'{server.url}/vico', f'{server.url}/vico/route'
     _is_public_and_alone(*fetch(page))
     pictures = [png((900, 440), 1), png((448, 448), 2)]
@@ -98,7 +95,7 @@ def _refuses(route):
         ({'images': [good], 'compression': 2}, 'must be "auto", "none", "all"'),
         ({'images': ['data:image/png;base64,AAAA']}, 'image'),
         ({'images': [7]}, 'image_url'),
-        ({'images': ['http://elsewhere.test/x.png']}, 'one of the allowed domains: pictures.test'),
+        ({'images': ['http://elsewhere.test/x.png']}, f'one of the allowed domains: {DOMAIN}'),
         ({'images': [{'url': good, 'detail': 'tiny'}]}, 'detail'),
     ):
         status, _, said = fetch(route, body, KEY)

@@ -67,7 +67,7 @@ def test_nothing_is_measured_yet(tmp_path, capsys):
     (tmp_path / 'list.json').write_text('[]')
     (tmp_path / 'cut.json').write_text('{"benchmark": ')
     found = rows(capsys, tmp_path)
-    assert len(found) == 2 + 1 + 18 + 6 + 2
+    assert len(found) == 2 + 1 + 18 + 6 + 6 + 2
     assert set(found.values()) == {('not measured', '')}
 
 

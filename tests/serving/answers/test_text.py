@@ -7,7 +7,6 @@ import pytest
 from lmdeploy.tokenizer import Tokenizer
 from serving.client import post, stream
 from serving.configurations import COMPRESSED
-from waiting import HANG
 
 pytestmark = COMPRESSED
 

@@ -4,7 +4,7 @@ import logging
 import sys
 
 NAME = 'lmdeploy_vico'
-_FORMAT = '%(asctime)s - %(name)s - %(levelname)s - %(message)s'
+_FORMAT = '%(asctime)s - lmdeploy-vico - %(levelname)s - %(message)s'
 
 
 def setup() -> None:

@@ -36,6 +36,7 @@ def all_patches() -> tuple[Patch, ...]:
         *cpu.PATCHES,
         *cpu_engine.PATCHES,
         *start.PATCHES,
+        *start.SERVER_PATCHES,
         *server.PATCHES,
         *forms.PATCHES,
         *generation.PATCHES,
@@ -61,4 +62,5 @@ def set_up(cpu_only: bool = False) -> None:
         return
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
-        register.install((*server.PATCHES, *forms.PATCHES, *generation.PATCHES, *lifecycle.PATCHES, *engine.PATCHES))
+        register.install((*start.SERVER_PATCHES, *server.PATCHES, *forms.PATCHES, *generation.PATCHES))
+        register.install((*lifecycle.PATCHES, *engine.PATCHES))

@@ -65,6 +65,12 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(value)
+    return float(value)
+
+
 def _parse_directory(value: Any) -> str:
     if not isinstance(value, str) or (value and not os.path.isdir(value)):
         raise ValueError(value)
@@ -77,6 +83,7 @@ KERNELS = _one_of(CHOICES)
 SCOPES = _one_of(ROUTING_SCOPES)
 ENCODING = '"auto", devices like "cuda:0,cuda:1" or "cpu", or "ray:auto" or "ray:<host>:<port>"'
 DEVICES = Kind(ENCODING, _parse_devices, numeric=False)
+SHARE = Kind('a number from 0 to 1', _share)
 SECONDS = Kind('a number above 0', _seconds)
 DIRECTORY = Kind('a directory that exists, or empty', _parse_directory, numeric=False)
 NAMES = Kind(f'a comma-separated list of {", ".join(SPEEDUPS)}, or empty', parse_speedups, numeric=False)

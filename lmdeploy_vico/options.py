@@ -23,6 +23,7 @@ from lmdeploy_vico.option_kinds import (
     NAMES,
     SCOPES,
     SECONDS,
+    SHARE,
     Kind,
     at_least,
 )
@@ -103,6 +104,23 @@ class Options:
         'image in a later turn of a conversation can then route earlier ones otherwise, and the prefix cache does not '
         'find what follows them. `image`: those of each image, or video, by itself, so that it is the same in every '
         'turn; an image of one tile is then not compressed by `auto`.',
+    )
+    pressure_compression: float = _option(
+        SHARE,
+        0.0,
+        'The most that is compressed beyond `compression` while the language model is overloaded: a share of the tiles '
+        'of a request, those with the highest scores among the full ones. 0 switches it off. It breaks batch '
+        'independence: the same request then has another answer beside many others. It does nothing for the 503s of a '
+        'full tile queue, since every tile is encoded before it is routed. A request that states its compression, '
+        '`"auto"` for instance, is left alone.',
+        '0',
+    )
+    pressure_waiting: int = _option(
+        at_least(1),
+        16,
+        'Prompts that wait for their prefill at which all of `pressure_compression` is compressed; above half as many, '
+        'a part. So does a KV cache that is used to 95 %, and in part from 85 % on, but not with '
+        '`--enable-prefix-caching`, which fills it.',
     )
     max_tiles: int = _option(
         at_least(1),

@@ -50,6 +50,11 @@ class StageMetrics:
             'vico:visual_tokens_saved',
             f'Visual tokens saved by compression, compared with {TOKENS_FULL} for every tile.',
         )
+        self.pressed_prompts = self._counter(
+            'vico:pressure_prompts',
+            'Prompts of which more was compressed because the language model was overloaded (pressure_compression).',
+        )
+        self.pressed_tiles = self._counter('vico:pressure_compressed_tiles', 'Tiles that were compressed for it.')
         self.queue_wait = self._histogram(
             'vico:encoder_queue_wait_seconds',
             'Time from the arrival of a prompt until a device takes its first tile.',

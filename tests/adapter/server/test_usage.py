@@ -34,7 +34,7 @@ def client():
 
 async def app(scope, receive, send):
     async def choice():
-        count_tiles([EncodedImage(VisualTokens(None, tokens, []), []) for tokens in ([64, 256, 64], [64])])
+        count_tiles([EncodedImage(VisualTokens(None, tokens, []), []) for tokens in ([64, 256, 64], [64])], 2)
     await asyncio.gather(choice(), choice())  # of one prompt
     answers()
 

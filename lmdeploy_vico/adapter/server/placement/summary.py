@@ -8,6 +8,12 @@ from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.vision.tile_encoder import TileEncoder
 
+PRESSURE = (
+    'pressure_compression: up to %g of the tiles of a request are compressed besides while the language model is busy',
+    'pressure_compression %g breaks batch independence: an answer then depends on what else is served',
+    'pressure_compression %g does nothing for 503s of the tile queue: every tile is encoded before it is routed',
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -15,6 +21,9 @@ def log_settings(config: VicoConfig, options: Options, encoders: Sequence[TileEn
     """Log how a server encodes, prepares and compresses; see :func:`settings`."""
     for name, value in settings(config, options, encoders, limited):
         logger.info('%s: %s', name, value)
+    if options.pressure_compression and limited:
+        for line in PRESSURE:
+            logger.warning(line, options.pressure_compression)
 
 
 def settings(

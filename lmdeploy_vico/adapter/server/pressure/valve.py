@@ -15,7 +15,7 @@ from dataclasses import dataclass
 logger = logging.getLogger(__name__)
 
 PERIOD = 0.2  # seconds between two questions to the engine, while requests come
-STALE = 2.0  # seconds after which an answer says nothing any more
+IDLE = 2.0  # seconds after the last request in which the engine is still asked, until it is calm
 RELEASE = 10.0  # seconds in which full pressure fades
 STEPS = 4  # of the extra share, from none to its bound
 KV_FROM, KV_FULL = 0.85, 0.95  # shares of the KV cache in use at which pressure begins, and is full
@@ -34,9 +34,6 @@ class Reading:
     kv_use: float
 
 
-CALM = Reading(0, 0.0)
-
-
 def pressure(reading: Reading, full_at: int) -> float:
     """Return the pressure, from 0 to 1: that of waiting prompts or of the KV cache, whichever is higher.
 
@@ -50,7 +47,7 @@ def pressure(reading: Reading, full_at: int) -> float:
 
 def eased(before: float, now: float, seconds: float) -> float:
     """Return the pressure that counts: it follows a rise at once, and a fall by 1 in ``RELEASE`` seconds."""
-    return max(now, before - seconds / RELEASE)
+    return max(now, before - seconds / RELEASE, 0.0)
 
 
 def extra_share(pressure: float, most: float) -> float:
@@ -70,6 +67,7 @@ class Valve:
         full_at: as for :func:`pressure`.
         read: asks the engine.
         clock: seconds.
+        pause: waits for seconds.
     """
 
     def __init__(
@@ -78,27 +76,33 @@ class Valve:
         full_at: int,
         read: Callable[[], Awaitable[Reading]],
         clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._most, self._full_at, self._read, self._clock = most, full_at, read, clock
-        self._reading, self._read_at = CALM, -math.inf
-        self._pressure, self._decided_at = 0.0, clock()
-        self._question: asyncio.Task[None] | None = None
+        self._most, self._full_at, self._read = most, full_at, read
+        self._clock, self._pause = clock, pause
+        self._pressure, self._read_at, self._decided_at = 0.0, clock(), clock()
+        self._watching: asyncio.Task[None] | None = None
 
     def decide(self) -> float:
         """Return the extra share for a request that arrives now; never waits for the engine."""
-        now = self._clock()
-        age = now - self._read_at
-        if age > PERIOD and (self._question is None or self._question.done()):
-            self._question = asyncio.ensure_future(self._ask())
-        current = pressure(self._reading, self._full_at) if age <= STALE else 0.0
-        self._pressure = eased(self._pressure, current, now - self._decided_at)
-        self._decided_at = now
-        return extra_share(self._pressure, self._most)
+        self._decided_at = self._clock()
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.ensure_future(self._watch())
+        return extra_share(self._after(0.0), self._most)
 
-    async def _ask(self) -> None:
-        try:
-            self._reading = await self._read()
-        except Exception as error:  # what is wrong with the engine is said where requests need it
-            logger.debug('the engine does not say what it has to do: %r', error)
-        else:
+    def _after(self, pressure: float) -> float:
+        return eased(self._pressure, pressure, self._clock() - self._read_at)
+
+    async def _watch(self) -> None:
+        """Ask the engine again and again, until it is calm and no request has come for a while."""
+        while True:
+            try:
+                current = pressure(await self._read(), self._full_at)
+            except Exception as error:  # what is wrong with the engine is said where requests need it
+                logger.debug('the engine does not say what it has to do: %r', error)
+                current = 0.0
+            self._pressure = self._after(current)
             self._read_at = self._clock()
+            if not self._pressure and self._clock() - self._decided_at > IDLE:
+                return
+            await self._pause(PERIOD)

@@ -9,10 +9,9 @@ from lmdeploy.metrics.metrics_processor import metrics_processor
 
 from lmdeploy_vico.adapter.server.pressure import engine
 from lmdeploy_vico.adapter.server.pressure.valve import (
-    CALM,
+    IDLE,
     PERIOD,
     RELEASE,
-    STALE,
     Reading,
     Valve,
     eased,
@@ -20,6 +19,8 @@ from lmdeploy_vico.adapter.server.pressure.valve import (
     pressure,
 )
 from lmdeploy_vico.options import Options
+
+CALM = Reading(0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +59,12 @@ def test_the_extra_share_has_steps_and_a_bound(pressure, share):
 
 
 class Engine:
-    """Says what it is told to say."""
+    """Says what it is told to say; its time passes in the valve's pauses."""
 
     def __init__(self):
         self.now, self.says, self.asked = 0.0, CALM, 0
-        self.valve = Valve(0.5, 4, self.read, clock=lambda: self.now)
+        self.valve = Valve(0.5, 4, self.read, clock=lambda: self.now, pause=self.pause)
+        self._go_on = asyncio.Event()
 
     async def read(self):
         self.asked += 1
@@ -70,53 +72,85 @@ class Engine:
             raise self.says
         return self.says
 
-    async def decide(self, after=0.0):
-        """What is decided for a request so many seconds later; then the engine has time to answer."""
-        self.now += after
-        share = self.valve.decide()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return share
+    async def pause(self, seconds):
+        assert seconds == PERIOD
+        await self._go_on.wait()
+        self._go_on.clear()
+
+    async def pass_by(self, seconds):
+        """Let so many seconds pass, in which the valve asks if it does."""
+        for _ in range(round(seconds / PERIOD)):
+            self.now += PERIOD
+            self._go_on.set()
+            for _ in range(5):
+                await asyncio.sleep(0)
 
 
 def run(story):
-    return asyncio.run(story(Engine()))
+    async def begin():
+        return await story(Engine())
+
+    return asyncio.run(begin())
 
 
-def test_a_request_is_decided_by_the_last_answer():
+def test_a_request_is_decided_by_what_the_engine_said_before():
     async def story(engine):
         engine.says = Reading(4, 0.0)
-        assert await engine.decide() == 0  # nothing is known yet
-        assert await engine.decide(PERIOD / 2) == 0.5
-        assert engine.asked == 1
+        assert engine.valve.decide() == 0  # nothing is known yet
+        await engine.pass_by(PERIOD)
+        assert engine.valve.decide() == 0.5
         engine.says = CALM
-        assert await engine.decide(PERIOD) == 0.5
-        assert engine.asked == 2
-        return [await engine.decide(RELEASE / 4) for _ in range(5)]
+        shares = []
+        for _ in range(12):
+            shares.append(engine.valve.decide())
+            await engine.pass_by(RELEASE / 10)
+        return shares
 
     shares = run(story)
-    assert shares == sorted(shares, reverse=True) and shares[-1] == 0
+    assert shares[0] == 0.5 and shares == sorted(shares, reverse=True) and shares[-1] == 0
     assert all(before - after <= 0.125 for before, after in itertools.pairwise(shares))
 
 
-def test_an_old_answer_says_nothing():
+def test_pressure_between_waves_of_requests_is_seen():
+    """The engine is asked while the requests of a wave wait, not only when they come."""
+
+    async def story(engine):
+        engine.valve.decide()
+        await engine.pass_by(PERIOD)
+        engine.says = Reading(9, 0.0)
+        await engine.pass_by(PERIOD)
+        engine.says = CALM
+        await engine.pass_by(PERIOD)
+        return engine.valve.decide()
+
+    assert run(story) == 0.5
+
+
+def test_an_idle_server_asks_nothing():
+    async def story(engine):
+        engine.valve.decide()
+        await engine.pass_by(IDLE + 1)
+        asked = engine.asked
+        await engine.pass_by(60)
+        assert engine.asked == asked
+        engine.valve.decide()
+        await engine.pass_by(PERIOD)
+        return engine.asked - asked
+
+    assert run(story) > 0
+
+
+def test_an_engine_that_does_not_answer_is_no_pressure_and_hinders_nobody():
     async def story(engine):
         engine.says = Reading(9, 0.0)
-        await engine.decide()
+        engine.valve.decide()
+        await engine.pass_by(PERIOD)
+        assert engine.valve.decide() == 0.5
         engine.says = RuntimeError('no engine')
-        return await engine.decide(STALE + 0.1)
+        await engine.pass_by(RELEASE + 1)
+        return engine.valve.decide()
 
     assert run(story) == 0
-
-
-def test_an_engine_that_does_not_answer_is_asked_again_and_hinders_nobody():
-    async def story(engine):
-        engine.says = RuntimeError('no engine')
-        shares = [await engine.decide(PERIOD * 2) for _ in range(3)]
-        assert engine.asked == 3
-        return shares
-
-    assert run(story) == [0, 0, 0]
 
 
 @pytest.mark.parametrize('caching, kv_use', [(False, 0.9), (True, 0.0)])

@@ -14,6 +14,7 @@ COMMANDS = {
     'vit-speed': ('benchmarks.vision.vit_speed', 'check and time the switches that may make the ViT faster'),
     'first-token': ('benchmarks.serving.first_token', 'measure first-token throughput (lmdeploy-vico bench)'),
     'handover': ('benchmarks.serving.handover', "time the ways to hand visual tokens to the engine's process"),
+    'pressure': ('benchmarks.serving.pressure', 'measure the overload valve where prefills are the bottleneck'),
     'placement': ('benchmarks.serving.placement', 'compare one process, two, and two under MPS on one GPU'),
     'one-process': ('benchmarks.serving.one_process', "lmdeploy with the engine in the API server's process"),
     'soak': ('benchmarks.serving.soak', 'send thousands of requests with cancels: answers right, nothing grows'),

@@ -6,6 +6,7 @@ for the prefix cache.
 """
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
@@ -87,7 +88,8 @@ class Valve:
         """Return the extra share for a request that arrives now; never waits for the engine."""
         self._decided_at = self._clock()
         if self._watching is None or self._watching.done():
-            self._watching = asyncio.ensure_future(self._watch())
+            # In a context of its own: it outlives the request.
+            self._watching = contextvars.Context().run(asyncio.ensure_future, self._watch())
         return extra_share(self._after(0.0), self._most)
 
     def _after(self, pressure: float) -> float:

@@ -72,6 +72,7 @@ def model():
     model.hf_config = SimpleNamespace(llm_config=SimpleNamespace(vocab_size=VOCABULARY))
     model.backend_config = SimpleNamespace(session_len=10**5, block_size=BLOCK)
     model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
+    model.thresholds = (0.5, 0.5)
     model._memory, model._synthetic, model._assembling = MemoryBudget(None), None, None
     decoder = MediaDecoder(2)
     model._texts = TextBound({'x' * 8: 0})

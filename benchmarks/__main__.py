@@ -15,6 +15,7 @@ COMMANDS = {
     'first-token': ('benchmarks.serving.first_token', 'measure first-token throughput (lmdeploy-vico bench)'),
     'handover': ('benchmarks.serving.handover', "time the ways to hand visual tokens to the engine's process"),
     'ranks': ('benchmarks.serving.ranks', "time the engine's hand-over of visual tokens to tensor-parallel ranks"),
+    'pressure': ('benchmarks.serving.pressure', 'measure the overload valve where prefills are the bottleneck'),
     'placement': ('benchmarks.serving.placement', 'compare one process, two, and two under MPS on one GPU'),
     'one-process': ('benchmarks.serving.one_process', "lmdeploy with the engine in the API server's process"),
     'share': ('benchmarks.share.run', "time one rank's share of a tensor-parallel model on one GPU"),

@@ -25,7 +25,20 @@ class Experiment:
         return f'{self.kind}:{self.value:g}'
 
 
-Compression: TypeAlias = Literal['auto', 'none', 'all'] | float | Experiment
+@dataclass(frozen=True)
+class Pressed:
+    """A compression, and more of it while the language model is overloaded. Servers make these, clients cannot.
+
+    Attributes:
+        base: what decides first.
+        extra: a share of all tiles: so many more are compressed, those with the highest scores among the others.
+    """
+
+    base: 'Compression'
+    extra: float
+
+
+Compression: TypeAlias = Literal['auto', 'none', 'all'] | float | Experiment | Pressed
 
 # Whose tiles are compared with each other: those of all images of a prompt (the published rule), or of one image.
 ROUTING_SCOPES = ('prompt', 'image')

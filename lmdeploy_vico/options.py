@@ -6,51 +6,47 @@ Each is declared once, as a field of :class:`Options`: from there come its check
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lmdeploy_vico.choices import (
-    COMPRESSIONS,
-    LANGUAGE_ENGINES,
-    NO_SPEEDUPS,
-    PYTORCH,
-    ROUTING_SCOPES,
-    SPEEDUPS,
-    Compression,
-    Speedups,
-    parse_compression,
-    parse_speedups,
-)
+from lmdeploy_vico.choices import NO_SPEEDUPS, PYTORCH, Compression, Speedups
 from lmdeploy_vico.host_memory import GIB, share_of_memory
-from lmdeploy_vico.kernels.choice import AUTO, CHOICES
+from lmdeploy_vico.kernels.choice import AUTO
 from lmdeploy_vico.media.options import default_processes
+from lmdeploy_vico.option_kinds import (
+    COMPRESSION,
+    DEVICES,
+    DIRECTORY,
+    ENGINES,
+    FLAG,
+    KERNELS,
+    NAMES,
+    SCOPES,
+    SECONDS,
+    SHARE,
+    Kind,
+    at_least,
+)
 
 PREFIX = 'LMDEPLOY_VICO_'
 OVERRIDES_KEY = 'vico'
 ENVIRONMENT_ONLY = ('language_engine',)  # LMDeploy chooses the engine before it looks at --hf-overrides
 _METADATA = 'option'
-_TRUTH = {'0': False, '1': True, 'false': False, 'true': True}
+_OVERRIDES = f'--hf-overrides "{OVERRIDES_KEY}"'
 
 
 class OptionError(ValueError):
-    """An unknown option or a bad value; the message names it, where it was set, and what is accepted."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What values an option takes.
+    """An unknown option or a bad value; the message names it, where it was set, and what is accepted.
 
     Attributes:
-        accepted: the values in words, after "must be".
-        parse: the value that the option gets; raises ValueError for one that is not accepted.
-        numeric: whether the text of an environment variable that looks like a number is one.
+        option: the name of one whose value turns out not to work here, if the message does not say where it was set.
     """
 
-    accepted: str
-    parse: Callable[[Any], Any]
-    numeric: bool = True
+    def __init__(self, message: str, option: str = '') -> None:
+        super().__init__(message)
+        self.option = option
 
 
 @dataclass(frozen=True)
@@ -66,61 +62,6 @@ class Declaration:
     kind: Kind
     default: str
     meaning: str
-
-
-def _at_least(least: int) -> Kind:
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(value)
-        return value
-
-    return Kind(f'an integer of at least {least}', parse)
-
-
-def _parse_flag(value: Any) -> bool:
-    truth = _TRUTH.get(str(value).lower()) if isinstance(value, bool | int | str) else None
-    if truth is None:
-        raise ValueError(value)
-    return truth
-
-
-def _one_of(choices: Sequence[str]) -> Kind:
-    def parse(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(value)
-        return str(value)
-
-    return Kind(f'one of {", ".join(choices)}', parse, numeric=False)
-
-
-def _parse_devices(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(value)
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float('inf'):
-        raise ValueError(value)
-    return float(value)
-
-
-def _parse_directory(value: Any) -> str:
-    if not isinstance(value, str) or (value and not os.path.isdir(value)):
-        raise ValueError(value)
-    return value
-
-
-COMPRESSION = Kind(COMPRESSIONS, parse_compression)
-FLAG = Kind('0, 1, true or false', _parse_flag)
-KERNELS = _one_of(CHOICES)
-SCOPES = _one_of(ROUTING_SCOPES)
-ENGINES = _one_of(LANGUAGE_ENGINES)
-ENCODING = '"auto", devices like "cuda:0,cuda:1" or "cpu", or "ray:auto" or "ray:<host>:<port>"'
-DEVICES = Kind(ENCODING, _parse_devices, numeric=False)
-SECONDS = Kind('a number above 0', _seconds)
-DIRECTORY = Kind('a directory that exists, or empty', _parse_directory, numeric=False)
-NAMES = Kind(f'a comma-separated list of {", ".join(SPEEDUPS)}, or empty', parse_speedups, numeric=False)
 
 
 def _option(kind: Kind, default: Any, meaning: str, words: str = '') -> Any:
@@ -151,26 +92,43 @@ class Options:
         'find what follows them. `image`: those of each image, or video, by itself, so that it is the same in every '
         'turn; an image of one tile is then not compressed by `auto`.',
     )
+    pressure_compression: float = _option(
+        SHARE,
+        0.0,
+        'The most that is compressed beyond `compression` while the language model is overloaded: a share of the tiles '
+        'of a request, those with the highest scores among the full ones. 0 switches it off. It breaks batch '
+        'independence: the same request then has another answer beside many others. It does nothing for the 503s of a '
+        'full tile queue, since every tile is encoded before it is routed. A request that states its compression, '
+        '`"auto"` for instance, is left alone.',
+        '0',
+    )
+    pressure_waiting: int = _option(
+        at_least(1),
+        16,
+        'Prompts that wait for their prefill at which all of `pressure_compression` is compressed; above half as many, '
+        'a part. So does a KV cache that is used to 95 %, and in part from 85 % on, but not with '
+        '`--enable-prefix-caching`, which fills it.',
+    )
     max_tiles: int = _option(
-        _at_least(1),
+        at_least(1),
         40,
         'The most tiles that an image is cut into, without its thumbnail, whatever a client or the checkpoint asks '
         'for (`max_dynamic_patch`).',
     )
     max_images: int = _option(
-        _at_least(0), 1024, 'Images that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
+        at_least(0), 1024, 'Images that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
     )
     max_videos: int = _option(
-        _at_least(0), 64, 'Videos that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
+        at_least(0), 64, 'Videos that a prompt may have. A prompt with more gets a 400 before anything is fetched.'
     )
     max_prompt_tiles: int = _option(
-        _at_least(1),
+        at_least(1),
         4096,
         'Tiles that all images and video frames of a prompt may have together, thumbnails included. A prompt with more '
         'gets a 400 when the sizes of its images are known, before anything is encoded.',
     )
     preprocess_threads: int = _option(
-        _at_least(1),
+        at_least(1),
         lambda: min(os.cpu_count() or 1, 16),
         'Threads that resize images and cut them into tiles.',
         'the number of cores, at most 16',
@@ -189,15 +147,15 @@ class Options:
         'requests with images get a 503 until one comes.',
     )
     tile_batch: int = _option(
-        _at_least(0), 0, 'Tiles in a device batch. 0 chooses a number for the checkpoint and the device.'
+        at_least(0), 0, 'Tiles in a device batch. 0 chooses a number for the checkpoint and the device.'
     )
     max_queued_tiles: int = _option(
-        _at_least(1),
+        at_least(1),
         2048,
         'Tiles that may wait to be encoded. While more wait, requests with images get a 503 with `Retry-After`.',
     )
     max_decoded_bytes: int = _option(
-        _at_least(1),
+        at_least(1),
         partial(share_of_memory, 16 * GIB, 8),
         'Host memory that all clients together can make the server take for what they send: request bodies, files that '
         'are fetched, decoded images and video frames (11 to 18 bytes a pixel while they are decoded, then 4), and '
@@ -206,17 +164,17 @@ class Options:
         '16 GiB, at most 1/8 of the memory',
     )
     media_store_bytes: int = _option(
-        _at_least(0),
+        at_least(0),
         partial(share_of_memory, 2**28, 64),
         'Host memory for encoded images and videos that clients name by a `uuid`, so that they need not send them '
         'again. Those used least recently are dropped. 0 keeps none, and every item needs its `url`.',
         '256 MiB, at most 1/64 of the memory',
     )
     max_body_bytes: int = _option(
-        _at_least(1), 2**28, 'The most bytes of the body of a request; a longer one gets a 413.', '256 MiB'
+        at_least(1), 2**28, 'The most bytes of the body of a request; a longer one gets a 413.', '256 MiB'
     )
     max_media_bytes: int = _option(
-        _at_least(1),
+        at_least(1),
         2**27,
         'The most bytes of the file of an image or video, however it is sent or fetched, after decompression.',
         '128 MiB',
@@ -232,7 +190,7 @@ class Options:
         'empty',
     )
     decode_processes: int = _option(
-        _at_least(1),
+        at_least(1),
         default_processes,
         'Processes that decode images and videos, about 40 MB each, and 50 more once it has read a video. One client '
         'has at most all but one of them at a time.',
@@ -253,7 +211,7 @@ class Options:
         '1',
     )
     cache_bytes: int = _option(
-        _at_least(0),
+        at_least(0),
         partial(share_of_memory, 4 * GIB, 16),
         'Host memory for encoded tiles that may be asked about again, whatever their compression; 0 keeps none. Where '
         'CUDA devices encode, it is pinned once, while the engine starts, with at most 400 MiB and 300 MiB a device '
@@ -343,21 +301,25 @@ class Options:
         Raises:
             OptionError: an unknown name or a bad value.
         """
-        values = environment_options(environ)
-        sources = {name: f'the environment variable {PREFIX}{name.upper()}' for name in values}
         section = (overrides or {}).get(OVERRIDES_KEY, {})
         if not isinstance(section, Mapping):
             raise OptionError(f'--hf-overrides: "{OVERRIDES_KEY}" must be an object, not {section!r}.')
-        for name, value in section.items():
-            source = f'--hf-overrides "{OVERRIDES_KEY}"'
-            _check_name(name, f'{source} {name!r}')
+        for name in section:
+            _check_name(name, f'{_OVERRIDES} {name!r}')
             if name in ENVIRONMENT_ONLY:
                 raise OptionError(
-                    f'{source}: {name} is set by the environment variable {PREFIX}{name.upper()} only, as LMDeploy '
+                    f'{_OVERRIDES}: {name} is set by the environment variable {PREFIX}{name.upper()} only, as LMDeploy '
                     'chooses its engine before it looks at --hf-overrides.'
                 )
-            values[name], sources[name] = value, source
-        return cls(**{name: _checked(name, value, sources[name]) for name, value in values.items()})
+        values = {**environment_options(environ), **section}
+        return cls(**{name: _checked(name, value, source(name, overrides, environ)) for name, value in values.items()})
+
+
+def source(name: str, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> str:
+    """Say where the value of an option comes from; empty for its default. Arguments as for :meth:`Options.load`."""
+    if name in (overrides or {}).get(OVERRIDES_KEY, {}):
+        return _OVERRIDES
+    return f'the environment variable {PREFIX}{name.upper()}' if name in environment_options(environ) else ''
 
 
 DECLARATIONS: Mapping[str, Declaration] = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from lmdeploy_vico import __version__
-from lmdeploy_vico.cli import bench, demo, encoder, env, eval, options, plan, train
+from lmdeploy_vico.cli import bench, demo, encoder, env, eval, metrics, options, plan, train
 from lmdeploy_vico.cli.errors import CommandError
 from lmdeploy_vico.cli.inspecting import calibrate, route
 from lmdeploy_vico.cli.making import documents, reader, tiny
@@ -16,9 +16,9 @@ Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
 DESCRIPTION = """\
 lmdeploy-vico makes the unmodified `lmdeploy serve api_server` serve InternVL3.5-Flash (ViCO) checkpoints with right
 answers and short prefills. There is nothing to start here: installing the package switches the plugin on.
-This command makes small random checkpoints to try it with, lists the options of a server, reports what is installed,
-runs a demonstration, starts encoders that servers share, shows which tiles of pictures are compressed, sets the
-router's threshold, measures what compression gains, judges what it costs in answers, plans deployments, and trains
+This command makes small random checkpoints to try it with, lists the options and metrics of a server, reports what is
+installed, runs a demonstration, starts encoders that servers share, shows which tiles of pictures are compressed, sets
+the router's threshold, measures what compression gains, judges what it costs in answers, plans deployments, and trains
 checkpoints for it.
 """
 
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     reader.add_parser(commands)
     tiny.add_parser(commands)
     options.add_parser(commands)
+    metrics.add_parser(commands)
     env.add_parser(commands)
     demo.add_parser(commands)
     documents.add_parser(commands)

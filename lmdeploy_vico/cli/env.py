@@ -8,13 +8,16 @@ from importlib import metadata
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lmdeploy_vico.options import OptionError, Options, environment_options
+
 if TYPE_CHECKING:
     from lmdeploy_vico.cli import Commands
     from lmdeploy_vico.patching import Patch
 
 HELP = 'print versions, the device and whether the plugin is active'
 DESCRIPTION = """\
-Print what a bug report needs: versions, the device, and whether the plugin is active. With --patches, check every
+Print what a bug report needs: versions, devices, whether the plugin is active, and the options that the environment
+sets. With --patches, check every
 change that the plugin makes to LMDeploy against the installed one: the command to run first on a new LMDeploy.
 """
 _WIDTH = 120
@@ -34,12 +37,14 @@ def add_parser(commands: 'Commands') -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the environment or the patches; return the exit status."""
+    """Print what is installed, or the patches; return the exit status."""
     if arguments.patches:
         return _print_patches()
     rows = [('lmdeploy-vico', _version('lmdeploy-vico')), ('plugin', _plugin_state())]
     rows += [(name, _version(name)) for name in ('lmdeploy', 'torch', 'transformers', 'triton')]
-    rows += [('python', platform.python_version()), ('device', _device())]
+    rows += [('python', platform.python_version())]
+    rows += [('device', device) for device in _devices()]
+    rows += [('option', option) for option in _options()]
     for name, value in rows:
         print(f'{name:15}{value}')
     return 0
@@ -119,12 +124,21 @@ def _plugin_state() -> str:
     return 'active' if mode in MODES else f'active; {SWITCH}={mode} is not one of {", ".join(MODES)} and counts as 1'
 
 
-def _device() -> str:
+def _devices() -> list[str]:
     try:
         import torch
     except ImportError:
-        return 'unknown: torch is not installed'
+        return ['unknown: torch is not installed']
     if not torch.cuda.is_available():
-        return f'cpu, {torch.get_num_threads()} threads (no CUDA device)'
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ', '.join(f'cuda:{i} {name}' for i, name in enumerate(names))
+        return [f'cpu, {torch.get_num_threads()} threads (no CUDA device)']
+    return [f'cuda:{index} {torch.cuda.get_device_name(index)}' for index in range(torch.cuda.device_count())]
+
+
+def _options() -> list[str]:
+    """The options that the environment sets, as they are read, and what is wrong with them."""
+    try:
+        given = environment_options()
+        values = Options.load()
+    except OptionError as error:
+        return [f'wrong: {error}']
+    return [f'{name} = {getattr(values, name)}' for name in given]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from lmdeploy_vico.log import about
 from lmdeploy_vico.media.errors import MediaBusyError
 from lmdeploy_vico.media.memory import MemoryShare
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
@@ -108,7 +109,8 @@ class MediaDecoder:
                 worker.start()
         while (taken := self._queue.take()) is not None:
             client, job = taken
-            self._serve(worker, job)
+            with about(job.request):
+                self._serve(worker, job)
             self._queue.done(client)
             # Nothing of the last job is held while there is no other.
             del taken, job

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmdeploy_vico.log import request_id
 from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.tiles import Tile
 from lmdeploy_vico.vision.routing import RoutingGroup
@@ -31,6 +32,7 @@ class PendingPrompt:
         arrived: ``time.perf_counter()`` when it came.
         begun: whether it no longer waits: a device has taken a tile of it, or all its tiles were encoded already.
         exhausted: whether all its tiles have been taken.
+        request: the id of the request that it is of.
     """
 
     images: list[list[Tile] | None]
@@ -40,6 +42,7 @@ class PendingPrompt:
     arrived: float = field(default_factory=time.perf_counter)
     begun: bool = False
     exhausted: bool = False
+    request: str = field(default_factory=request_id.get)
 
     @property
     def tiles(self) -> list[Tile]:

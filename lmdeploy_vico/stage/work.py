@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import torch
 
+from lmdeploy_vico.log import about
 from lmdeploy_vico.stage.errors import EncodingError, encoding_error, written_out
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.stage.memory import StageMemory
@@ -110,7 +111,8 @@ class Work:
         try:
             self._finish(encoder, prompt)
         except Exception as error:
-            logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), written_out(error))
+            with about(prompt.request):
+                logger.error('projecting the %d tiles of a prompt failed: %s', len(prompt.tiles), written_out(error))
             fail(prompt, encoding_error(error))
             return False
         return True

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lmdeploy_vico.choices import Compression, Experiment
+from lmdeploy_vico.choices import Compression, Experiment, Pressed
 from lmdeploy_vico.config import TOKENS_FULL
 from lmdeploy_vico.vision.tiling import Grid
 
@@ -29,7 +29,8 @@ def route(
 
     ``auto`` compresses tile i when ``s_i > quantile(s, relative_threshold)`` (linear interpolation, strict) and
     ``s_i >= absolute_threshold``. A fraction f compresses the round-half-up(f * n) tiles with the highest scores, ties
-    going to the lower index. ``random:f`` compresses as many, those that :func:`_drawn` puts first.
+    going to the lower index. ``random:f`` compresses as many, those that :func:`_drawn` puts first. Under pressure,
+    :class:`Pressed` compresses further tiles in the same order.
 
     Args:
         scores: p[0] of each tile, float32 ``[n]``: the probability that compression loses nothing (paper, Eq. 4).
@@ -38,6 +39,12 @@ def route(
     Returns:
         bool ``[n]`` on the scores' device, true where the tile gets 64 tokens.
     """
+    if isinstance(compression, Pressed):
+        chosen = route(scores, compression.base, relative_threshold, absolute_threshold, digests)
+        order = torch.argsort(scores, descending=True, stable=True)
+        spared = order[~chosen[order]]
+        chosen[spared[: round_half_up(compression.extra, scores.numel())]] = True
+        return chosen
     if compression == 'none' or scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if compression == 'all':
@@ -52,7 +59,7 @@ def route(
     else:
         order, fraction = torch.argsort(scores, descending=True, stable=True), float(compression)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen[order[: _round_half_up(fraction, scores.numel())]] = True
+    chosen[order[: round_half_up(fraction, scores.numel())]] = True
     return chosen
 
 
@@ -112,6 +119,7 @@ def _drawn(digests: Sequence[bytes]) -> torch.Tensor:
     return torch.tensor(sorted(range(len(drawn)), key=drawn.__getitem__), dtype=torch.long)
 
 
-def _round_half_up(fraction: float, tiles: int) -> int:
+def round_half_up(fraction: float, tiles: int) -> int:
+    """How many of so many tiles a fraction is."""
     # In decimal: 0.29 * 50 is 14.499999999999998 in binary floating point, and would round down.
     return int((Decimal(repr(fraction)) * tiles).quantize(Decimal(1), rounding=ROUND_HALF_UP))

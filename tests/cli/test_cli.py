@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,32 @@ def test_env_says_whether_the_plugin_is_active(monkeypatch, capsys, variable, va
     out = capsys.readouterr().out
     assert said in next(line for line in out.splitlines() if line.startswith('plugin'))
     assert all(name in out for name in ('lmdeploy', 'torch', 'transformers', 'triton', 'device'))
+
+
+@pytest.mark.parametrize(
+    ('value', 'said'),
+    [
+        ('7', 'max_tiles = 7'),
+        (
+            'x',
+            "wrong: max_tiles must be an integer of at least 1, not 'x', as the environment variable "
+            'LMDEPLOY_VICO_MAX_TILES says.',
+        ),
+    ],
+)
+def test_env_reads_the_options(monkeypatch, capsys, value, said):
+    monkeypatch.setenv('LMDEPLOY_VICO_MAX_TILES', value)
+    assert cli.main(['env']) == 0
+    assert f'{"option":15}{said}' in capsys.readouterr().out.splitlines()
+
+
+def test_the_page_of_metrics_is_what_is_declared(capsys):
+    assert cli.main(['metrics', '--markdown']) == 0
+    page = (Path(__file__).parents[2] / 'docs' / 'metrics.md').read_text()
+    assert page == capsys.readouterr().out, 'run: lmdeploy-vico metrics --markdown > docs/metrics.md'
+    assert cli.main(['metrics']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'vico:remote_encoders' in lines and all(len(line) <= 100 for line in lines)
 
 
 def test_demo_names_a_missing_checkpoint(tmp_path, capsys):

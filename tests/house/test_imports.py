@@ -51,7 +51,7 @@ def test_kernels_know_nothing_above_them(house):
 def test_kernels_are_used_by_the_rooms_that_compute(house):
     others = [name for name in house if is_ours(name) and not name.startswith((*USERS_OF_KERNELS, KERNELS))]
     used = {(name, target) for name in others for target in house[name] if target.startswith(KERNELS)}
-    assert used == {('lmdeploy_vico.options', f'{KERNELS}choice')}
+    assert used == {(f'lmdeploy_vico.{name}', f'{KERNELS}choice') for name in ('options', 'option_kinds')}
 
 
 def test_only_two_rooms_import_lmdeploy(files):

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from upstream import Answering, listening
+from waiting import HANG
 
 from lmdeploy_vico.cli import main
 from lmdeploy_vico.evaluation.data import read
@@ -85,6 +88,39 @@ def test_thresholds_and_the_command(folder, capsys):
     assert main(['route', *paths, '--model', str(changed), '--json']) == 0
     tokens = [tile['tokens'] for one in json.loads(capsys.readouterr().out)['images'] for tile in one['tiles']]
     assert tokens.count(64) == round(chosen['compressed_tiles'] * tiles)
+
+
+@pytest.fixture(scope='module')
+def photographs(folder, pictures):
+    """A folder of photographs that scikit-image ships."""
+    path = folder / 'photographs'
+    path.mkdir()
+    for name in ('astronaut', 'chelsea', 'coffee', 'rocket'):
+        pictures[name].save(path / f'{name}.png')
+    return path
+
+
+@pytest.fixture(scope='module')
+def scores(folder, photographs):
+    """Of each photograph's tiles, as ``route`` reports them."""
+    command = [sys.executable, '-m', 'lmdeploy_vico.cli', 'route', photographs, '--model', folder / 'reader', '--json']
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG)
+    return [[tile['score'] for tile in image['tiles']] for image in json.loads(done.stdout)['images']]
+
+
+@pytest.mark.parametrize('target', [0.5, 1.0])
+def test_photographs_are_compressed_within_a_tile_of_what_is_possible(folder, photographs, scores, capsys, target):
+    """Counted by hand from the scores: with a quantile of 0 a prompt's lowest score is never compressed."""
+    tiles = sum(map(len, scores))
+    can_be = sum(score > min(of_image) for of_image in scores for score in of_image)
+    assert len(scores) == 4 and tiles > 20
+    command = ['calibrate', '--model', str(folder / 'reader'), '--images', str(photographs), '--json']
+    assert main([*command, '--target-compression', str(target)]) == 0
+    chosen = json.loads(capsys.readouterr().out)['chosen']
+    assert abs(chosen['compressed_tiles'] * tiles - min(target * tiles, can_be)) <= 1
+    threshold = chosen['absolute_threshold']
+    by_hand = sum(score > min(of_image) and score >= threshold for of_image in scores for score in of_image)
+    assert by_hand == round(chosen['compressed_tiles'] * tiles)
 
 
 def test_more_than_can_be_is_said(folder, capsys):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmdeploy_vico.choices import Experiment
+from lmdeploy_vico.choices import Experiment, Pressed
 from lmdeploy_vico.vision.routing import route, route_prompt
 
 THRESHOLDS = {'relative_threshold': 0.5, 'absolute_threshold': 0.5}
@@ -33,6 +33,21 @@ def test_quantile_interpolates_linearly():
     for relative in (0.0, 0.3, 0.6, 0.77, 1.0):
         expected = (scores > np.quantile(scores.astype(np.float64), relative)) & (scores >= 0.25)
         assert chosen(scores.tolist(), 'auto', relative_threshold=relative, absolute_threshold=0.25) == list(expected)
+
+
+@pytest.mark.parametrize(
+    'base, extra, expected',
+    [
+        ('none', 0.25, [False, True, False, False]),
+        ('auto', 0.25, [False, True, True, True]),
+        ('auto', 0.5, [True, True, True, True]),
+        (0.25, 0.5, [False, True, True, True]),
+        (0.25, 0.1, [False, True, False, False]),
+        ('all', 0.5, [True, True, True, True]),
+    ],
+)
+def test_pressure_compresses_the_highest_scores_that_are_left(base, extra, expected):
+    assert chosen([0.2, 0.9, 0.7, 0.6], Pressed(base, extra)) == expected
 
 
 def test_none_and_all():

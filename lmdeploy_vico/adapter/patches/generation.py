@@ -22,6 +22,7 @@ def start_generation(call: Call) -> None:
         from lmdeploy_vico.adapter.server.generation.service import Generation
 
         engine.vico_generation = Generation(engine, model.hf_config.llm_config.vocab_size)
+        model.valve = engine.vico_generation.valve
 
 
 async def check_before_preparing(call: Call) -> Any:

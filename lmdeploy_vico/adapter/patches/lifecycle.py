@@ -56,6 +56,20 @@ def refuse_at_the_end(call: Call) -> None:
         call['app'].add_middleware(LifecycleMiddleware, lifecycle=server)
 
 
+def name_requests(call: Call) -> None:
+    """Give each request an id, which its answer and the log lines about it carry.
+
+    Attached to a function that every server calls with its application, after its model has been started.
+    """
+    from lmdeploy_vico.adapter.server.lifecycle.state import lifecycle
+
+    call.proceed()
+    if lifecycle() is not None:
+        from lmdeploy_vico.adapter.server.lifecycle.naming import NamingMiddleware
+
+        call['app'].add_middleware(NamingMiddleware)
+
+
 def end_with_the_server(call: Call) -> Any:
     """End a process of LMDeploy's when the one that started it has ended."""
     from lmdeploy_vico.adapter.engine.ending import end_with_parent
@@ -118,6 +132,15 @@ PATCHES = (
         '(app, backend_config)',
         why='LMDeploy takes requests that nobody will answer.',
         until='LMDeploy drains its server.',
+        process='server',
+    ),
+    Patch(
+        name_requests,
+        'lmdeploy.serve.openai.api_server:mount_metrics',
+        '(app, backend_config)',
+        why='What a client or proxy has seen of a request cannot be found in the log: LMDeploy logs its own session '
+        'numbers, which answers do not tell.',
+        until='LMDeploy takes and returns X-Request-Id, and logs it.',
         process='server',
     ),
     Patch(

@@ -1,7 +1,7 @@
-"""Changes that keep the start of LMDeploy's engine from failing by chance on a busy host.
+"""Changes to the start of LMDeploy: it does not fail by chance, and says in a sentence why a server must not start.
 
-Each of them closes a race between LMDeploy's processes and changes nothing else. They take effect for every model, on
-every device, also with ``LMDEPLOY_VICO=cpu``.
+Those of ``PATCHES`` close races between LMDeploy's processes and change nothing else. They take effect for every model,
+on every device, also with ``LMDEPLOY_VICO=cpu``.
 """
 
 import contextlib
@@ -53,6 +53,24 @@ def hold_free_port() -> int:
     return int(holder.getsockname()[1])
 
 
+def check_options_first(call: Call) -> None:
+    """Check the options of a ViCO model before anything is loaded, and say a refusal in a sentence."""
+    from lmdeploy_vico.adapter.server.placement.refusal import check_options, in_a_sentence
+
+    arguments = call['args']
+    with in_a_sentence(arguments.hf_overrides):
+        check_options(arguments.model_path, arguments.hf_overrides)
+        call.proceed()
+
+
+def refuse_in_a_sentence(call: Call) -> None:
+    """Say in a sentence why the server of a data-parallel rank, in a process of its own, must not start."""
+    from lmdeploy_vico.adapter.server.placement.refusal import in_a_sentence
+
+    with in_a_sentence(getattr(call['backend_config'], 'hf_overrides', None)):
+        call.proceed()
+
+
 PATCHES = (
     Patch(
         outlive_the_manager,
@@ -78,5 +96,30 @@ PATCHES = (
             process='engine',
         )
         for executor in ('mp_executor', 'ray_executor')
+    ),
+)
+
+# Of the server's process, and without effect on a model that is not a ViCO checkpoint.
+SERVER_PATCHES = (
+    Patch(
+        check_options_first,
+        'lmdeploy.cli.serve:SubCliServe.api_server',
+        '(args)',
+        why='LMDeploy ends with its traceback above the reason, and in a data-parallel server once for each rank.',
+        until='LMDeploy lets a plugin check its options, and reports a ValueError in a sentence.',
+        process='server',
+    ),
+    Patch(
+        refuse_in_a_sentence,
+        'lmdeploy.serve.openai.api_server:serve',
+        "(model_path, model_name=None, backend='turbomind', backend_config=None, chat_template_config=None, "
+        "server_name='0.0.0.0', server_port=23333, allow_origins=['*'], allow_credentials=True, allow_methods=['*'], "
+        "allow_headers=['*'], log_level='ERROR', api_keys=None, ssl=False, proxy_url=None, max_log_len=None, "
+        'disable_fastapi_docs=False, max_concurrent_requests=None, trust_remote_code=False, reasoning_parser=None, '
+        'tool_call_parser=None, allow_terminate_by_client=False, enable_abort_handling=False, speculative_config=None, '
+        "allowed_media_domains=None, generation_config='auto', **kwargs)",
+        why='A rank of a data-parallel server starts here, in a process of its own.',
+        until='as the one before',
+        process='server',
     ),
 )

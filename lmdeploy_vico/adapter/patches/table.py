@@ -36,6 +36,7 @@ def all_patches() -> tuple[Patch, ...]:
         *cpu.PATCHES,
         *cpu_engine.PATCHES,
         *start.PATCHES,
+        *start.SERVER_PATCHES,
         *server.PATCHES,
         *turbomind.PATCHES,
         *forms.PATCHES,
@@ -71,4 +72,5 @@ def set_up(cpu_only: bool = False) -> None:
     register.install((*cpu.PATCHES, *start.PATCHES))
     if not cpu_only:
         tables = (server, turbomind, forms, generation, lifecycle, ranks, engine)
+        register.install(start.SERVER_PATCHES)
         register.install(patch for table in tables for patch in table.PATCHES)

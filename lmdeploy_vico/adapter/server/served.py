@@ -38,6 +38,8 @@ class ServedRequest:
         body: what its body takes of the same.
         cache_salt: what keeps its images apart in all caches; empty for requests that share theirs.
         key: names the API key that it came with; empty without one.
+        extra_share: of its tiles, compressed because the language model is overloaded; None until that is decided.
+        pressed_tiles: how many of its tiles these are.
     """
 
     client: str = ''
@@ -50,6 +52,8 @@ class ServedRequest:
     body: MemoryShare | None = None
     cache_salt: str = ''
     key: str = ''
+    extra_share: float | None = None
+    pressed_tiles: int = 0
 
     def abandon(self) -> None:
         """Cancel all work for the request: its client has gone."""

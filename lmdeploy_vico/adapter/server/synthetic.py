@@ -7,14 +7,16 @@ projected. Its visual tokens are assembled, handed over and prefilled like those
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from lmdeploy_vico.choices import Compression, Pressed
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.projection import VisualTokens
+from lmdeploy_vico.vision.routing import round_half_up
 from lmdeploy_vico.wording import shown
 
 KEY = 'synthetic'
@@ -43,6 +45,13 @@ class SyntheticImage:
     def tile_tokens(self) -> list[int]:
         """Visual tokens of each tile, those of the compressed tiles first."""
         return [TOKENS_COMPRESSED] * self.compressed + [TOKENS_FULL] * (self.tiles - self.compressed)
+
+
+def under_pressure(image: SyntheticImage, compression: Compression) -> SyntheticImage:
+    """The image with as many more tiles compressed as pressure asks for: a server's choice, not its client's."""
+    if not isinstance(compression, Pressed):
+        return image
+    return replace(image, compressed=min(image.tiles, image.compressed + round_half_up(compression.extra, image.tiles)))
 
 
 def synthetic_image(params: Mapping[str, Any], max_tiles: int) -> SyntheticImage:

@@ -22,16 +22,21 @@ from lmdeploy_vico.adapter.server.lifecycle.state import set_lifecycle
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.page.routes import offer_page
 from lmdeploy_vico.adapter.server.placement.start import start_vision_side
+from lmdeploy_vico.adapter.server.pressure.effect import pressed_tiles
+from lmdeploy_vico.adapter.server.pressure.valve import Valve
 from lmdeploy_vico.adapter.server.prompt import IMAGE_CONTEXT, Ids, check_ids, cut_at_images
 from lmdeploy_vico.adapter.server.request import VicoRequest, parse_processor_kwargs, parse_request, require_text
-from lmdeploy_vico.adapter.server.served import admitted, served_request
+from lmdeploy_vico.adapter.server.served import ServedRequest, admitted, served_request
+from lmdeploy_vico.adapter.server.synthetic import under_pressure
 from lmdeploy_vico.adapter.server.turbomind.choice import language_engine
 from lmdeploy_vico.adapter.server.usage import count_tiles
+from lmdeploy_vico.choices import Compression, Experiment, Pressed
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.patching import Trigger, register
 from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.jobs import EncodedImage
+from lmdeploy_vico.stage.metrics import stage_metrics
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.wording import shown
 
@@ -51,6 +56,7 @@ class VicoVisionModel(VisionModel):
     # On TurboMind, LMDeploy would otherwise build a vision side in Python, and turn prefix caching off for texts, too.
     _turbomind_native_vision = True
     media_store: MediaStore | None = None  # until the start
+    valve: Valve | None = None  # only where an option asks for one
     allowed_media_domains: list[str] | None = None  # those of --allowed-media-domains; None for all
 
     @classmethod
@@ -106,6 +112,7 @@ class VicoVisionModel(VisionModel):
         media_io_kwargs: Mapping[str, Any] | None,
         mm_processor_kwargs: Mapping[str, Any] | None,
         raw: bool = False,
+        calm: bool = False,
     ) -> VicoRequest | None:
         """Check what a client sent, before anything is fetched, decoded or tokenized.
 
@@ -113,6 +120,7 @@ class VicoVisionModel(VisionModel):
             prompt: messages, or a text; None for token ids.
             media_io_kwargs, mm_processor_kwargs: the request's.
             raw: whether no chat template is used.
+            calm: leave out what an overloaded language model would have compressed besides.
 
         Returns:
             The request; None for a text or ids, which have no images.
@@ -125,6 +133,8 @@ class VicoVisionModel(VisionModel):
         if isinstance(prompt, list):
             served = served_request()
             salt = served.cache_salt if served else ''
+            if not calm:
+                rules = replace(rules, compression=self._compression(served))
             request = parse_request(prompt, media_io_kwargs, mm_processor_kwargs, rules, raw=raw, salt=salt)
             self._texts.require_room(request.characters, rules.session_len)
             return request
@@ -136,6 +146,18 @@ class VicoVisionModel(VisionModel):
         elif prompt is not None:
             raise ValueError(f'A prompt must be a text or a list of messages, not {shown(prompt)}.')
         return None
+
+    def _compression(self, served: ServedRequest | None) -> Compression:
+        """That of requests that do not say: the server's, and more of it under pressure.
+
+        It is decided once for a request, whose choices (``n``) share it.
+        """
+        compression = self.rules.compression
+        if self.valve is None or served is None or isinstance(compression, Experiment):
+            return compression
+        if served.extra_share is None:
+            served.extra_share = self.valve.decide()
+        return Pressed(compression, served.extra_share) if served.extra_share else compression
 
     @asynccontextmanager
     async def admit(self, request: VicoRequest) -> AsyncIterator[None]:
@@ -211,12 +233,16 @@ class VicoVisionModel(VisionModel):
             raise RequestError(ErrorCode.INTERNAL_ERROR, str(error)) from error
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._assembling, self._assemble, input_prompt, images)
-        count_tiles(images)
+        pressed = pressed_tiles(messages, images, self.thresholds)
+        if pressed:
+            stage_metrics().pressed_prompts.inc()
+            stage_metrics().pressed_tiles.inc(pressed)
+        count_tiles(images, pressed)
         return prompt
 
     def _submit(self, request: VicoRequest) -> 'Future[list[EncodedImage]]':
         if self._synthetic is not None and request.synthetic:
-            return self._synthetic.submit(request.synthetic)
+            return self._synthetic.submit([under_pressure(one, request.compression) for one in request.synthetic])
         served = served_request()
         return self.stage.submit(request.pictures, request.compression, served.admission if served else None)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from lmdeploy_vico.log import request_id
 from lmdeploy_vico.media.errors import MediaBusyError, MediaError
 from lmdeploy_vico.media.memory import MemoryShare
 from lmdeploy_vico.media.options import PictureOptions, VideoOptions
@@ -58,6 +59,7 @@ class Job:
         seconds: of processor time that it may take.
         done: becomes the pictures.
         client_gone: whether nobody waits for it any more.
+        request: the id of the request that it is of.
     """
 
     data: bytes
@@ -67,6 +69,7 @@ class Job:
     seconds: float
     done: Future[list[Image.Image]] = field(default_factory=Future)
     client_gone: bool = False
+    request: str = field(default_factory=request_id.get)
 
     @property
     def most(self) -> int:

@@ -12,13 +12,14 @@ import torch
 from lmdeploy_vico.choices import Speedups
 from lmdeploy_vico.config import GRID, InternViTConfig
 from lmdeploy_vico.kernels.implementation import TRITON, implementation
+from lmdeploy_vico.options import OptionError
 
 HOPPER = (9, 0)
 
 logger = logging.getLogger(__name__)
 
 
-class UnsupportedSpeedupError(ValueError):
+class UnsupportedSpeedupError(OptionError):
     """A speed-up that was asked for cannot run here; the message names it and says why."""
 
 
@@ -27,7 +28,7 @@ def require_speedups(speedups: Speedups, config: InternViTConfig, device: torch.
     for name in speedups.names():
         obstacle = find_obstacle(name, config, device, dtype)
         if obstacle:
-            raise UnsupportedSpeedupError(f'vit_speedups: {name} {obstacle}; leave it out.')
+            raise UnsupportedSpeedupError(f'vit_speedups: {name} {obstacle}; leave it out.', 'vit_speedups')
     if speedups:
         logger.info('ViT speed-ups on %s: %s', device, speedups)
 

@@ -34,7 +34,7 @@ def client():
 
 async def app(scope, receive, send):
     async def choice():
-        count_tiles([EncodedImage(VisualTokens(None, tokens, []), []) for tokens in ([64, 256, 64], [64])])
+        count_tiles([EncodedImage(VisualTokens(None, tokens, []), []) for tokens in ([64, 256, 64], [64])], 2)
     await asyncio.gather(choice(), choice())  # of one prompt
     answers()
 
@@ -60,9 +60,9 @@ def test_image_tokens_where_a_vico_model_is_served():
     assert before == served_before and 'image_tokens' not in before
 
     def with_fields(*counts):
-        names = 'image_tokens', 'image_tiles', 'compressed_tiles', 'image_tokens_saved'
+        names = 'image_tokens', 'image_tiles', 'compressed_tiles', 'image_tokens_saved', 'pressure_compressed_tiles'
         fields = ''.join(f',"{name}":{count}' for name, count in zip(names, counts, strict=True))
         return before.replace('{"cached_tokens":4}', f'{{"cached_tokens":4{fields}}}')
 
-    assert after == [with_fields(0, 0, 0, 0), with_fields(448, 4, 3, 576)] * 2
+    assert after == [with_fields(0, 0, 0, 0, 0), with_fields(448, 4, 3, 576, 2)] * 2
     assert all(json.loads(part)['model'] == 'm' for part in before.split())

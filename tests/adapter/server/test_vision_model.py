@@ -78,6 +78,7 @@ def model():
     model.backend_config = SimpleNamespace(session_len=10**5)
     model.language = PytorchLanguage(model.hf_config, PytorchEngineConfig(block_size=BLOCK))
     model.stage, model.rules = Stage(), Rules(Tiling(1, 12), max_tiles=40)
+    model.thresholds = (0.5, 0.5)
     model._memory, model._synthetic, model._assembling = MemoryBudget(None), None, None
     decoder = MediaDecoder(2)
     model._texts = TextBound({'x' * 8: 0})

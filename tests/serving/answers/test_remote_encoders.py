@@ -33,7 +33,7 @@ def test_two_servers_share_two_encoders_and_answer_as_one_that_encodes_itself(
     clients = [Client(serve(checkpoint, **setting)) for _ in range(2)]
     for one in clients:
         assert [one.chat(messages) for messages in asked] == expected
-        assert 'vision side elsewhere: encoders of ray:' in one.server.log_text()
+        assert 'vision side: elsewhere, encoders of ray:' in one.server.log_text()
 
     encoders.stop()
     item = image_item(data_url(pictures['rocket']))

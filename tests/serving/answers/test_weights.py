@@ -21,6 +21,6 @@ def test_images_are_answered(serve, checkpoint, prompts, arguments, environment)
     client = Client(server)
     answers = {name: client.chat(prompts[name]) for name in ('one photograph', 'a scanned page')}
     assert len({answer.token_ids for answer in answers.values()}) == 2
-    assert ('vision side on' in server.log_text()) == (not environment)
+    assert ('vision side:' in server.log_text()) == (not environment)
     assert 'DUMMY WEIGHTS' not in server.log_text()
     server.stop()

@@ -8,10 +8,10 @@ import pytest
 from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 from parity.judge import TOKENS, Answer
 from PIL import Image
+from prometheus_client import REGISTRY
 from serving.configurations import BLOCK, CACHING
 
 from lmdeploy_vico.checkpoints.random.limits import TINY_ENGINE
-from lmdeploy_vico.stage.metrics import stage_metrics
 
 CLIENTS = 8
 GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
@@ -116,9 +116,7 @@ class Pipeline:
 
 
 def metric(name):
-    metrics = vars(stage_metrics()).values()
-    samples = (s for collector in metrics for family in collector.collect() for s in family.samples)
-    return next(sample.value for sample in samples if sample.name == name)
+    return REGISTRY.get_sample_value(name)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
 from lmdeploy_vico.launch import ApiServer
 
 pytestmark = pytest.mark.server
+
+LOGGED = re.compile(r'\d{4}-\d\d-\d\d [\d:,]+ - lmdeploy(-vico)? - (INFO|WARNING) - ')  # a line of a log
 
 
 # Importing what a server needs is most of what a refusal takes. This imports it once; each line that it reads is run as
@@ -52,7 +55,7 @@ def copies():
 
 @pytest.fixture
 def refusal(copies, tmp_path):
-    """``refusal(checkpoint, *arguments, **environment)``: the log of a server that must refuse to start."""
+    """``refusal(checkpoint, *arguments, **environment)``: what a server says that must refuse: a sentence."""
 
     def start(checkpoint, *arguments, **environment):
         server = ApiServer(checkpoint, *arguments, log=tmp_path / 'log')
@@ -63,8 +66,9 @@ def refusal(copies, tmp_path):
         hang.start()
         status = copies.stdout.readline()
         hang.cancel()
-        assert int(status) != 0
-        return server.log_text()
+        assert int(status) == 1
+        [said] = [line for line in server.log_text().splitlines() if not LOGGED.match(line)]
+        return said
 
     return start
 
@@ -118,17 +122,42 @@ def test_other_pixel_shuffle(refusal, make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'arguments, environment, message',
+    'arguments, environment, said',
     [
-        (('--hf-overrides', '{"vico": {"compresion": "none"}}'), {}, "'compresion' is not an option; the options are"),
-        ((), {'LMDEPLOY_VICO_MAX_TILES': 'lots'}, "max_tiles must be an integer of at least 1, not 'lots'"),
-        ((), {'LMDEPLOY_VICO_VISION_DEVICE': 'cpu', 'LMDEPLOY_VICO_KERNELS': 'triton'}, "do not run on 'cpu' devices"),
+        (('--hf-overrides', '{"vico": {"compresion": "none"}}'), {}, '--hf-overrides "vico" \'compresion\' is not an '),
+        ((), {'LMDEPLOY_VICO_COMPRESION': 'none'}, 'LMDEPLOY_VICO_COMPRESION is not an option; the options are '),
+        (
+            ('--tp', '2'),
+            {'LMDEPLOY_VICO_MAX_TILES': 'lots'},
+            "max_tiles must be an integer of at least 1, not 'lots', as the environment variable "
+            'LMDEPLOY_VICO_MAX_TILES says.',
+        ),
+        (
+            ('--dp', '2', '--tp', '2', '--hf-overrides', '{"vico": {"max_tiles": 0}}'),
+            {},
+            'max_tiles must be an integer of at least 1, not 0, as --hf-overrides "vico" says.',
+        ),
+        (
+            ('--tp', '2'),
+            {'LMDEPLOY_VICO_VISION_DEVICE': 'cuda:7'},
+            'vision_device \'cuda:7\' is not a device of this machine: "auto", "cpu" or "cuda:<index>". vision_device '
+            'is set by the environment variable LMDEPLOY_VICO_VISION_DEVICE.',
+        ),
+        (
+            (),
+            {'LMDEPLOY_VICO_VISION_DEVICE': 'cpu', 'LMDEPLOY_VICO_KERNELS': 'triton'},
+            "The Triton kernels were asked for, but they do not run on 'cpu' devices (on the CPU: with "
+            'TRITON_INTERPRET=1, for tests). kernels is set by the environment variable LMDEPLOY_VICO_KERNELS.',
+        ),
         (
             ('--hf-overrides', '{"vico": {"vit_speedups": "cudnn_attention", "vision_device": "cpu"}}'),
             {},
-            'vit_speedups: cudnn_attention needs a CUDA device, and the vision side runs on cpu; leave it out.',
+            'vit_speedups: cudnn_attention needs a CUDA device, and the vision side runs on cpu; leave it out. '
+            'vit_speedups is set by --hf-overrides "vico".',
         ),
+        (('--tp', '3'), {}, '--tp 3 does not work: 3 ranks cannot share 4 attention heads. 1, 2, 4 do.'),
     ],
 )
-def test_bad_options(refusal, make_checkpoint, arguments, environment, message):
-    assert message in refusal(make_checkpoint(), *arguments, **environment)
+def test_bad_options(refusal, make_checkpoint, arguments, environment, said):
+    """One sentence, however many ranks there are, which says where a wrong value comes from."""
+    assert refusal(make_checkpoint(), *arguments, **environment).startswith(f'lmdeploy-vico: {said}')

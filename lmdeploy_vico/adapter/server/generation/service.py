@@ -14,6 +14,7 @@ from lmdeploy_vico.adapter.server.generation.parameters import check_tokens, fit
 from lmdeploy_vico.adapter.server.generation.rules import Limits
 from lmdeploy_vico.adapter.server.generation.stops import stop_token_finder
 from lmdeploy_vico.adapter.server.generation.text import Detokenizer, is_byte_level
+from lmdeploy_vico.adapter.server.pressure.engine import valve_of
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.wording import shown
 
@@ -29,6 +30,7 @@ class Generation:
 
     Attributes:
         tokenizer: of transformers'.
+        valve: decides what is compressed while the engine is overloaded; None where nothing is.
     """
 
     def __init__(self, engine: Any, vocabulary: int) -> None:
@@ -40,8 +42,10 @@ class Generation:
             # Take the place of methods, for this tokenizer only.
             engine.tokenizer.detokenize_incrementally = Detokenizer(self.tokenizer)
             engine.tokenizer.model.indexes_containing_token = stop_token_finder(engine.tokenizer.model)
-        if not Options.load(engine.backend_config.hf_overrides).control_endpoints:
+        options = Options.load(engine.backend_config.hf_overrides)
+        if not options.control_endpoints:
             close_control(engine)
+        self.valve = valve_of(engine, options)
 
     @property
     def disaggregated(self) -> bool:

@@ -76,7 +76,7 @@ async def _answer(model: 'VicoVisionModel', request: Request) -> Response:
 async def _routed(model: 'VicoVisionModel', body: bytes) -> dict[str, Any]:
     """Load, encode and route the pictures of a body, as those of one prompt, within all limits of a prompt."""
     messages, options = _asked(body)
-    parsed = model.parse(messages, None, options)
+    parsed = model.parse(messages, None, options, calm=True)
     assert parsed is not None
     async with model.admit(parsed):
         request = await MediaParser(model.loader, model.media_store)(parsed, None, model.allowed_media_domains)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmdeploy.pytorch.config import DistConfig
 
 AUTO = 'auto'
+OPTION = 'vision_device'
 SETTING = f'{PREFIX}VISION_DEVICE=cuda:0,cuda:1'
 
 
@@ -44,11 +45,12 @@ def vision_devices(option: str, engine: PytorchEngineConfig) -> list[torch.devic
         except UnknownDevicesError as error:
             raise OptionError(
                 f'vision_device "auto" means the devices of the engine, and {error}: set vision_device to devices of '
-                f'this machine, all of one kind, for example {SETTING}.'
+                f'this machine, all of one kind, for example {SETTING}.',
+                OPTION,
             ) from error
     _require_one_kind(option, devices)
     if len(set(devices)) < len(devices):
-        raise OptionError(f'vision_device {option!r} names a device twice.')
+        raise OptionError(f'vision_device {option!r} names a device twice.', OPTION)
     return devices
 
 
@@ -125,7 +127,9 @@ def _named(name: str) -> torch.device:
     if device.type not in ('cpu', 'cuda') or (
         device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count()
     ):
-        raise OptionError(f'vision_device {name!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".')
+        raise OptionError(
+            f'vision_device {name!r} is not a device of this machine: "auto", "cpu" or "cuda:<index>".', OPTION
+        )
     return torch.device('cuda', device.index or 0) if device.type == 'cuda' else device
 
 
@@ -135,5 +139,6 @@ def _require_one_kind(option: str, devices: Sequence[torch.device]) -> None:
         # Devices of different kinds compute different bits: a tile's tokens would depend on its device.
         raise OptionError(
             f'vision_device {option!r}: several devices must be of one kind, not {", ".join(sorted(kinds))}; set it to '
-            f'some of one kind, for example {SETTING}.'
+            f'some of one kind, for example {SETTING}.',
+            OPTION,
         )

@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+from lmdeploy_vico.adapter.server.placement.devices import OPTION
 from lmdeploy_vico.checkpoints.fingerprint import vision_fingerprint
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.options import OptionError, Options
@@ -24,7 +25,9 @@ def ray_address(option: str) -> str | None:
         return None
     address = option.removeprefix(RAY)
     if address != 'auto' and not address.rpartition(':')[2].isdecimal():
-        raise OptionError(f'vision_device {option!r} is not an address: set it to "ray:auto" or "ray:<host>:<port>".')
+        raise OptionError(
+            f'vision_device {option!r} is not an address: set it to "ray:auto" or "ray:<host>:<port>".', OPTION
+        )
     return address
 
 
@@ -41,14 +44,16 @@ def encoders_elsewhere(model_path: str, config: VicoConfig, options: Options, ad
         OptionError: the cluster cannot be joined, or weights that are made up are asked for.
     """
     if options.dummy_weights:
-        raise OptionError('dummy_weights are made up in each process: encoders of a Ray cluster need a checkpoint.')
+        raise OptionError(
+            'dummy_weights are made up in each process: encoders of a Ray cluster need a checkpoint.', 'dummy_weights'
+        )
     from lmdeploy_vico.stage.remote.cluster import ClusterError, RayCluster  # loads Ray
 
     fingerprint = vision_fingerprint(Path(model_path), config)
     try:
         cluster = RayCluster(address, fingerprint)
     except ClusterError as error:
-        raise OptionError(f'vision_device {options.vision_device!r}: {error}') from error
+        raise OptionError(f'vision_device {options.vision_device!r}: {error}', OPTION) from error
     if os.environ.get('RAY_AUTH_MODE', '').lower() != 'token':
         logger.warning(
             'the Ray cluster of %s is used without token authentication (RAY_AUTH_MODE=token): whoever reaches it can '

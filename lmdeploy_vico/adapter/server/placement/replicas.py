@@ -11,6 +11,7 @@ from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
+from lmdeploy_vico.kernels.implementation import implementation
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.model.tower import VisionTower
@@ -68,7 +69,7 @@ class Replicas:
         graph: whether a CUDA graph is captured on each device.
 
     Raises:
-        OptionError: a device has too little memory.
+        OptionError: a device has too little memory, or cannot run the kernels that are asked for.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Replicas:
         self.encoders: list[TileEncoder] = []
         self.before: dict[torch.device, FreeMemory] = {}
         for device in devices:
+            _require_kernels(device)
             with self.fitting(device):
                 self.before[device] = free_memory(device)
                 encoder = TileEncoder.load(
@@ -123,6 +125,13 @@ class Replicas:
             f'{self._options.vision_device!r} now, which is {", ".join(map(str, self._devices))}), or make tile_batch '
             'smaller.'
         )
+
+
+def _require_kernels(device: torch.device) -> None:
+    try:
+        implementation(device)
+    except RuntimeError as error:
+        raise OptionError(str(error), 'kernels') from error
 
 
 def free_memory(device: torch.device) -> FreeMemory:

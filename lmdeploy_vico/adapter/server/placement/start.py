@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from lmdeploy_vico.adapter.server.placement.devices import vision_devices
 from lmdeploy_vico.adapter.server.placement.elsewhere import encoders_elsewhere, ray_address
 from lmdeploy_vico.adapter.server.placement.language import LanguageEngine
 from lmdeploy_vico.adapter.server.placement.replicas import Replicas
+from lmdeploy_vico.adapter.server.placement.summary import log_settings
 from lmdeploy_vico.adapter.server.synthetic import SyntheticEncoder
 from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.config import VicoConfig
-from lmdeploy_vico.host_memory import GIB
 from lmdeploy_vico.kernels.implementation import use
 from lmdeploy_vico.media.decoder import MediaDecoder
 from lmdeploy_vico.media.fetch import Fetcher
@@ -32,7 +32,6 @@ from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.remote.fleet import Quest
 from lmdeploy_vico.stage.stage import VisionStage
-from lmdeploy_vico.vision.tile_encoder import TileEncoder
 from lmdeploy_vico.vision.tiling import Tiling
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,9 @@ def start_vision_side(model_path: str, language: LanguageEngine) -> VisionSide:
             quest,
         )
     try:
-        _log_start(model_path, config, replicas.encoders, options, limited, time.perf_counter() - began)
+        logger.info('lmdeploy-vico %s serves %s', __version__, model_path)
+        logger.info('loaded in %.1f s', time.perf_counter() - began)
+        log_settings(config, options, replicas.encoders, limited)
         language.report_memory(model_path, replicas.before)
         return VisionSide(
             stage,
@@ -182,46 +183,3 @@ def _override(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _override(merged[key], value) if both else value
     return merged
-
-
-def _log_start(
-    model_path: str,
-    config: VicoConfig,
-    encoders: Sequence[TileEncoder],
-    options: Options,
-    limited: bool,
-    seconds: float,
-) -> None:
-    logger.info('lmdeploy-vico %s serves %s', __version__, model_path)
-    if encoders:
-        encoder = encoders[0]
-        logger.info(
-            'vision side on %s in %s (tile batch %d, loaded in %.1f s)',
-            *(_where(encoders), str(encoder.dtype).removeprefix('torch.'), encoder.tile_batch, seconds),
-        )
-    else:
-        logger.info('vision side elsewhere: encoders of %s', options.vision_device)
-    logger.info(
-        'decoding by %d processes, preparation by %d threads, %s tiles queued at most, %s for what clients send, '
-        'cache of %.1f GiB',
-        options.decode_processes,
-        options.preprocess_threads,
-        options.max_queued_tiles if limited else 'any number of',
-        f'{options.max_decoded_bytes / GIB:.1f} GiB' if limited else 'any memory',
-        options.cache_bytes / GIB,
-    )
-    logger.info(
-        'compression %s (thresholds: quantile %g, score %g; routed by %s), at most %d tiles per image',
-        *(options.compression, config.relative_threshold, config.absolute_threshold),
-        *(options.routing_scope, options.max_tiles),
-    )
-
-
-def _where(encoders: Sequence[TileEncoder]) -> str:
-    """The devices, each with what the vision side takes of it, or together those of which it takes the same."""
-    devices: dict[str, list[str]] = {}
-    for encoder in encoders:
-        devices.setdefault(encoder.memory(), []).append(str(encoder.device))
-    return ', '.join(
-        f'{", ".join(names)} ({memory}{" each" if len(names) > 1 else ""})' for memory, names in devices.items()
-    )

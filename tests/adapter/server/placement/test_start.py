@@ -13,7 +13,7 @@ from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
 pytestmark = pytest.mark.busy
 
 
-@pytest.mark.parametrize('step', ['_log_start', 'report_kv_cache', 'Rules', 'media_loader'])
+@pytest.mark.parametrize('step', ['log_settings', 'report_kv_cache', 'Rules', 'media_loader'])
 def test_a_late_failure_leaves_no_thread(make_checkpoint, monkeypatch, step):
     def fail(*arguments, **options):
         assert begun(), 'the stage has not started yet'

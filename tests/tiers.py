@@ -19,7 +19,17 @@ STARTING_COMMANDS = {
     'lmdeploy': {'serve', 'chat'},
     'lmdeploy-vico': _VICO,
     'lmdeploy_vico.cli': _VICO,
-    'benchmarks': {'counters', 'first-token', 'on-gpu', 'one-process', 'placement', 'reader', 'soak'},
+    'benchmarks': {
+        'counters',
+        'first-token',
+        'on-gpu',
+        'one-process',
+        'placement',
+        'pressure',
+        'reader',
+        'share',
+        'soak',
+    },
 }
 
 

@@ -1,9 +1,11 @@
-"""A server for clients under test, in a thread of its own, on a free port."""
+"""A server for clients under test, in a thread of its own, on a free port; and the command line of LMDeploy's."""
 
+import argparse
 import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -51,3 +53,14 @@ def listening(handler: type[Answering]) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@cache
+def lmdeploys_parser() -> argparse.ArgumentParser:
+    """The parser of the ``lmdeploy`` command, to which LMDeploy can add its own commands only once."""
+    from lmdeploy.cli.cli import CLI
+    from lmdeploy.cli.serve import SubCliServe
+
+    CLI.add_parsers()
+    SubCliServe.add_parsers()
+    return CLI.parser

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from upstream import lmdeploys_parser
 
 from lmdeploy_vico import cli
 from lmdeploy_vico.options import PREFIX, Options
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 BLOCK = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 # Which test runs a command, with arguments of its own in the place of DIR and the like.
 RUN_BY = {
@@ -33,6 +34,8 @@ RUN_BY = {
     'lmdeploy-vico route': ('tests/inspection/test_route.py', "main(['route'"),
     'lmdeploy-vico tiny': ('tests/cli/test_cli.py', "main(['tiny'"),
     'lmdeploy-vico train': ('tests/training/runs.py', "['train'"),
+    'cp docs/deploy/': ('tests/system/balancer.py', 'haproxy.cfg'),
+    'haproxy -c': ('tests/system/balancer.py', "'haproxy'"),
     'pip install': ('tests/house/test_wheel.py', "'pip'"),
     'make': ('.ci/run', 'make'),
     'benchmarks/on_gpu.sh --help': ('tests/benchmarks/test_on_gpu.py', 'on_gpu'),
@@ -45,6 +48,7 @@ NEEDS = {
     r'on_gpu\.sh(?! --help)': 'a GPU',
     r'nproc-per-node [2-9]': 'several GPUs',
     r'^(ray |export RAY_)': 'other machines',
+    r'^(apt-get|systemctl) ': 'Debian',
 }
 SHELL = re.compile(r'(\w+=\S+ )*(lmdeploy|lmdeploy-vico|make|pip|python|ray|torchrun|export|docker|git|curl) ')
 MARK = re.compile(r'#.*\bneeds? ')
@@ -80,13 +84,7 @@ def words_of(line):
 
 @pytest.fixture(scope='module')
 def serve_parser():
-    """LMDeploy's own, as ``lmdeploy serve`` makes it."""
-    from lmdeploy.cli.cli import CLI
-    from lmdeploy.cli.serve import SubCliServe
-
-    CLI.add_parsers()
-    SubCliServe.add_parsers()
-    return CLI.parser
+    return lmdeploys_parser()
 
 
 def parses(argv):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from lmdeploy import PytorchEngineConfig
 from ports import given_by_chance
+from upstream import lmdeploys_parser
 from waiting import HANG
 
 from lmdeploy_vico.checkpoints.random import make_checkpoint_without_weights
@@ -135,11 +136,7 @@ def test_other_checkpoints_are_served_as_lmdeploy_would(tmp_path):
 @pytest.mark.slow
 def test_the_limits_of_a_tiny_checkpoint_are_lmdeploys_own_options(make_checkpoint):
     """They reach the engine's config, and leave the decode graphs' tables small and the prompts of the tests room."""
-    from lmdeploy.cli.cli import CLI
-    from lmdeploy.cli.serve import SubCliServe
-
-    SubCliServe.add_parsers()
-    parsed = CLI.parser.parse_args(['serve', 'api_server', str(make_checkpoint()), *TINY_SERVER])
+    parsed = lmdeploys_parser().parse_args(['serve', 'api_server', str(make_checkpoint()), *TINY_SERVER])
     assert {name: getattr(parsed, name) for name in TINY_ENGINE} == TINY_ENGINE
     config = PytorchEngineConfig(**TINY_ENGINE)
     assert config.max_batch_size * config.num_gpu_blocks * 4 <= 1 << 20, 'bytes of a table'

@@ -28,7 +28,7 @@ from lmdeploy_vico.bench.workload.requests import (
     visual_tokens,
 )
 from lmdeploy_vico.bench.workload.texts import WORDS, make_texts
-from lmdeploy_vico.vision.routing import _round_half_up
+from lmdeploy_vico.vision.routing import round_half_up
 from lmdeploy_vico.vision.tiling import Tiling, choose_grid, cut_tiles, tile_digests
 
 
@@ -151,7 +151,7 @@ def test_bodies_in_image_mode(requests):
     assert text == {'type': 'text', 'text': 'text 1'}
     assert (body['max_tokens'], body['stream'], body['model']) == (1, True, 'model')
     fraction = body['mm_processor_kwargs']['image']['compression']
-    assert _round_half_up(fraction, 10) == compressed_tiles(0.25, 10, 1)  # as the server reads it
+    assert round_half_up(fraction, 10) == compressed_tiles(0.25, 10, 1)  # as the server reads it
     assert json.loads(requests.body(Cell(IMAGE, OURS, 64, AUTO), 0))['mm_processor_kwargs'] == {
         'image': {'compression': 'auto'}
     }
@@ -160,7 +160,7 @@ def test_bodies_in_image_mode(requests):
 
 def test_fractions_mean_the_tiles_they_are_made_of():
     for tiles in range(1, 120):
-        assert [_round_half_up(k / tiles, tiles) for k in range(tiles + 1)] == list(range(tiles + 1))
+        assert [round_half_up(k / tiles, tiles) for k in range(tiles + 1)] == list(range(tiles + 1))
 
 
 def test_bodies_in_llm_mode(requests):

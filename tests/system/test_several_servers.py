@@ -233,7 +233,9 @@ async def keep_asking(url, bodies, change):
     """Ask with all clients, again and again, while ``change`` goes on in a thread; every outcome with its body."""
     outcomes, changed = [], asyncio.Event()
     timeout = aiohttp.ClientTimeout(total=HANG)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    # Each request on a connection of its own: one that is kept may be closed just when the next request is sent.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def client(number):
             chosen = random.Random(number)

@@ -31,13 +31,16 @@ def processor_seconds(server: ApiServer | None) -> dict[str, float]:
     """Return the processor time that a server's processes have taken so far, whatever else kept the machine busy.
 
     Returns:
-        Seconds of the API process, ``api``, and of all that it has started, ``engine``; empty for a server elsewhere.
+        Seconds of the API process, ``api``, and of all that it has started, ``engine``; empty for a server elsewhere,
+        or one that has ended.
     """
     if server is None or not server.alive():
         return {}
-    api = psutil.Process(server.pid)
-    started = sum(_seconds(process) for process in api.children(recursive=True))
-    return {'api': _seconds(api), 'engine': started}
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any time
+        api = psutil.Process(server.pid)
+        started = sum(_seconds(process) for process in api.children(recursive=True))
+        return {'api': _seconds(api), 'engine': started}
+    return {}
 
 
 def _seconds(process: psutil.Process) -> float:

@@ -149,6 +149,9 @@ class Fake:
         if not self._starts:
             raise ServerError('The server ended while starting')
 
+    def alive(self):
+        return False  # it has no process whose time could be read
+
     def stop(self):
         self._running.remove(self._name)
 

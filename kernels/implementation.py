@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 _requested = AUTO
 
 
+class UnavailableError(RuntimeError):
+    """The Triton kernels were asked for and cannot run on a device."""
+
+
 def use(choice: str) -> None:
     """Override the implementation in this process: "auto", "triton" or "torch"."""
     global _requested
@@ -40,7 +44,7 @@ def implementation(device: torch.device) -> str:
     """What runs on tensors of this device: "triton" or "torch".
 
     Raises:
-        RuntimeError: "triton" was asked for, and cannot run on this device.
+        UnavailableError: "triton" was asked for, and cannot run on this device.
     """
     return _resolve(_requested, device)
 
@@ -49,7 +53,7 @@ def implementation(device: torch.device) -> str:
 def _resolve(choice: str, device: torch.device) -> str:
     obstacle = _obstacle(device)
     if choice == TRITON and obstacle:
-        raise RuntimeError(f'The Triton kernels were asked for, but {obstacle}')
+        raise UnavailableError(f'The Triton kernels were asked for, but {obstacle}')
     chosen = TORCH if choice == TORCH or obstacle else TRITON
     detail = " (Triton's interpreter)" if chosen == TRITON and INTERPRETED else ''
     logger.info('vision kernels on %s: %s%s', device, chosen, detail)

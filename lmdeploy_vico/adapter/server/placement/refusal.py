@@ -33,8 +33,10 @@ def in_a_sentence(overrides: Mapping[str, Any] | None) -> Iterator[None]:
 def explained(error: Exception, overrides: Mapping[str, Any] | None) -> str:
     """Return what an error says, and where the option was set that it is about."""
     said = str(error)
-    where = source(error.option, overrides) if isinstance(error, OptionError) else ''
-    return f'{said} {error.option} is set by {where}.' if isinstance(error, OptionError) and where else said
+    if not isinstance(error, OptionError) or not error.option:  # a name that is no option says where it stands
+        return said
+    where = source(error.option, overrides)
+    return f'{said} {error.option} is set by {where}.' if where else said
 
 
 def check_options(model_path: str, overrides: Mapping[str, Any] | None) -> None:

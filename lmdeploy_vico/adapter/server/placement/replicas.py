@@ -11,7 +11,8 @@ from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
-from lmdeploy_vico.kernels.implementation import implementation
+from lmdeploy_vico.kernels.choice import AUTO
+from lmdeploy_vico.kernels.implementation import UnavailableError, implementation
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.model.tower import VisionTower
@@ -85,9 +86,10 @@ class Replicas:
         self.encoders: list[TileEncoder] = []
         self.before: dict[torch.device, FreeMemory] = {}
         for device in devices:
-            _require_kernels(device)
             with self.fitting(device):
                 self.before[device] = free_memory(device)
+                if options.kernels != AUTO:
+                    _require_kernels(device)
                 encoder = TileEncoder.load(
                     CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
                     *(config, device, None, options.tile_batch or None, graph, options.vit_speedups),
@@ -130,7 +132,7 @@ class Replicas:
 def _require_kernels(device: torch.device) -> None:
     try:
         implementation(device)
-    except RuntimeError as error:
+    except UnavailableError as error:
         raise OptionError(str(error), 'kernels') from error
 
 

@@ -160,9 +160,9 @@ def test_what_lmdeploy_says(monkeypatch, caching, kv_use):
     async def metrics():
         return SimpleNamespace(waiting_seqs=3, cache_usage=0.9)
 
-    monkeypatch.setattr(metrics_processor.scheduler_stats, 'num_total_reqs', 7)
-    monkeypatch.setattr(metrics_processor.scheduler_stats, 'num_succeeded_reqs', 1)
-    monkeypatch.setattr(metrics_processor.scheduler_stats, 'num_api_routed_reqs', 4)
+    counts = {'total': 7, 'succeeded': 1, 'cancelled': 0, 'aborted': 0, 'errored': 0, 'api_routed': 4}
+    for kind, count in counts.items():  # other tests have left theirs
+        monkeypatch.setattr(metrics_processor.scheduler_stats, f'num_{kind}_reqs', count)
     config = SimpleNamespace(enable_prefix_caching=caching)
     one = SimpleNamespace(get_schedule_metrics=metrics, backend_config=config)
     assert asyncio.run(engine.read(one)) == Reading(5, kv_use)

@@ -9,6 +9,7 @@ from waiting import HANG
 from lmdeploy_vico.adapter.hf_config import load_vico_config
 from lmdeploy_vico.adapter.server.placement import language, start
 from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
+from lmdeploy_vico.cpu import selection
 
 pytestmark = pytest.mark.busy
 
@@ -22,6 +23,7 @@ def test_a_late_failure_leaves_no_thread(make_checkpoint, monkeypatch, step):
     def begun():
         return [one for one in set(threading.enumerate()) - before if one.name.startswith('vico-')]
 
+    monkeypatch.setattr(selection, 'has_cuda', lambda: False)  # which is asked once, perhaps by a test that fakes CUDA
     before = set(threading.enumerate())
     monkeypatch.setattr(language if step == 'report_kv_cache' else start, step, fail)
     path = str(make_checkpoint())

@@ -308,18 +308,23 @@ class Options:
             _check_name(name, f'{_OVERRIDES} {name!r}')
             if name in ENVIRONMENT_ONLY:
                 raise OptionError(
-                    f'{_OVERRIDES}: {name} is set by the environment variable {PREFIX}{name.upper()} only, as LMDeploy '
-                    'chooses its engine before it looks at --hf-overrides.'
+                    f'{_OVERRIDES}: {name} is set by {_variable(name)} only, as LMDeploy chooses its engine before it '
+                    'looks at --hf-overrides.'
                 )
         values = {**environment_options(environ), **section}
-        return cls(**{name: _checked(name, value, source(name, overrides, environ)) for name, value in values.items()})
+        where = {name: _OVERRIDES if name in section else _variable(name) for name in values}
+        return cls(**{name: _checked(name, value, where[name]) for name, value in values.items()})
 
 
 def source(name: str, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> str:
     """Say where the value of an option comes from; empty for its default. Arguments as for :meth:`Options.load`."""
     if name in (overrides or {}).get(OVERRIDES_KEY, {}):
         return _OVERRIDES
-    return f'the environment variable {PREFIX}{name.upper()}' if name in environment_options(environ) else ''
+    return _variable(name) if name in environment_options(environ) else ''
+
+
+def _variable(name: str) -> str:
+    return f'the environment variable {PREFIX}{name.upper()}'
 
 
 DECLARATIONS: Mapping[str, Declaration] = {

@@ -1,6 +1,7 @@
 """``benchmarks/serving/ranks.py``: every rank gets what was sent, and the loop's standstill is seen."""
 
 import asyncio
+import copy
 import multiprocessing
 import threading
 import time
@@ -40,9 +41,7 @@ def rank(monkeypatch):
     context, pipe = multiprocessing.get_context('spawn'), Pipe()
     notifiers = {form: Notifier(1, context) for form in ranks.FORMS}
     rings = {form: SharedBuffer(-1, notifiers[form]) for form in ranks.FORMS}
-    theirs = {form: Notifier.__new__(Notifier) for form in ranks.FORMS}
-    for form, notifier in theirs.items():
-        notifier.__dict__.update(notifiers[form].__dict__)  # a copy, as another process has
+    theirs = {form: copy.copy(notifier) for form, notifier in notifiers.items()}  # as another process has them
     names = {form: ring.name() for form, ring in rings.items()}
     thread = threading.Thread(target=ranks.serve_rank, args=(0, theirs, names, pipe), daemon=True)
     thread.start()

@@ -47,7 +47,8 @@ def packages(buffer: Any, data: Any, receivers: int) -> Iterator[memoryview]:
     for start in range(0, len(message), SHARED_BLOCK_SIZE):
         part = message[start : start + SHARED_BLOCK_SIZE]
         with buffer.acquire_buf() as package:
-            package[: HEAD_SIZE + len(part)] = b''.join((head, part))
+            package[:HEAD_SIZE] = head
+            package[HEAD_SIZE : HEAD_SIZE + len(part)] = part
             yield package
 
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from lmdeploy_vico.adapter.patches.ranks import RANK_LOOP
 from lmdeploy_vico.patching import Call, Patch
 
 _ZMQ = 'lmdeploy.pytorch.engine.mp_engine.zmq_engine:ZMQMPEngine'
-_RANK = 'lmdeploy.pytorch.engine.executor.mp_executor:ExecutorProc'
 
 
 def end_when_the_engine_has_died(call: Call) -> None:
@@ -183,12 +183,7 @@ PATCHES = (
                 "(shared_dict, condition, model_path, engine_config=None, log_level='WARNING', "
                 'speculative_config=None, **kwargs)',
             ),
-            (
-                f'{_RANK}._main_loop',
-                '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
-                'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
-                "device_type='cuda', log_level=30, trust_remote_code=False)",
-            ),
+            RANK_LOOP,
         )
     ),
 )

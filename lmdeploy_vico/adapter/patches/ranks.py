@@ -9,6 +9,13 @@ _MP = 'lmdeploy.pytorch.engine.executor.mp_executor:MPExecutor'
 _RING = 'lmdeploy.pytorch.engine.executor.mp_executor:SharedBuffer'
 _RAY = 'lmdeploy.pytorch.engine.executor.ray_executor:RayExecutor'
 _WORKER = 'lmdeploy.pytorch.engine.executor.base_worker:WorkerWrapperBase'
+# What the process of a rank runs: the target and its signature.
+RANK_LOOP = (
+    f'{_RANK}._main_loop',
+    '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
+    'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
+    "device_type='cuda', log_level=30, trust_remote_code=False)",
+)
 
 
 def end_with_each_rank(call: Call) -> None:
@@ -108,9 +115,12 @@ async def call_ranks_beside_the_loop(call: Call) -> Any:
 
 
 def wait_for_the_ring(call: Call) -> Any:
-    """Let a thread finish what it sends before the loop sends something."""
+    """Let a thread finish what it sends to a ViCO model's ranks before the loop sends something."""
+    from lmdeploy_vico.adapter.engine.ranks import runs_vico
     from lmdeploy_vico.adapter.engine.ring import lock_of
 
+    if not runs_vico(call.instance.model_config):
+        return call.proceed()
     with lock_of(call.instance):
         return call.proceed()
 
@@ -174,10 +184,7 @@ PATCHES = (
     ),
     Patch(
         know_the_rings,
-        f'{_RANK}._main_loop',
-        '(self, proc_id, comm_notifier, comm_buf_name, ret_notifier, ret_buf_name, model_path, model_config, '
-        'cache_config, backend_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
-        "device_type='cuda', log_level=30, trust_remote_code=False)",
+        *RANK_LOOP,
         why='A ring does not know whose it is.',
         until='as the next one',
         process='engine',

@@ -10,15 +10,6 @@ from waiting import HANG
 from lmdeploy_vico.adapter.engine import ending
 
 
-@pytest.fixture
-def ended(monkeypatch):
-    """What the process of an engine was ended with."""
-    ended = []
-    monkeypatch.setattr(ending.os, '_exit', ended.append)
-    monkeypatch.setattr(ending.multiprocessing, 'parent_process', object)
-    return ended
-
-
 async def fails(error):
     raise error
 

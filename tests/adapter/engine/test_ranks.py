@@ -45,13 +45,12 @@ def test_no_room_is_a_sentence(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def rank(monkeypatch):
+def rank(ended, monkeypatch):
     """``rank(code)``: a rank whose process has ended with it, and whether the engine was ended."""
-    ended = []
-    monkeypatch.setattr(ending.os, '_exit', ended.append)
 
     def run(code, meant=False, in_engine=True):
-        monkeypatch.setattr(ending.multiprocessing, 'parent_process', lambda: SimpleNamespace() if in_engine else None)
+        if not in_engine:
+            monkeypatch.setattr(ending.multiprocessing, 'parent_process', lambda: None)
         process = multiprocessing.get_context('spawn').Process(target=sys.exit, args=(code,))
         one = Rank(process)
         if meant:
@@ -124,15 +123,6 @@ class Workers:
 
 
 @pytest.fixture
-def in_an_engine(monkeypatch):
-    """What the process of an engine was ended with."""
-    ended = []
-    monkeypatch.setattr(ending.os, '_exit', ended.append)
-    monkeypatch.setattr(ending.multiprocessing, 'parent_process', SimpleNamespace)
-    return ended
-
-
-@pytest.fixture
 def shut(monkeypatch):
     """How often Ray was shut down."""
     shut = []
@@ -140,23 +130,23 @@ def shut(monkeypatch):
     return shut
 
 
-def test_a_worker_of_ray_that_dies_ends_the_engine(in_an_engine, shut, caplog):
+def test_a_worker_of_ray_that_dies_ends_the_engine(ended, shut, caplog):
     async def run():
         workers, serving = Workers(), asyncio.get_running_loop().create_future()
         waiting = asyncio.ensure_future(ranks.wait_with_workers(workers.handles, serving))
         workers.waits[1].set_exception(ray.exceptions.ActorDiedError())
-        while not in_an_engine:
+        while not ended:
             await asyncio.sleep(0)
         serving.set_result(None)
         await waiting
 
     with caplog.at_level(logging.CRITICAL):
         asyncio.run(asyncio.wait_for(run(), HANG))
-    assert in_an_engine == [1] and shut == [True]
+    assert ended == [1] and shut == [True]
     assert "Ray's worker of rank 1 has ended: the engine cannot go on" in caplog.text
 
 
-def test_workers_that_are_stopped_or_fail_are_left_to_lmdeploy(in_an_engine, shut, caplog):
+def test_workers_that_are_stopped_or_fail_are_left_to_lmdeploy(ended, shut, caplog):
     async def run():
         workers, serving = Workers(), asyncio.get_running_loop().create_future()
         waiting = asyncio.ensure_future(ranks.wait_with_workers(workers.handles, serving))
@@ -168,7 +158,7 @@ def test_workers_that_are_stopped_or_fail_are_left_to_lmdeploy(in_an_engine, shu
 
     with pytest.raises(ValueError, match='as LMDeploy raises it'), caplog.at_level(logging.CRITICAL):
         asyncio.run(asyncio.wait_for(run(), HANG))
-    assert not in_an_engine and not shut and not caplog.records
+    assert not ended and not shut and not caplog.records
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Messages of megabytes in LMDeploy's ring: the same bytes, each copied once, and written in a thread."""
 
 import asyncio
+import copy
 import multiprocessing
 import threading
 import tracemalloc
@@ -52,8 +53,7 @@ def buffers():
     def make(sender, receiver):
         notifier = Notifier(1, multiprocessing.get_context('spawn'))
         made.append(sender(-1, notifier))
-        made.append(receiver(0, Notifier.__new__(Notifier), made[0].name()))
-        made[1].notifier.__dict__.update(notifier.__dict__)  # a copy, as another process has
+        made.append(receiver(0, copy.copy(notifier), made[0].name()))  # as another process has it
         return made
 
     yield make

@@ -11,8 +11,7 @@ from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
-from lmdeploy_vico.kernels.choice import AUTO
-from lmdeploy_vico.kernels.implementation import UnavailableError, implementation
+from lmdeploy_vico.kernels.implementation import UnavailableError
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.model.tower import VisionTower
@@ -88,8 +87,6 @@ class Replicas:
         for device in devices:
             with self.fitting(device):
                 self.before[device] = free_memory(device)
-                if options.kernels != AUTO:
-                    _require_kernels(device)
                 encoder = TileEncoder.load(
                     CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
                     *(config, device, None, options.tile_batch or None, graph, options.vit_speedups),
@@ -98,13 +95,15 @@ class Replicas:
 
     @contextmanager
     def fitting(self, device: torch.device | None = None) -> Iterator[None]:
-        """Raise an OptionError that says what to set if a device runs out of memory inside the block.
+        """Raise an OptionError that says what to set if the block fails for want of memory, or of the kernels.
 
         Args:
             device: by default the one that a :class:`DeviceStartError` names.
         """
         try:
             yield
+        except UnavailableError as error:
+            raise OptionError(str(error), 'kernels') from error
         except Exception as error:
             where = error.device if isinstance(error, DeviceStartError) else device
             if not isinstance(where, torch.device) or where.type != 'cuda' or not is_out_of_memory(error):
@@ -127,13 +126,6 @@ class Replicas:
             f'{self._options.vision_device!r} now, which is {", ".join(map(str, self._devices))}), or make tile_batch '
             'smaller.'
         )
-
-
-def _require_kernels(device: torch.device) -> None:
-    try:
-        implementation(device)
-    except UnavailableError as error:
-        raise OptionError(str(error), 'kernels') from error
 
 
 def free_memory(device: torch.device) -> FreeMemory:

@@ -23,10 +23,6 @@ logger = logging.getLogger(__name__)
 _requested = AUTO
 
 
-class UnavailableError(RuntimeError):
-    """The Triton kernels were asked for and cannot run on a device."""
-
-
 def use(choice: str) -> None:
     """Override the implementation in this process: "auto", "triton" or "torch"."""
     global _requested
@@ -44,17 +40,26 @@ def implementation(device: torch.device) -> str:
     """What runs on tensors of this device: "triton" or "torch".
 
     Raises:
-        UnavailableError: "triton" was asked for, and cannot run on this device.
+        RuntimeError: "triton" was asked for, and cannot run on this device.
     """
     return _resolve(_requested, device)
 
 
+def refusal(device: torch.device) -> str | None:
+    """Why what was asked for cannot run on this device, as :func:`implementation` says it; None where it can."""
+    return _refusal(_requested, device)
+
+
+def _refusal(choice: str, device: torch.device) -> str | None:
+    obstacle = _obstacle(device) if choice == TRITON else None
+    return f'The Triton kernels were asked for, but {obstacle}' if obstacle else None
+
+
 @cache
 def _resolve(choice: str, device: torch.device) -> str:
-    obstacle = _obstacle(device)
-    if choice == TRITON and obstacle:
-        raise UnavailableError(f'The Triton kernels were asked for, but {obstacle}')
-    chosen = TORCH if choice == TORCH or obstacle else TRITON
+    if refused := _refusal(choice, device):
+        raise RuntimeError(refused)
+    chosen = TORCH if choice == TORCH or _obstacle(device) else TRITON
     detail = " (Triton's interpreter)" if chosen == TRITON and INTERPRETED else ''
     logger.info('vision kernels on %s: %s%s', device, chosen, detail)
     return chosen

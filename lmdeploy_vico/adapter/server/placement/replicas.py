@@ -11,7 +11,7 @@ from lmdeploy_vico.checkpoints.files import Weights
 from lmdeploy_vico.checkpoints.names import Shape
 from lmdeploy_vico.config import VicoConfig
 from lmdeploy_vico.host_memory import GIB
-from lmdeploy_vico.kernels.implementation import UnavailableError
+from lmdeploy_vico.kernels.implementation import refusal
 from lmdeploy_vico.options import OptionError, Options
 from lmdeploy_vico.stage.errors import DeviceStartError
 from lmdeploy_vico.vision.model.tower import VisionTower
@@ -87,6 +87,8 @@ class Replicas:
         for device in devices:
             with self.fitting(device):
                 self.before[device] = free_memory(device)
+                if refused := refusal(device):
+                    raise OptionError(refused, 'kernels')
                 encoder = TileEncoder.load(
                     CopiedWeights(self.encoders[0].tower) if self.encoders else weights,
                     *(config, device, None, options.tile_batch or None, graph, options.vit_speedups),
@@ -95,15 +97,13 @@ class Replicas:
 
     @contextmanager
     def fitting(self, device: torch.device | None = None) -> Iterator[None]:
-        """Raise an OptionError that says what to set if the block fails for want of memory, or of the kernels.
+        """Raise an OptionError that says what to set if a device runs out of memory inside the block.
 
         Args:
             device: by default the one that a :class:`DeviceStartError` names.
         """
         try:
             yield
-        except UnavailableError as error:
-            raise OptionError(str(error), 'kernels') from error
         except Exception as error:
             where = error.device if isinstance(error, DeviceStartError) else device
             if not isinstance(where, torch.device) or where.type != 'cuda' or not is_out_of_memory(error):

@@ -1,5 +1,6 @@
 """The Python examples of the documents, run against a server."""
 
+import base64
 import re
 from pathlib import Path
 
@@ -15,8 +16,11 @@ pytestmark = DEFAULT
 
 
 @pytest.fixture
-def example(client, pictures, tmp_path):
+def example(client, pictures, tmp_path, monkeypatch):
     """``example(document)``: the document's examples as one program, for this server and with pictures of ours."""
+    monkeypatch.chdir(tmp_path)
+    _, _, encoded = data_url(pictures['coffee']).partition('base64,')
+    Path('photograph.jpg').write_bytes(base64.b64decode(encoded))
     video = write_video(tmp_path / 'match.mp4', moving_crops(pictures['coffee'], 24))
     replacements = {
         'http://localhost:23333': client.server.url,

@@ -7,7 +7,7 @@ import urllib.parse
 import numpy as np
 import pytest
 from ports import free_port
-from system.balancer import BODY_BYTES, DEPLOY, HaProxy, asking, picture, post
+from system.balancer import BODY_BYTES, DEPLOY, HaProxy, StandIn, asking, picture, post, reply
 
 from lmdeploy_vico.adapter.server.forms.parts import _READERS, read_part
 from lmdeploy_vico.media.sources import parse_data_url
@@ -22,27 +22,34 @@ global
 defaults
     mode http
     timeout client 60s
+    timeout connect 60s
+    timeout server 60s
 frontend affinity
     bind 127.0.0.1:{port}
     http-request wait-for-body time 60s
     http-request lua.media_affinity
-    http-request return status 200 hdr X-Medium %[var(txn.medium)]
+    http-response set-header X-Medium %[var(txn.medium)]
+    default_backend servers
+backend servers
+    server one 127.0.0.1:{server}
 """
 
 
 @pytest.fixture(scope='module')
 def medium(tmp_path_factory):
     """Send a body, of bytes or JSON, and get the hash of its medium; None if there is none."""
-    port = free_port()
-    text = CONFIG.format(bytes=BODY_BYTES, script=DEPLOY / 'media_affinity.lua', port=port)
-    with HaProxy(text, port, tmp_path_factory.mktemp('haproxy')) as running:
+    with StandIn(lambda handler: reply(handler, 200)) as server:
+        port = free_port()
+        script = DEPLOY / 'media_affinity.lua'
+        text = CONFIG.format(bytes=BODY_BYTES, script=script, port=port, server=server.port)
+        with HaProxy(text, port, tmp_path_factory.mktemp('haproxy')) as running:
 
-        def ask(body):
-            status, headers, _ = post(running.url, body)
-            assert status == 200
-            return headers['X-Medium'] or None
+            def ask(body):
+                status, headers, _ = post(running.url, body)
+                assert status == 200
+                return headers['X-Medium'] or None
 
-        yield ask
+            yield ask
 
 
 def made(seed, size=LARGE):

@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.system, pytest.mark.server]
 CLIENTS = 200
 PICTURES = 24
 TOKENS = 4
+CALM_CLIENTS = 8
+QUEUE = 128  # tiles; until its picture is decoded, a request holds TILES of them, so calm clients never fill it
 ATTEMPTS = 3  # to ask while a server is busy; nobody says how long a neighbour takes all cores
 IMAGES, TILES = 40, 13  # of the request that keeps a server busy, and of each of these
 JSON = {'Content-Type': 'application/json'}
@@ -48,7 +50,7 @@ class Servers:
         self.balancer = balancer(folder, *(server.port for server in self.running))
 
     def _server(self, log, port=0):
-        environment = {'LMDEPLOY_VICO_MAX_QUEUED_TILES': '64'}
+        environment = {'LMDEPLOY_VICO_MAX_QUEUED_TILES': str(QUEUE)}
         arguments = '--model-name', 'vico', '--max-batch-size', '16', '--num-gpu-blocks', '2048'
         log = self._folder / f'{log}.log'
         return ApiServer(self._checkpoint, *arguments, log=log, environment=environment, timeout=HANG, port=port)
@@ -121,7 +123,7 @@ def test_pictures_that_come_again_are_encoded_once(servers, record_property):
     urls = [noise(1000 + number) for number in range(40)]
     before = servers.encoded_tiles()
     rounds = []
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(CALM_CLIENTS) as pool:
         for form in (chat, responses_form, messages, generate, chat):
             order = random.Random(len(rounds)).sample(range(len(urls)), len(urls))
             names = pool.map(lambda number, form=form: ask(servers, *form(urls[number])), order)

@@ -78,8 +78,8 @@ def test_answers_of_both_servers_are_right(kind, end, make_checkpoint, prompts, 
             time.sleep(POLL)
         assert len(processes.ranks(launcher.pid, 'ray')) == RANKS
         below = psutil.Process(launcher.pid).children(recursive=True)
-        servers = [SimpleNamespace(url=f'http://{address}:{first + rank}') for rank in range(RANKS)]
-        clients = [Client(server) for server in servers]
+        urls = [f'http://{address}:{first + rank}' for rank in range(RANKS)]
+        clients = [Client(SimpleNamespace(url=url, command=launcher.command)) for url in urls]
         check = judge(**kind).check
         check_answers(clients, prompts, check)
         check_answers(clients[:1], prompts, check, rounds=1)  # the other rank has nothing to do

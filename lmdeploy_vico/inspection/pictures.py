@@ -16,7 +16,7 @@ SUFFIXES = {'.avif', '.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """The files that are named, and for a folder those in it whose names end as pictures' do, in alphabetical order.
+    """The files that are named, and for a folder all pictures under it, in alphabetical order.
 
     Raises:
         InspectionError: there is no such file, or a folder has no pictures.
@@ -24,10 +24,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not pictures:
-                raise InspectionError(f'{path} is a folder without pictures ({", ".join(sorted(SUFFIXES))}).')
-            found += pictures
+            found += _under(path)
         elif path.is_file():
             found.append(path)
         else:
@@ -43,10 +40,15 @@ def find_by_kind(folder: Path) -> list[tuple[str, Path]]:
     """
     if not folder.is_dir():
         raise InspectionError(f'{folder} is not a folder.')
+    return [(parts[0] if len(parts := file.relative_to(folder).parts) > 1 else '.', file) for file in _under(folder)]
+
+
+def _under(folder: Path) -> list[Path]:
+    """The files under a folder, at any depth, whose names end as pictures' do."""
     files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise InspectionError(f'{folder} is a folder without pictures ({", ".join(sorted(SUFFIXES))}).')
-    return [(parts[0] if len(parts := file.relative_to(folder).parts) > 1 else '.', file) for file in files]
+    return files
 
 
 class PictureReader:

@@ -107,3 +107,11 @@ def test_models_that_have_no_router(tmp_path, capsys):
 def test_folders_hold_pictures_among_other_files(folder):
     path, _ = folder
     assert [file.name for file in find([path, path / '1.png'])] == ['0.png', '1.png', '2.png', '1.png']
+
+
+def test_folders_are_searched_to_their_depth(tmp_path):
+    for name in ('b/c/2.JPG', 'a/1.png', 'a/notes.txt', '3.webp'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [file.relative_to(tmp_path).as_posix() for file in find([tmp_path])]
+    assert found == ['3.webp', 'a/1.png', 'b/c/2.JPG']

@@ -10,9 +10,10 @@ import pickle
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from lmdeploy_vico.adapter.engine.ending import LAST_ACTS
 from lmdeploy_vico.adapter.engine.spans import carries_spans
 
 _rings: set[str] = set()
@@ -29,7 +30,7 @@ def is_known(buffer: Any) -> bool:
     return buffer.name() in _rings
 
 
-def packages(buffer: Any, data: Any, receivers: int) -> Iterator[memoryview]:
+def packages(buffer: Any, data: Any, receivers: int) -> Iterator[int]:
     """Write a message to a ring, package by package.
 
     Args:
@@ -38,7 +39,8 @@ def packages(buffer: Any, data: Any, receivers: int) -> Iterator[memoryview]:
         receivers: mask of the ranks it is for.
 
     Yields:
-        Each package when it is written.
+        The bytes of each package when it is written. No view of the ring is given away: whoever fails to announce a
+        package would keep it, and a ring of which there are views cannot be closed.
     """
     from lmdeploy.pytorch.engine.executor.mp_executor import HEAD_SIZE, SHARED_BLOCK_SIZE
 
@@ -46,10 +48,10 @@ def packages(buffer: Any, data: Any, receivers: int) -> Iterator[memoryview]:
     head = struct.pack('II', len(message), receivers)
     for start in range(0, len(message), SHARED_BLOCK_SIZE):
         part = message[start : start + SHARED_BLOCK_SIZE]
-        with buffer.acquire_buf() as package:
+        with buffer.acquire_buf() as package, package:
             package[:HEAD_SIZE] = head
             package[HEAD_SIZE : HEAD_SIZE + len(part)] = part
-            yield package
+        yield len(part)
 
 
 async def call_ranks(executor: Any, message: dict[str, Any], receivers: int) -> list[Any] | None:
@@ -63,7 +65,7 @@ async def call_ranks(executor: Any, message: dict[str, Any], receivers: int) -> 
     Returns:
         The results rank by rank, None for ranks that were not asked; None if none was.
     """
-    lock = lock_of(executor)
+    lock = lock_of(executor.comm_buf)
     if any(isinstance(one, dict) and carries_spans(one) for one in message['args']) or not lock.acquire(blocking=False):
         await asyncio.to_thread(_send, executor, message, receivers)
     else:
@@ -78,11 +80,28 @@ async def call_ranks(executor: Any, message: dict[str, Any], receivers: int) -> 
     ]
 
 
-def lock_of(executor: Any) -> threading.Lock:
-    """What keeps messages of threads apart in an executor's ring."""
-    return _locks.setdefault(executor, threading.Lock())
+def lock_of(buffer: Any) -> threading.Lock:
+    """What keeps messages of threads apart in a ring."""
+    return _locks.setdefault(buffer, threading.Lock())
+
+
+def close_ring(buffer: Any, close: Callable[[], None]) -> None:
+    """Close a ring when the thread that sends, if one does, has given up.
+
+    Args:
+        buffer: LMDeploy's ``SharedBuffer``.
+        close: LMDeploy's own closing, which fails, and leaves the memory behind, while somebody writes.
+    """
+    buffer.notifier.close()  # whoever waits for the other side is told that it has ended
+    lock = lock_of(buffer)
+    free = lock.acquire(timeout=LAST_ACTS)
+    try:
+        close()
+    finally:
+        if free:
+            lock.release()
 
 
 def _send(executor: Any, message: dict[str, Any], receivers: int) -> None:
-    with lock_of(executor):
+    with lock_of(executor.comm_buf):
         executor.comm_buf.send(message, receiver_mask=receivers)

@@ -7,6 +7,7 @@ from lmdeploy_vico.patching import Call, Patch
 _RANK = 'lmdeploy.pytorch.engine.executor.mp_executor:ExecutorProc'
 _MP = 'lmdeploy.pytorch.engine.executor.mp_executor:MPExecutor'
 _RING = 'lmdeploy.pytorch.engine.executor.mp_executor:SharedBuffer'
+_NOTIFIER = 'lmdeploy.pytorch.engine.executor.mp_executor:Notifier'
 _RAY = 'lmdeploy.pytorch.engine.executor.ray_executor:RayExecutor'
 _WORKER = 'lmdeploy.pytorch.engine.executor.base_worker:WorkerWrapperBase'
 # What the process of a rank runs: the target and its signature.
@@ -86,6 +87,16 @@ def know_the_rings(call: Call) -> Any:
     return call.proceed()
 
 
+def close_when_nobody_writes(call: Call) -> None:
+    """Close a ring of a ViCO model when the thread that sends has given up."""
+    from lmdeploy_vico.adapter.engine.ring import close_ring, is_known
+
+    if is_known(call.instance):
+        close_ring(call.instance, call.proceed)
+    else:
+        call.proceed()
+
+
 def cut_without_copies(call: Call) -> Any:
     """Cut a message into packages without copying the rest of it for each."""
     from lmdeploy_vico.adapter.engine.ring import is_known, packages
@@ -121,7 +132,7 @@ def wait_for_the_ring(call: Call) -> Any:
 
     if not runs_vico(call.instance.model_config):
         return call.proceed()
-    with lock_of(call.instance):
+    with lock_of(call.instance.comm_buf):
         return call.proceed()
 
 
@@ -215,6 +226,15 @@ PATCHES = (
         until='LMDeploy sends beside its loop, or its mp executor is gone.',
         process='engine',
         uses={f'{_RING}.send': '(self, data, receiver_mask=255)', f'{_RING}.receive_async': '(self)'},
+    ),
+    Patch(
+        close_when_nobody_writes,
+        f'{_RING}.close',
+        '(self)',
+        why='A thread that sends goes on when the loop has ended: a ring that it writes to could not be closed.',
+        until='as the one before',
+        process='engine',
+        uses={f'{_NOTIFIER}.close': '(self)'},
     ),
     Patch(
         wait_for_the_ring,

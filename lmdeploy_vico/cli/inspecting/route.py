@@ -41,7 +41,9 @@ def add_parser(commands: 'Commands') -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('images', nargs='+', metavar='IMAGE', type=Path, help='a picture, or a folder of pictures')
+    parser.add_argument(
+        'images', nargs='+', metavar='IMAGE', type=Path, help='a picture, or a folder: all pictures under it'
+    )
     parser.add_argument('--model', required=True, metavar='DIR', type=Path, help='a ViCO checkpoint')
     parser.add_argument('-o', '--output', metavar='DIR', type=Path, help='where to draw; made if need be')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')

@@ -80,6 +80,37 @@ def watch_rank(rank: Any) -> None:
     threading.Thread(target=watch, name=f'vico-rank-{rank.proc_id}', daemon=True).start()
 
 
+def end_with_steps(worker: Any) -> None:
+    """End the process of a rank of the ``mp`` executor's when what computes its steps has failed.
+
+    Nobody awaits these tasks there: the engine would wait for the outputs of their steps for ever.
+
+    Args:
+        worker: LMDeploy's wrapper of a model agent, which has been started.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _end_rank(error)
+
+    for task in worker.model_agent.tasks:
+        task.add_done_callback(ended)
+
+
+async def call_in_rank(calling: Awaitable[None]) -> None:
+    """Call a method of a rank of the ``mp`` executor's, and end the rank's process when it fails."""
+    try:
+        await calling
+    except Exception as error:
+        _end_rank(error)
+        raise
+
+
+def _end_rank(error: BaseException) -> None:
+    logger.error('A step of the model has failed.', exc_info=error)
+    end_engine(f'a rank has failed ({type(error).__name__})')
+
+
 def rank_may_end(rank: Any) -> None:
     """Note that the executor is about to end a rank's process."""
     _closed.add(rank)

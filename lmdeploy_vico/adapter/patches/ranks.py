@@ -43,6 +43,25 @@ def let_ranks_end(call: Call) -> None:
     call.proceed()
 
 
+def end_rank_with_its_steps(call: Call) -> None:
+    """End the process of a ViCO model's rank when a step of the model has failed."""
+    from lmdeploy.pytorch.engine.executor.mp_executor import MPWorkerWrapper
+
+    from lmdeploy_vico.adapter.engine.ranks import end_with_steps, runs_vico
+
+    call.proceed()
+    if isinstance(call.instance, MPWorkerWrapper) and runs_vico(call.instance.model_config):
+        end_with_steps(call.instance)
+
+
+def end_rank_with_its_calls(call: Call) -> Any:
+    """End the process of a ViCO model's rank when a call of the engine has failed."""
+    from lmdeploy_vico.adapter.engine.ranks import call_in_rank, runs_vico
+
+    worker = call['func'].__self__
+    return call_in_rank(call.proceed()) if runs_vico(worker.model_config) else call.proceed()
+
+
 def end_with_each_worker(call: Call) -> Any:
     """End the engine of a ViCO model when one of Ray's workers has died."""
     from lmdeploy_vico.adapter.engine.ranks import runs_vico, wait_with_workers
@@ -166,6 +185,29 @@ PATCHES = (
         '(self)',
         why='A rank that LMDeploy ends itself is no reason to end the engine.',
         until='as the first one',
+        process='engine',
+    ),
+    Patch(
+        end_rank_with_its_steps,
+        f'{_WORKER}.start',
+        '(self)',
+        why='In a rank of the mp executor nobody awaits what computes the steps. When one fails, for want of memory for '
+        'example, the process lives on, and the engine waits for its outputs for ever.',
+        until='LMDeploy awaits them, or its mp executor is gone.',
+        process='engine',
+        uses={
+            'lmdeploy.pytorch.engine.executor.mp_executor:MPWorkerWrapper.__init__': '(self, model_path, cache_config, '
+            'backend_config, model_config, dist_config, misc_config, specdecode_config=None, adapters=None, '
+            "device_type='cuda', log_level=30, trust_remote_code=False)",
+            'lmdeploy.pytorch.engine.model_agent.agent:BaseModelAgent.wait_tasks': '(self)',
+        },
+    ),
+    Patch(
+        end_rank_with_its_calls,
+        f'{_RANK}._task_wrapper',
+        '(func, args, kwargs, need_return, ret_buf)',
+        why='as the one before, of the calls of the engine that wait',
+        until='as the one before',
         process='engine',
     ),
     Patch(

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray_cluster import own_cluster
 from waiting import HANG
 
@@ -110,6 +111,51 @@ def test_the_engine_of_a_pipeline_leaves_its_program_alone(rank, caplog):
     with caplog.at_level(logging.CRITICAL):
         assert rank(9, in_engine=False) == []
     assert 'the process of rank 3 has ended' in caplog.text
+
+
+def run_step(step):
+    """The started worker of a rank, whose model computes this step, until it has ended."""
+
+    async def run():
+        task = asyncio.ensure_future(step())
+        ranks.end_with_steps(SimpleNamespace(model_agent=SimpleNamespace(tasks={task})))
+        await asyncio.wait([task])
+
+    asyncio.run(run())
+
+
+async def lacks_memory():
+    raise torch.OutOfMemoryError('CUDA out of memory.')
+
+
+async def is_stopped():
+    raise asyncio.CancelledError
+
+
+async def is_done():
+    pass
+
+
+def test_a_step_that_fails_ends_its_rank(ended, caplog):
+    with caplog.at_level(logging.ERROR):
+        run_step(lacks_memory)
+    assert ended == [1]
+    assert 'CUDA out of memory.' in caplog.text
+    assert 'a rank has failed (OutOfMemoryError): the engine cannot go on' in caplog.text
+
+
+@pytest.mark.parametrize('step', [is_stopped, is_done])
+def test_a_step_that_does_not_fail_ends_nothing(ended, step):
+    run_step(step)
+    assert not ended
+
+
+def test_a_call_that_fails_ends_its_rank(ended):
+    with pytest.raises(torch.OutOfMemoryError):
+        asyncio.run(ranks.call_in_rank(lacks_memory()))
+    assert ended == [1]
+    asyncio.run(ranks.call_in_rank(is_done()))
+    assert ended == [1]
 
 
 class Workers:

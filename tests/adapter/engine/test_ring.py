@@ -14,6 +14,7 @@ from lmdeploy.pytorch.model_inputs import VisionModelInputs
 from waiting import HANG
 
 from lmdeploy_vico.adapter.engine import ring
+from lmdeploy_vico.adapter.engine.ranks import SHARED_MEMORY
 from lmdeploy_vico.adapter.engine.spans import VisualSpan
 from lmdeploy_vico.adapter.patches import ranks
 
@@ -40,6 +41,9 @@ class PluginsBuffer(SharedBuffer):
 
     def pack_data(self, data, receiver_mask):
         return ranks.cut_without_copies(Call(self, SharedBuffer.pack_data, data=data, receiver_mask=receiver_mask))
+
+    def close(self):
+        ranks.close_when_nobody_writes(Call(self, SharedBuffer.close))
 
     def _receive_step0(self):
         return ranks.collect_without_copies(Call(self, SharedBuffer._receive_step0))
@@ -78,6 +82,26 @@ def test_either_side_understands_the_other(buffers, sender, receiver):
     messages = [bytes(range(256)) * (size // 256) + b'x' * (size % 256) for size in SIZES]
     assert send(sending, receiving, messages) == messages
     assert sending._buf_id == receiving._buf_id
+
+
+def test_a_ring_is_closed_while_a_thread_waits_to_write_on(buffers):
+    """Nobody reads: the thread waits at the ring's end, until it is told that the other side has ended."""
+    sending, _ = buffers(PluginsBuffer, SharedBuffer)
+    ring.know_rings(sending.name())
+    executor = SimpleNamespace(comm_buf=sending, ret_bufs=[])
+
+    async def run():
+        message = step(VisualSpan(data=torch.zeros(NUM_SHARED_BLOCK + 1, MIB // 4), start=0, end=1))
+        forward = asyncio.ensure_future(call(executor, 'forward_async', message))
+        while not sending.notifier.bar.n_waiting:
+            await asyncio.sleep(0)
+        forward.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await forward
+        sending.close()
+
+    asyncio.run(asyncio.wait_for(run(), HANG))
+    assert sending.is_closed and not (SHARED_MEMORY / sending.name()).exists()
 
 
 def test_a_message_for_others_is_passed_over(buffers):
@@ -173,7 +197,7 @@ def test_everything_else_is_sent_at_once():
     asyncio.run(call(executor, 'forward_async', step()))
     assert asyncio.run(call(executor, 'get_outputs', wanted=5, receivers=5)) == ['of rank 0', None, 'of rank 2']
     assert executor.sent == [('forward_async', 0xFF, True), ('get_outputs', 5, True)]
-    assert not ring.lock_of(executor).locked()
+    assert not ring.lock_of(executor.comm_buf).locked()
 
 
 def test_the_ring_is_free_after_an_error():
@@ -182,4 +206,4 @@ def test_the_ring_is_free_after_an_error():
     for args in ((), (step(SPAN),)):
         with pytest.raises(TypeError):
             asyncio.run(call(executor, 'forward_async', *args))
-    assert not ring.lock_of(executor).locked()
+    assert not ring.lock_of(executor.comm_buf).locked()

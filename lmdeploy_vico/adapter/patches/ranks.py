@@ -191,8 +191,8 @@ PATCHES = (
         end_rank_with_its_steps,
         f'{_WORKER}.start',
         '(self)',
-        why='In a rank of the mp executor nobody awaits what computes the steps. When one fails, for want of memory for '
-        'example, the process lives on, and the engine waits for its outputs for ever.',
+        why='In a rank of the mp executor nobody awaits what computes the steps. When one fails, for want of memory, '
+        'the process lives on, and the engine waits for its outputs for ever.',
         until='LMDeploy awaits them, or its mp executor is gone.',
         process='engine',
         uses={

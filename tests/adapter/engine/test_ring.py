@@ -1,9 +1,11 @@
 """Messages of megabytes in LMDeploy's ring: the same bytes, each copied once, and written in a thread."""
 
 import asyncio
+import contextlib
 import copy
 import multiprocessing
 import threading
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from lmdeploy_vico.adapter.patches import ranks
 
 MIB = SHARED_BLOCK_SIZE
 PICKLE = 22  # bytes that the pickle of bytes takes beside them
+SPAN = VisualSpan(data=torch.zeros(1, 4), start=0, end=1)
 SIZES = [0, 9, MIB - PICKLE, MIB, MIB + 1, 3 * MIB + 7, (NUM_SHARED_BLOCK + 2) * MIB]
 
 
@@ -104,6 +107,38 @@ def test_a_ring_is_closed_while_a_thread_waits_to_write_on(buffers):
     assert sending.is_closed and not (SHARED_MEMORY / sending.name()).exists()
 
 
+class SlowBuffer(PluginsBuffer):
+    """Writing a package takes until the test says so."""
+
+    writes, go_on = threading.Event(), threading.Event()
+
+    @contextlib.contextmanager
+    def acquire_buf(self):
+        with super().acquire_buf() as package:
+            self.writes.set()
+            assert self.go_on.wait(HANG)
+            yield package
+
+
+def test_a_ring_is_closed_when_the_package_is_written(buffers):
+    sending, _ = buffers(SlowBuffer, SharedBuffer)
+    ring.know_rings(sending.name())
+    executor = SimpleNamespace(comm_buf=sending, ret_bufs=[])
+    message = {'method': 'forward_async', 'args': [step(SPAN)], 'kwargs': {}, 'return_mask': 0}
+    writing = threading.Thread(target=lambda: asyncio.run(ring.call_ranks(executor, message, 1)), daemon=True)
+    writing.start()
+    assert sending.writes.wait(HANG)
+    closing = threading.Thread(target=sending.close, daemon=True)
+    closing.start()
+    while not sending.notifier.bar.broken:
+        assert closing.is_alive()
+        time.sleep(0.01)
+    sending.go_on.set()
+    for one in (writing, closing):
+        one.join(HANG)
+    assert sending.is_closed and not (SHARED_MEMORY / sending.name()).exists()
+
+
 def test_a_message_for_others_is_passed_over(buffers):
     sending, receiving = buffers(PluginsBuffer, PluginsBuffer)
     ring.know_rings(sending.name())
@@ -163,9 +198,6 @@ class Executor:
 def step(*spans):
     vision = VisionModelInputs(input_multimodals=[{'image': list(spans)}])
     return {'inputs': SimpleNamespace(vision_inputs=vision)}
-
-
-SPAN = VisualSpan(data=torch.zeros(1, 4), start=0, end=1)
 
 
 def call(executor, method, *args, wanted=0, receivers=0xFF):

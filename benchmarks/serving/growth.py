@@ -12,7 +12,8 @@ import torch
 
 WARM_UP = 400  # requests after which a server has its threads, caches and allocators' pools
 SAMPLING = 0.5  # seconds between two samples
-MEMORY = ('rss', 'uss', 'device')
+# A page that processes share, as of the memory in which ranks get their messages, is one page: `pss` halves it for two.
+MEMORY = ('pss', 'uss', 'device')
 COUNTS = ('file_descriptors', 'threads')
 # How much more the last quarter of a run may have than the second one. Memory may grow by the larger of the first two.
 SHARE, BYTES, COUNT = 0.02, 30 << 20, 4
@@ -53,7 +54,7 @@ class Sampler:
         sample: dict[str, Any] = {'finished': self.finished}
         if self.pid is not None:
             processes = _look_at_all(self.pid)
-            sample |= {name: sum(one[name] for one in processes) for name in ('rss', 'uss', *COUNTS)}
+            sample |= {name: sum(one[name] for one in processes) for name in ('pss', 'uss', *COUNTS)}
             sample['processes'] = {str(one['pid']): one['uss'] for one in processes}
         if torch.cuda.is_available():
             memory = [torch.cuda.mem_get_info(device) for device in range(torch.cuda.device_count())]
@@ -103,7 +104,7 @@ def _look(process: psutil.Process) -> dict[str, int] | None:
         memory = process.memory_full_info()
         return {
             'pid': process.pid,
-            'rss': memory.rss,
+            'pss': memory.pss,
             'uss': memory.uss,
             'file_descriptors': process.num_fds(),
             'threads': process.num_threads(),

@@ -152,15 +152,15 @@ def sampler():
 
 
 REQUESTS = 2000
-STEADY = {'rss': 1000 * MIB, 'uss': 500 * MIB, 'file_descriptors': 50, 'threads': 20}
+STEADY = {'pss': 1000 * MIB, 'uss': 500 * MIB, 'file_descriptors': 50, 'threads': 20}
 
 
 @pytest.mark.parametrize(
     ('more', 'found'),
     [
         ({}, []),
-        ({'rss': 29 * MIB, 'uss': 29 * MIB, 'file_descriptors': 4}, []),
-        ({'rss': 31 * MIB}, ['rss grew']),
+        ({'pss': 29 * MIB, 'uss': 29 * MIB, 'file_descriptors': 4}, []),
+        ({'pss': 31 * MIB}, ['pss grew']),
         ({'uss': 31 * MIB, 'threads': 5}, ['uss grew', 'threads grew']),
         ({'file_descriptors': 5}, ['file_descriptors grew']),
     ],
@@ -179,6 +179,6 @@ def test_growth_after_the_first_half(sampler, more, found):
 
 def test_a_run_too_short_to_warm_up_says_nothing_of_growth(sampler):
     for finished in range(100):
-        sampler.samples.append({'finished': finished, **STEADY, 'rss': finished * 100 * MIB})
+        sampler.samples.append({'finished': finished, **STEADY, 'pss': finished * 100 * MIB})
     assert not sampler.judges(100) and sampler.growth(100) == []
     assert not sampler.judges(REQUESTS)  # no sample in its last quarter

@@ -106,8 +106,7 @@ class Options:
         at_least(1),
         16,
         'Prompts that wait for their prefill at which all of `pressure_compression` is compressed; above half as many, '
-        'a part. So does a KV cache that is used to 95 %, and in part from 85 % on, but not with '
-        '`--enable-prefix-caching`, which fills it.',
+        'a part. So does a KV cache of which requests use 95 %, and in part from 85 % on.',
     )
     max_tiles: int = _option(
         at_least(1),

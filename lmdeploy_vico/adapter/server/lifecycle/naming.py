@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 class NamingMiddleware:
     """ASGI middleware: the id of a request stands in its answer's headers, and in what is logged about it.
 
-    An id that could spoil a line of the log is replaced, and a path is quoted, as both are written by clients. A request
-    that fails by the server's fault is logged. What LMDeploy, which has no such ids, logs about it stands just before,
-    and uvicorn's traceback of an exception that nothing has caught just after.
+    An id that could spoil a line of the log is replaced, and a path is quoted, as both are written by clients. What
+    fails by the server's fault is logged. What LMDeploy, which has no such ids, logs about it stands just before, and
+    uvicorn's traceback of an exception that nothing has caught just after.
 
     Args:
         app: what serves.

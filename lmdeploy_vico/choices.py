@@ -31,7 +31,8 @@ class Pressed:
 
     Attributes:
         base: what decides first.
-        extra: a share of all tiles: so many more are compressed, those with the highest scores among the others.
+        extra: a share of all tiles: so many more are compressed, rounded down, those with the highest scores among the
+            others.
     """
 
     base: 'Compression'

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lmdeploy_vico.choices import NO_SPEEDUPS, PYTORCH, Compression, Speedups
+from lmdeploy_vico.choices import NO_SPEEDUPS, PYTORCH, Compression, Experiment, Speedups
 from lmdeploy_vico.host_memory import GIB, share_of_memory
 from lmdeploy_vico.kernels.choice import AUTO
 from lmdeploy_vico.media.options import default_processes
@@ -96,18 +96,19 @@ class Options:
         SHARE,
         0.0,
         'The most that is compressed beyond `compression` while the language model is overloaded: a share of the tiles '
-        'of a request, those with the highest scores among the full ones. 0 switches it off. It breaks batch '
-        'independence: the same request then has another answer beside many others. It does nothing for the 503s of a '
-        'full tile queue, since every tile is encoded before it is routed. A request that states its compression, '
-        '`"auto"` for instance, is left alone.',
+        'of a request, rounded down, those with the highest scores among the full ones. Where images are routed by '
+        'themselves (`routing_scope`), it is rounded down for each, so that one of a single tile is left alone. 0 '
+        'switches it off. It breaks batch independence: the same request then has another answer beside many others. '
+        'It does nothing for the 503s of a full tile queue, since every tile is encoded before it is routed. A request '
+        'that states its compression, `"auto"` for instance, is left alone. It is refused with a `compression` for '
+        'experiments.',
         '0',
     )
     pressure_waiting: int = _option(
         at_least(1),
         16,
         'Prompts that wait for their prefill at which all of `pressure_compression` is compressed; above half as many, '
-        'a part. So does a KV cache that is used to 95 %, and in part from 85 % on, but not with '
-        '`--enable-prefix-caching`, which fills it.',
+        'a part. So does a KV cache of which requests use 95 %, and in part from 85 % on.',
     )
     max_tiles: int = _option(
         at_least(1),
@@ -281,14 +282,19 @@ class Options:
         FLAG,
         False,
         'Let an image item ask for made-up visual tokens, to measure the language model alone: `"synthetic": '
-        '{"tiles": 10, "compressed": 5, "seed": 7}`, with all three keys, beside a `url` of any picture, which is '
-        'ignored.',
+        '{"tiles": 10, "compressed": 5, "seed": 7}`, beside a `url` of any picture, which is ignored. Without '
+        '"compressed" no tile is, unless `pressure_compression` has it.',
         '0',
     )
 
     def __post_init__(self) -> None:
         for name in DECLARATIONS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        if self.pressure_compression and isinstance(self.compression, Experiment):
+            raise OptionError(
+                f'pressure_compression has no effect with compression {self.compression}, which is for experiments: '
+                'set only one of the two.'
+            )
 
     @classmethod
     def load(cls, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> 'Options':

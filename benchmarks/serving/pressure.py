@@ -2,8 +2,9 @@
 
 Two servers of one tiny checkpoint, one of them with the valve, serve the same closed loop in turns. Visual tokens are
 made up (``synthetic_images``), so that the vision side costs nothing and prefills are all there is to do. Each request
-asks for the same tiles, none of them compressed; what the valve compresses is what it is measured for. Before anything
-is timed, a single client is answered with the same visual tokens by both.
+asks for as many tiles and leaves to the server how many of them are compressed: what the valve compresses is what it is
+measured for. Before anything is timed, a single client is answered with the same visual tokens by both. Before each
+turn all pressure of the one before has faded.
 
     python -m benchmarks pressure --output results.json
 """
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lib.facts import facts
+from lmdeploy_vico.adapter.server.pressure.valve import IDLE, RELEASE
 from lmdeploy_vico.bench.client import Client, Outcome
 from lmdeploy_vico.bench.workload.requests import LLM, OURS, Cell, Requests, visual_tokens
 from lmdeploy_vico.checkpoints.random import make_tiny_checkpoint
@@ -30,6 +33,7 @@ from lmdeploy_vico.launch import ApiServer
 
 OFF, ON = 'off', 'on'
 TEXT = 'What is in this picture?'
+PAUSE = RELEASE + IDLE  # seconds before a turn
 
 
 class PressureError(RuntimeError):
@@ -75,9 +79,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--seconds', type=float, default=30, help='of a turn (default: %(default)s)')
     parser.add_argument('--output', type=Path, help='file for the results, JSON')
     arguments = parser.parse_args(argv)
+    load = os.getloadavg()[0]  # before, to tell what other programs did from what this one did
     with tempfile.TemporaryDirectory(prefix='vico-pressure-') as scratch:
         measured = asyncio.run(_measure(arguments, Path(scratch)))
     conditions = {name: value for name, value in vars(arguments).items() if name != 'output'}
+    conditions |= {'pause': PAUSE, 'load_average': [load, os.getloadavg()[0]]}
     results = {'facts': facts(), 'conditions': conditions, **measured}
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + '\n')
@@ -115,6 +121,7 @@ async def _take_turns(urls: dict[str, str], arguments: argparse.Namespace) -> di
             await _check(client, _body(requests[name], 0), arguments.tiles)
         for turn in range(arguments.turns):
             for name in (OFF, ON) if turn % 2 == 0 else (ON, OFF):
+                await asyncio.sleep(PAUSE)
                 bodies = _bodies(requests[name], 1 + turn * 10**5, arguments.seconds)
                 done = await clients[name].round(bodies, arguments.clients)
                 turns[name].seconds += done.duration
@@ -139,7 +146,8 @@ def _bodies(requests: Requests, first: int, seconds: float) -> Iterator[bytes]:
 
 
 def _body(requests: Requests, index: int) -> bytes:
-    return requests.body(Cell(LLM, OURS, 0, 0.0), index, text=TEXT)
+    # Of no stated compression: the valve leaves alone what a client states.
+    return requests.body(Cell(LLM, OURS, 0, None), index, text=TEXT)
 
 
 def _table(measured: dict[str, dict[str, float]]) -> Table:

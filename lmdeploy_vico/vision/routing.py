@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Sequence
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
 from typing import Any, TypeAlias
 
 import torch
@@ -30,7 +30,7 @@ def route(
     ``auto`` compresses tile i when ``s_i > quantile(s, relative_threshold)`` (linear interpolation, strict) and
     ``s_i >= absolute_threshold``. A fraction f compresses the round-half-up(f * n) tiles with the highest scores, ties
     going to the lower index. ``random:f`` compresses as many, those that :func:`_drawn` puts first. Under pressure,
-    :class:`Pressed` compresses further tiles in the same order.
+    :class:`Pressed` compresses further tiles in the same order, at most its share of n.
 
     Args:
         scores: p[0] of each tile, float32 ``[n]``: the probability that compression loses nothing (paper, Eq. 4).
@@ -43,7 +43,7 @@ def route(
         chosen = route(scores, compression.base, relative_threshold, absolute_threshold, digests)
         order = torch.argsort(scores, descending=True, stable=True)
         spared = order[~chosen[order]]
-        chosen[spared[: round_half_up(compression.extra, scores.numel())]] = True
+        chosen[spared[: round_down(compression.extra, scores.numel())]] = True
         return chosen
     if compression == 'none' or scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -121,5 +121,14 @@ def _drawn(digests: Sequence[bytes]) -> torch.Tensor:
 
 def round_half_up(fraction: float, tiles: int) -> int:
     """How many of so many tiles a fraction is."""
+    return _rounded(fraction, tiles, ROUND_HALF_UP)
+
+
+def round_down(fraction: float, tiles: int) -> int:
+    """The most of so many tiles that are no more than a fraction."""
+    return _rounded(fraction, tiles, ROUND_FLOOR)
+
+
+def _rounded(fraction: float, tiles: int, rounding: str) -> int:
     # In decimal: 0.29 * 50 is 14.499999999999998 in binary floating point, and would round down.
-    return int((Decimal(repr(fraction)) * tiles).quantize(Decimal(1), rounding=ROUND_HALF_UP))
+    return int((Decimal(repr(fraction)) * tiles).quantize(Decimal(1), rounding=rounding))

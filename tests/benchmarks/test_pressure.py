@@ -34,7 +34,7 @@ class Server:
 
     async def ask(self, body):
         image = json.loads(body)['messages'][0]['content'][0]['image_url']
-        assert image['synthetic']['tiles'] == 10 and image['synthetic']['compressed'] == 0
+        assert image['synthetic'] == {'tiles': 10, 'seed': 0}  # the valve leaves alone what states its compression
         return Outcome(ttft=math.pi, image_tokens=self._image_tokens)
 
 

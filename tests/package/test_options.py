@@ -77,6 +77,11 @@ def test_flags(text, flag):
         ({'vico': {'vit_speedups': True}}, {}, 'vit_speedups must be a comma-separated list of cudnn_attention'),
         (None, {'LMDEPLOY_VICO_DUMMY_WEIGHTS': '2'}, 'dummy_weights must be 0, 1, true or false, not 2'),
         ({'vico': {'synthetic_images': 1.0}}, {}, 'synthetic_images must be 0, 1, true or false, not 1.0'),
+        (
+            {'vico': {'compression': 'random:0.5'}},
+            {'LMDEPLOY_VICO_PRESSURE_COMPRESSION': '0.5'},
+            'pressure_compression has no effect with compression random:0.5, which is for experiments: set only one',
+        ),
         ({'vico': 'none'}, {}, '"vico" must be an object'),
         ({'vico': {'tiles': 3}}, {}, "'tiles' is not an option"),
         ({'vico': {'tile_batch': True}}, {}, 'tile_batch must be an integer'),

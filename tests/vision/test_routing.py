@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -43,11 +45,28 @@ def test_quantile_interpolates_linearly():
         ('auto', 0.5, [True, True, True, True]),
         (0.25, 0.5, [False, True, True, True]),
         (0.25, 0.1, [False, True, False, False]),
+        (0.25, 0.49, [False, True, True, False]),
         ('all', 0.5, [True, True, True, True]),
     ],
 )
 def test_pressure_compresses_the_highest_scores_that_are_left(base, extra, expected):
     assert chosen([0.2, 0.9, 0.7, 0.6], Pressed(base, extra)) == expected
+
+
+@pytest.mark.parametrize('base', ['none', 'auto', 0.3])
+@pytest.mark.parametrize('extra', [0.125, 0.29, 0.5, 1.0])
+@pytest.mark.parametrize('counts', [[1] * 8, [3, 1, 2, 1], [7], [50]])
+def test_pressure_is_bounded_where_each_image_is_routed_by_itself(base, extra, counts):
+    scores = torch.rand(sum(counts), generator=torch.Generator().manual_seed(1))
+
+    def compressed(compression):
+        groups = [([image], compression) for image in range(len(counts))]
+        return route_prompt(scores, [], counts, groups, *THRESHOLDS.values())
+
+    further = compressed(Pressed(base, extra)) & ~compressed(base)
+    assert further.sum() <= extra * len(scores)
+    if base == 'none':
+        assert further.sum() == sum(Fraction(str(extra)) * count // 1 for count in counts)
 
 
 def test_none_and_all():

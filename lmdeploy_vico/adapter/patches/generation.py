@@ -188,6 +188,12 @@ PATCHES = (
         'letter. Any client can put its engine to sleep, and have it unpickle what it sends.',
         until='LMDeploy checks parameters, decodes byte by byte, and opens such endpoints by a flag.',
         process='server',
+        # By which the engine's load is read, for the option pressure_compression.
+        uses={
+            'lmdeploy.serve.core.async_engine:AsyncEngine.get_schedule_metrics': '(self)',
+            'lmdeploy.serve.managers.session_manager:RequestHandlePool.get': '(self)',
+            'lmdeploy.pytorch.envs:enable_request_cache_usage_metric': None,
+        },
     ),
     Patch(
         check_before_preparing,

@@ -142,6 +142,7 @@ PATCHES = (
         'numbers, which answers do not tell.',
         until='LMDeploy takes and returns X-Request-Id, and logs it.',
         process='server',
+        uses={'lmdeploy.serve.utils.server_utils:protocol_error_response': '(path, error)'},
     ),
     Patch(
         bound_the_connections,

@@ -25,7 +25,7 @@ from lmdeploy_vico.adapter.server.items import (
     parse_tile_limit,
 )
 from lmdeploy_vico.adapter.server.synthetic import KEY as SYNTHETIC_KEY
-from lmdeploy_vico.adapter.server.synthetic import SyntheticImage
+from lmdeploy_vico.adapter.server.synthetic import SyntheticImage, under_pressure
 from lmdeploy_vico.choices import Compression, parse_compression
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import ImageJob
@@ -328,6 +328,6 @@ def _prompt_compression(section: Any, default: Compression) -> Compression:
 def _least_tokens(job: Job, compression: Compression) -> int:
     """The fewest visual tokens that an image can have."""
     if isinstance(job, SyntheticImage):
-        return sum(job.tile_tokens)
+        return sum(under_pressure(job, compression).tile_tokens)
     wanted = compression if job.compression is None else job.compression
     return job.tiles * (TOKENS_FULL if wanted in ('none', 0.0) else TOKENS_COMPRESSED)

@@ -80,6 +80,13 @@ def serving(request: ServedRequest) -> Iterator[None]:
         _current.reset(token)
 
 
+def leave_alone() -> None:
+    """Have nothing more compressed for the request that is served, however overloaded the language model is."""
+    request = served_request()
+    if request is not None:
+        request.extra_share = 0.0
+
+
 @asynccontextmanager
 async def admitted(stage: 'VisionStage', tiles: int, budget: MemoryBudget) -> AsyncIterator[None]:
     """Hold a place in the stage, and memory for pictures, for the request that is prepared inside.

@@ -16,11 +16,12 @@ from lmdeploy_vico.choices import Compression, Pressed
 from lmdeploy_vico.config import TOKENS_COMPRESSED, TOKENS_FULL
 from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.projection import VisualTokens
-from lmdeploy_vico.vision.routing import round_half_up
+from lmdeploy_vico.vision.routing import round_down
 from lmdeploy_vico.wording import shown
 
 KEY = 'synthetic'
 FIELDS = ('tiles', 'compressed', 'seed')
+NEEDED = ('tiles', 'seed')
 MAX_SEED = 2**63 - 1
 STARTS = 4096  # slices of the random rows that seeds choose from
 
@@ -33,12 +34,14 @@ class SyntheticImage:
         tiles: whole number of tiles, a thumbnail included.
         compressed: how many of them have 64 tokens; the others have 256.
         seed: the same seed gives the same visual tokens, another seed others.
+        stated: whether the client said how many.
         salt: part of their names, as of those of pictures.
     """
 
     tiles: int
     compressed: int
     seed: int
+    stated: bool = True
     salt: str = ''
 
     @property
@@ -48,10 +51,10 @@ class SyntheticImage:
 
 
 def under_pressure(image: SyntheticImage, compression: Compression) -> SyntheticImage:
-    """The image with as many more tiles compressed as pressure asks for: a server's choice, not its client's."""
-    if not isinstance(compression, Pressed):
+    """The image with as many tiles compressed as pressure asks for, where its client left that to the server."""
+    if image.stated or not isinstance(compression, Pressed):
         return image
-    return replace(image, compressed=min(image.tiles, image.compressed + round_half_up(compression.extra, image.tiles)))
+    return replace(image, compressed=round_down(compression.extra, image.tiles))
 
 
 def synthetic_image(params: Mapping[str, Any], max_tiles: int) -> SyntheticImage:
@@ -70,13 +73,14 @@ def synthetic_image(params: Mapping[str, Any], max_tiles: int) -> SyntheticImage
             f'An image item with "{KEY}" has no key {shown(others[0])}: its tokens are not made of an image.'
         )
     wanted = params[KEY]
-    if not isinstance(wanted, Mapping) or set(wanted) != set(FIELDS):
+    if not isinstance(wanted, Mapping) or not set(NEEDED) <= set(wanted) <= set(FIELDS):
         raise ValueError(f'"{KEY}" must be an object with the keys {", ".join(FIELDS)}, not {shown(wanted)}.')
     tiles = _integer(wanted, 'tiles', 1, max_tiles + 1)
     return SyntheticImage(
         tiles=tiles,
-        compressed=_integer(wanted, 'compressed', 0, tiles),
+        compressed=_integer(wanted, 'compressed', 0, tiles) if 'compressed' in wanted else 0,
         seed=_integer(wanted, 'seed', 0, MAX_SEED),
+        stated='compressed' in wanted,
     )
 
 

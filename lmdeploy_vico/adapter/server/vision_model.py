@@ -30,7 +30,7 @@ from lmdeploy_vico.adapter.server.served import ServedRequest, admitted, served_
 from lmdeploy_vico.adapter.server.synthetic import under_pressure
 from lmdeploy_vico.adapter.server.turbomind.choice import language_engine
 from lmdeploy_vico.adapter.server.usage import count_tiles
-from lmdeploy_vico.choices import Compression, Experiment, Pressed
+from lmdeploy_vico.choices import Compression, Pressed
 from lmdeploy_vico.config import UnsupportedCheckpointError
 from lmdeploy_vico.media.store import MediaStore
 from lmdeploy_vico.patching import Trigger, register
@@ -112,7 +112,6 @@ class VicoVisionModel(VisionModel):
         media_io_kwargs: Mapping[str, Any] | None,
         mm_processor_kwargs: Mapping[str, Any] | None,
         raw: bool = False,
-        calm: bool = False,
     ) -> VicoRequest | None:
         """Check what a client sent, before anything is fetched, decoded or tokenized.
 
@@ -120,7 +119,6 @@ class VicoVisionModel(VisionModel):
             prompt: messages, or a text; None for token ids.
             media_io_kwargs, mm_processor_kwargs: the request's.
             raw: whether no chat template is used.
-            calm: leave out what an overloaded language model would have compressed besides.
 
         Returns:
             The request; None for a text or ids, which have no images.
@@ -133,8 +131,7 @@ class VicoVisionModel(VisionModel):
         if isinstance(prompt, list):
             served = served_request()
             salt = served.cache_salt if served else ''
-            if not calm:
-                rules = replace(rules, compression=self._compression(served))
+            rules = replace(rules, compression=self._compression(served))
             request = parse_request(prompt, media_io_kwargs, mm_processor_kwargs, rules, raw=raw, salt=salt)
             self._texts.require_room(request.characters, rules.session_len)
             return request
@@ -153,7 +150,7 @@ class VicoVisionModel(VisionModel):
         It is decided once for a request, whose choices (``n``) share it.
         """
         compression = self.rules.compression
-        if self.valve is None or served is None or isinstance(compression, Experiment):
+        if self.valve is None or served is None:
             return compression
         if served.extra_share is None:
             served.extra_share = self.valve.decide()
@@ -201,7 +198,7 @@ class VicoVisionModel(VisionModel):
         mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Blocking form of :meth:`preprocess_async`, with the signature by which LMDeploy knows new-style models."""
-        return self._assemble(input_prompt, self._submit(messages).result())
+        return self._assemble(messages, input_prompt, self._submit(messages).result())[0]
 
     async def preprocess_async(
         self,
@@ -232,8 +229,7 @@ class VicoVisionModel(VisionModel):
         except EncodingError as error:
             raise RequestError(ErrorCode.INTERNAL_ERROR, str(error)) from error
         loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._assembling, self._assemble, input_prompt, images)
-        pressed = pressed_tiles(messages, images, self.thresholds)
+        prompt, pressed = await loop.run_in_executor(self._assembling, self._assemble, messages, input_prompt, images)
         if pressed:
             stage_metrics().pressed_prompts.inc()
             stage_metrics().pressed_tiles.inc(pressed)
@@ -246,12 +242,17 @@ class VicoVisionModel(VisionModel):
         served = served_request()
         return self.stage.submit(request.pictures, request.compression, served.admission if served else None)
 
-    def _assemble(self, pieces: list[str] | list[Ids], images: Sequence[EncodedImage]) -> dict[str, Any]:
+    def _assemble(
+        self, request: VicoRequest, pieces: list[str] | list[Ids], images: Sequence[EncodedImage]
+    ) -> tuple[dict[str, Any], int]:
+        """The prompt, and how many of its tiles are compressed because of pressure: what takes time of a thread."""
         texts = [piece for piece in pieces if isinstance(piece, str)]
         encoded = [self.tokenizer.encode(text, add_bos=index == 0) for index, text in enumerate(texts)]
         of_ids = [piece for piece in pieces if not isinstance(piece, str)]
         input_ids, visual = self.language.assemble(encoded or of_ids, images, self.image_token_id)
-        return {'prompt': IMAGE_CONTEXT.join(texts) if texts else None, 'input_ids': input_ids, 'multimodal': visual}
+        text = IMAGE_CONTEXT.join(texts) if texts else None
+        pressed = pressed_tiles(request, images, self.thresholds)
+        return {'prompt': text, 'input_ids': input_ids, 'multimodal': visual}, pressed
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

@@ -188,7 +188,9 @@ class Requests:
     def _images(self, cell: Cell, index: int, compressed: int | None) -> list[dict[str, Any]]:
         if cell.mode == LLM:
             seed = self._seed * 10**6 + index
-            synthetic = {'tiles': self._tiles, 'compressed': compressed, 'seed': seed}
+            synthetic = {'tiles': self._tiles, 'seed': seed}
+            if compressed is not None:
+                synthetic['compressed'] = compressed
             return [{'type': 'image_url', 'image_url': {'url': PIXEL, 'synthetic': synthetic}}]
         picture = self._picture
         grid = picture.columns * picture.rows

@@ -1,5 +1,7 @@
 """Image items whose visual tokens are made up: what a client may ask for, and what it gets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,7 @@ def wanted(tiles=10, compressed=5, seed=7, **others):
 
 def test_what_is_asked_for():
     assert jobs(wanted()) == [image(10, 5, 7)]
+    assert jobs({'tiles': 10, 'seed': 7}) == [replace(image(10, 0, 7), stated=False)]
     assert jobs(wanted(13, 13, MAX_SEED)) == [image(13, 13, MAX_SEED)]  # 12 tiles and a thumbnail
 
 

@@ -15,15 +15,16 @@ from parity.conversations import data_url, video_url
 from parity.videos import moving_crops, write_video
 from PIL import Image
 
-from lmdeploy_vico.adapter.server import items, request, served
+from lmdeploy_vico.adapter.server import items, request, served, vision_model
 from lmdeploy_vico.adapter.server.forms.ids import mark_ids, stand_for_ids
 from lmdeploy_vico.adapter.server.forms.texts import TextBound
 from lmdeploy_vico.adapter.server.items import Rules
 from lmdeploy_vico.adapter.server.placement.language import PytorchLanguage
-from lmdeploy_vico.adapter.server.served import ServedRequest, serving
+from lmdeploy_vico.adapter.server.served import ServedRequest, leave_alone, serving
 from lmdeploy_vico.adapter.server.turbomind.inputs import VisualInput
 from lmdeploy_vico.adapter.server.turbomind.language import TurbomindLanguage
 from lmdeploy_vico.adapter.server.vision_model import VicoVisionModel
+from lmdeploy_vico.choices import Pressed
 from lmdeploy_vico.media.decoder import MediaDecoder
 from lmdeploy_vico.media.fetch import Fetcher
 from lmdeploy_vico.media.loader import Files, MediaLoader
@@ -178,6 +179,30 @@ def test_every_decision_is_taken_once(model, processor, calls, video):
     visual = 256 * (3 + 3 + 3)
     assert prompt['input_ids'].count(IMAGE_TOKEN) == sum(map(len, prompt['multimodal'])) == visual
     assert sum(client.tile_tokens) == visual and client.admission is None and not client.pending
+
+
+def test_pressure_is_decided_once_and_counted_beside_the_loop(model, processor, monkeypatch):
+    shares, threads = [0.5, 0.25], []
+    model.valve = SimpleNamespace(decide=lambda: shares.pop(0))
+    monkeypatch.setattr(vision_model, 'pressed_tiles', lambda *_: threads.append(threading.current_thread()) or 7)
+    client = ServedRequest()
+
+    async def ask():
+        with serving(client):
+            messages = [{'role': 'user', 'content': [image((448, 448))]}]
+            return await asyncio.gather(*(processor.get_prompt_input(messages, do_preprocess=True) for _ in range(2)))
+
+    asyncio.run(ask())
+    assert [compression for _, compression in model.stage.submitted] == [Pressed('auto', 0.5)] * 2
+    assert shares == [0.25] and client.pressed_tiles == 7
+    assert len(threads) == 2 and threading.main_thread() not in threads
+
+
+def test_a_request_that_is_left_alone_asks_for_no_pressure(model):
+    model.valve = SimpleNamespace(decide=lambda: pytest.fail('asked'))
+    with serving(ServedRequest()):
+        leave_alone()
+        assert model.parse([{'role': 'user', 'content': [image((448, 448))]}], None, None).compression == 'auto'
 
 
 def test_choices_share_their_place_and_decide_each_for_itself(model, processor, calls):

@@ -13,6 +13,7 @@ from lmdeploy.serve.openai.protocol import ChatCompletionRequest
 from lmdeploy.serve.utils.server_utils import validate_json_request
 
 from lmdeploy_vico.adapter.server.forms.body import check_count_tokens, checking_bodies
+from lmdeploy_vico.adapter.server.served import leave_alone
 from lmdeploy_vico.wording import shown
 
 
@@ -20,7 +21,8 @@ def add_endpoint(router: APIRouter, server_context: Any, merge_inline_system: bo
     """Add the endpoint to LMDeploy's router.
 
     The prompt is prepared as if it were to be answered: images are decoded, encoded and routed, in the same queue and
-    within the same limits. Their tiles are then in the cache for the message itself.
+    within the same limits. Their tiles are then in the cache for the message itself. Nothing more is compressed for it
+    while the language model is overloaded, as nothing is asked of that.
     """
     check = checking_bodies(validate_json_request, check_count_tokens)
 
@@ -50,6 +52,7 @@ async def _count(request: CountTokensRequest, server_context: Any, merge_inline_
         asked = server_context.response_parser_cls(asked).request
     except ValueError as error:
         raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error
+    leave_alone()
     session = server_context.create_session()
     prepared = await engine.preprocess(
         asked.messages,

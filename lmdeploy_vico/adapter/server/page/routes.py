@@ -13,6 +13,7 @@ from lmdeploy_vico.adapter.server.disconnect import while_client_waits
 from lmdeploy_vico.adapter.server.media import MediaParser
 from lmdeploy_vico.adapter.server.overload import OverloadError
 from lmdeploy_vico.adapter.server.page.html import PATH, headers, page
+from lmdeploy_vico.adapter.server.served import leave_alone
 from lmdeploy_vico.stage.errors import EncodingError
 from lmdeploy_vico.stage.queue import StageBusyError
 from lmdeploy_vico.vision.routing import as_json
@@ -76,7 +77,8 @@ async def _answer(model: 'VicoVisionModel', request: Request) -> Response:
 async def _routed(model: 'VicoVisionModel', body: bytes) -> dict[str, Any]:
     """Load, encode and route the pictures of a body, as those of one prompt, within all limits of a prompt."""
     messages, options = _asked(body)
-    parsed = model.parse(messages, None, options, calm=True)
+    leave_alone()
+    parsed = model.parse(messages, None, options)
     assert parsed is not None
     async with model.admit(parsed):
         request = await MediaParser(model.loader, model.media_store)(parsed, None, model.allowed_media_domains)

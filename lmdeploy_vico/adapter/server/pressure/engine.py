@@ -3,7 +3,8 @@
 from functools import partial
 from typing import Any
 
-from lmdeploy.metrics.metrics_processor import metrics_processor
+from lmdeploy.messages import PytorchEngineConfig
+from lmdeploy.pytorch import envs
 
 from lmdeploy_vico.adapter.server.pressure.valve import Reading, Valve
 from lmdeploy_vico.options import Options
@@ -24,10 +25,27 @@ def valve_of(engine: Any, options: Options) -> Valve | None:
 async def read(engine: Any) -> Reading:
     """Ask the engine: one message to its process and back.
 
-    Prompts wait in its scheduler, and in this process while all of its ``--max-batch-size`` places are taken. With
-    prefix caching its blocks stay in use as long as nobody else needs them, so their share says nothing.
+    Prompts wait in its scheduler, and in this process while all of its ``--max-batch-size`` places are taken.
     """
     metrics = await engine.get_schedule_metrics()
-    here = max(metrics_processor.scheduler_stats.num_api_waiting_reqs, 0)
-    caching = engine.backend_config.enable_prefix_caching
-    return Reading(metrics.waiting_seqs + here, 0.0 if caching else metrics.cache_usage)
+    return Reading(metrics.waiting_seqs + _waiting_here(engine), metrics.cache_usage if _says_kv_use(engine) else 0.0)
+
+
+def _waiting_here(engine: Any) -> int:
+    """The requests that wait for a place in the engine.
+
+    LMDeploy's own count of them, ``num_api_waiting_reqs``, only grows when clients leave while they wait.
+    """
+    places = engine.session_mgr.request_handle_pool.pool
+    return 0 if places is None else sum(not waiting.done() for waiting in places._getters)  # None before the first use
+
+
+def _says_kv_use(engine: Any) -> bool:
+    """Whether the share of the KV cache in use tells how much the engine has to do.
+
+    With prefix caching, blocks are kept as long as nobody else needs them. LMDeploy's PyTorch engine does not count
+    those, unless an environment variable has it count them.
+    """
+    config = engine.backend_config
+    counts_requests = isinstance(config, PytorchEngineConfig) and envs.enable_request_cache_usage_metric
+    return counts_requests or not config.enable_prefix_caching

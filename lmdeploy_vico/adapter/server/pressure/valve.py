@@ -83,6 +83,7 @@ class Valve:
         self._clock, self._pause = clock, pause
         self._pressure, self._read_at, self._decided_at = 0.0, clock(), clock()
         self._watching: asyncio.Task[None] | None = None
+        self._answered = True
 
     def decide(self) -> float:
         """Return the extra share for a request that arrives now; never waits for the engine."""
@@ -98,13 +99,20 @@ class Valve:
     async def _watch(self) -> None:
         """Ask the engine again and again, until it is calm and no request has come for a while."""
         while True:
-            try:
-                current = pressure(await self._read(), self._full_at)
-            except Exception as error:  # what is wrong with the engine is said where requests need it
-                logger.debug('the engine does not say what it has to do: %r', error)
-                current = 0.0
-            self._pressure = self._after(current)
+            self._pressure = self._after(await self._current())
             self._read_at = self._clock()
             if not self._pressure and self._clock() - self._decided_at > IDLE:
                 return
             await self._pause(PERIOD)
+
+    async def _current(self) -> float:
+        """The pressure now; none where the engine does not say, of which the first time in a row is logged."""
+        try:
+            current = pressure(await self._read(), self._full_at)
+        except Exception as error:  # what is wrong with the engine is said where requests need it
+            if self._answered:
+                logger.warning('pressure_compression does nothing while the engine does not tell its load: %r', error)
+            self._answered = False
+            return 0.0
+        self._answered = True
+        return current

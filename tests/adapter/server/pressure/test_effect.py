@@ -52,19 +52,26 @@ def test_pictures(base, own, seed):
     assert pressed_tiles(request, pressed, THRESHOLDS) == sum(further)
     pressed_by_prompt = 15 if own is None else 10
     room = pressed_by_prompt - sum(compressed(calm)[:pressed_by_prompt])
-    assert sum(further) == min(room, round(0.25 * pressed_by_prompt + 0.01))
+    assert sum(further) == min(room, pressed_by_prompt // 4)
     assert own is None or not any(further[10:])  # it states its own
 
 
-@pytest.mark.parametrize(
-    'tiles, asked, extra, now', [(10, 5, 0.25, 8), (10, 0, 0.5, 5), (10, 9, 0.5, 10), (4, 4, 1, 4)]
-)
-def test_synthetic_images(tiles, asked, extra, now):
+@pytest.mark.parametrize('tiles, extra, now', [(10, 0.25, 2), (10, 0.5, 5), (1, 0.5, 0), (4, 1, 4)])
+def test_synthetic_images_that_leave_it_to_the_server(tiles, extra, now):
     encoder = SyntheticEncoder(8, torch.float32, 13)
     compression = Pressed('auto', extra)
-    image = SyntheticImage(tiles, asked, seed=1)
+    image = SyntheticImage(tiles, 0, seed=1, stated=False)
     changed = under_pressure(image, compression)
     assert changed == replace(image, compressed=now)
     assert under_pressure(image, 'auto') is image
     request = VicoRequest((), compression, None, jobs=([image],))
-    assert pressed_tiles(request, [encoder.encode(changed)], THRESHOLDS) == now - asked
+    assert pressed_tiles(request, [encoder.encode(changed)], THRESHOLDS) == now
+
+
+@pytest.mark.parametrize('asked', [0, 5, 10])
+def test_synthetic_images_that_state_their_compression(asked):
+    compression = Pressed('auto', 0.5)
+    image = SyntheticImage(10, asked, seed=1)
+    assert under_pressure(image, compression) is image
+    request = VicoRequest((), compression, None, jobs=([image],))
+    assert pressed_tiles(request, [SyntheticEncoder(8, torch.float32, 13).encode(image)], THRESHOLDS) == 0

@@ -5,7 +5,10 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-from lmdeploy.metrics.metrics_processor import metrics_processor
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
+from lmdeploy.pytorch import envs
+from lmdeploy.pytorch.paging.scheduler import Scheduler
+from lmdeploy.serve.managers.session_manager import Session, SessionManager
 
 from lmdeploy_vico.adapter.server.pressure import engine
 from lmdeploy_vico.adapter.server.pressure.valve import (
@@ -140,7 +143,7 @@ def test_an_idle_server_asks_nothing():
     assert run(story) > 0
 
 
-def test_an_engine_that_does_not_answer_is_no_pressure_and_hinders_nobody():
+def test_an_engine_that_does_not_answer_is_no_pressure_and_hinders_nobody(caplog):
     async def story(engine):
         engine.says = Reading(9, 0.0)
         engine.valve.decide()
@@ -148,24 +151,90 @@ def test_an_engine_that_does_not_answer_is_no_pressure_and_hinders_nobody():
         assert engine.valve.decide() == 0.5
         engine.says = RuntimeError('no engine')
         await engine.pass_by(RELEASE + 1)
-        return engine.valve.decide()
+        assert engine.valve.decide() == 0
+        said.append(len(caplog.records))
+        engine.says = CALM
+        await engine.pass_by(PERIOD)
+        engine.says = RuntimeError('again')
+        engine.valve.decide()
+        await engine.pass_by(IDLE)
+        said.append(len(caplog.records))
 
-    assert run(story) == 0
+    said = []
+    run(story)
+    assert said == [1, 2]  # once each time it begins
+    assert [record.levelname for record in caplog.records] == ['WARNING'] * 2
+    assert 'does not tell its load: RuntimeError' in caplog.text
 
 
-@pytest.mark.parametrize('caching, kv_use', [(False, 0.9), (True, 0.0)])
-def test_what_lmdeploy_says(monkeypatch, caching, kv_use):
-    """Prompts that wait in its scheduler or for a place; a cache that is full of what may be dropped is not full."""
+def lmdeploys(config, waiting_seqs=3, cache_usage=0.9, places=1):
+    """As much of LMDeploy's engine as says what it has to do."""
 
     async def metrics():
-        return SimpleNamespace(waiting_seqs=3, cache_usage=0.9)
+        return SimpleNamespace(waiting_seqs=waiting_seqs, cache_usage=cache_usage)
 
-    counts = {'total': 7, 'succeeded': 1, 'cancelled': 0, 'aborted': 0, 'errored': 0, 'api_routed': 4}
-    for kind, count in counts.items():  # other tests have left theirs
-        monkeypatch.setattr(metrics_processor.scheduler_stats, f'num_{kind}_reqs', count)
-    config = SimpleNamespace(enable_prefix_caching=caching)
-    one = SimpleNamespace(get_schedule_metrics=metrics, backend_config=config)
-    assert asyncio.run(engine.read(one)) == Reading(5, kv_use)
+    sessions = SessionManager()
+    sessions.build_request_handle_pool(SimpleNamespace(create_instance=object), places)
+    return SimpleNamespace(get_schedule_metrics=metrics, backend_config=config, session_mgr=sessions)
+
+
+@pytest.mark.parametrize(
+    'config, counts_requests, kv_use',
+    [
+        (PytorchEngineConfig(), True, 0.9),
+        (PytorchEngineConfig(), False, 0.9),
+        (PytorchEngineConfig(enable_prefix_caching=True), True, 0.9),
+        (PytorchEngineConfig(enable_prefix_caching=True), False, 0),
+        (TurbomindEngineConfig(), True, 0.9),
+        (TurbomindEngineConfig(enable_prefix_caching=True), True, 0),
+    ],
+)
+def test_what_lmdeploy_says(monkeypatch, config, counts_requests, kv_use):
+    """A cache that is full of what may be dropped is not full."""
+    monkeypatch.setattr(envs, 'enable_request_cache_usage_metric', counts_requests)
+    assert asyncio.run(engine.read(lmdeploys(config))) == Reading(3, kv_use)
+
+
+def test_lmdeploy_counts_blocks_of_requests_unless_it_is_told_otherwise():
+    """With prefix caching: what the reading above relies on."""
+    scheduler = SimpleNamespace(
+        block_manager=SimpleNamespace(num_gpu_blocks=10, get_num_free_gpu_blocks=lambda: 1),
+        block_trie=SimpleNamespace(stats=SimpleNamespace(hit_rate=lambda: 0.0)),
+        scheduler_tick=0,
+        _get_request_cache_usage=lambda total: 2 / total,
+        **dict.fromkeys(('num_running', 'num_waiting', 'num_ready', 'num_remote_loading'), lambda: 0),
+    )
+    assert envs.enable_request_cache_usage_metric
+    assert Scheduler.schedule_metrics.fget(scheduler).cache_usage == 0.2
+
+
+def test_who_waits_for_a_place_counts_until_its_client_leaves():
+    one = lmdeploys(PytorchEngineConfig(), waiting_seqs=0)
+
+    async def waiting():
+        return (await engine.read(one)).waiting
+
+    async def ask(leave):
+        async with Session(0, one.session_mgr).request_handle():
+            await leave.wait()
+
+    async def story():
+        counts, leave = [await waiting()], asyncio.Event()
+        asked = []
+        for _ in range(4):
+            asked.append(asyncio.create_task(ask(leave)))
+            await asyncio.sleep(0)
+            counts.append(await waiting())
+        for left in asked[1:3]:
+            left.cancel()
+            counts.append(await waiting())  # before it has noticed
+        await asyncio.gather(*asked[1:3], return_exceptions=True)
+        counts.append(await waiting())
+        leave.set()
+        await asyncio.gather(asked[0], asked[3])
+        return [*counts, await waiting()]
+
+    assert asyncio.run(story()) == [0, 0, 1, 2, 3, 2, 1, 1, 0]
 
 
 def test_the_valve_is_off_by_default():

@@ -9,6 +9,9 @@
 -- that a later request that sends only the name reaches the server that keeps what it names.
 --
 -- Nothing here decides whether a request is right: a body that is no JSON goes to a server, which says so.
+--
+-- The other connections of a thread wait for each call of Lua's own functions, and HAProxy ends itself where such calls take
+-- two seconds. So every loop and every replacement has a bound. A body of 16 MiB takes less than a second of a busy core.
 
 local DEEPEST = 64 -- levels of JSON; a conversation has seven
 local MOST_STEPS = 200000 -- values, strings and escapes that are looked at; pixels are one string

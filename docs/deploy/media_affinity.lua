@@ -9,9 +9,13 @@
 -- that a later request that sends only the name reaches the server that keeps what it names.
 --
 -- Nothing here decides whether a request is right: a body that is no JSON goes to a server, which says so.
+--
+-- The other connections of a thread wait for each call of Lua's own functions, and HAProxy ends itself where such calls take
+-- two seconds. So every loop and every replacement has a bound. A body of 16 MiB takes less than a second of a busy core.
 
 local DEEPEST = 64 -- levels of JSON; a conversation has seven
-local MOST_STEPS = 200000 -- values, strings and escapes that are looked at, about 0.1 s; pixels are one string
+local MOST_STEPS = 200000 -- values, strings and escapes that are looked at; pixels are one string
+local MOST_SPELLINGS = 1000000 -- replacements in base64; 16 MiB of what compressed files have in them need half as many
 
 -- Where an item of each type has its URL, alone or in an object.
 local URL_KEYS = {
@@ -29,18 +33,35 @@ local ESCAPES = { b = '\b', f = '\f', n = '\n', r = '\r', t = '\t', ['"'] = '"',
 -- What is left out of base64, or written otherwise.
 local OTHER_SPELLINGS = { ['\r'] = '', ['\n'] = '', ['\t'] = '', [' '] = '', ['-'] = '+', ['_'] = '/' }
 
+local PERCENT = {} -- what each escape of a URL stands for
+for high in ('0123456789abcdefABCDEF'):gmatch('%x') do
+  for low in ('0123456789abcdefABCDEF'):gmatch('%x') do
+    PERCENT['%' .. high .. low] = string.char(tonumber(high .. low, 16))
+  end
+end
+
 local function has(text, character)
   return text:find(character, 1, true) ~= nil -- as fast as memory, which no other pattern is
 end
 
--- Base64 as every spelling of it decodes: one alphabet, no line breaks, no padding.
+-- Replaces what is found by what a table has for it; nil where that is too much work.
+local function replaced(text, pattern, by)
+  local other, times = text:gsub(pattern, by, MOST_SPELLINGS)
+  return times < MOST_SPELLINGS and other or nil
+end
+
+-- Base64 as every spelling of it decodes: one alphabet, no line breaks, no padding. Where that is too much work, a text
+-- stays as it is: the same medium in the same spelling is still the same.
 local function plain_base64(text)
-  if has(text, '%') then text = text:gsub('%%(%x%x)', function(hex) return string.char(tonumber(hex, 16)) end) end
-  for character, plain in pairs(OTHER_SPELLINGS) do
-    if has(text, character) then text = text:gsub(character == '-' and '%-' or character, plain) end
+  local plain = has(text, '%') and replaced(text, '%%%x%x', PERCENT) or text
+  for character in pairs(OTHER_SPELLINGS) do
+    if has(plain, character) then
+      plain = replaced(plain, '[^%w+/]', OTHER_SPELLINGS) or text
+      break
+    end
   end
-  local padding = text:find('=', -3, true)
-  return padding and text:sub(1, padding - 1) or text
+  local padding = plain:find('=', -3, true)
+  return padding and plain:sub(1, padding - 1) or plain
 end
 
 -- A text that is the same for all spellings of a URL.
@@ -75,16 +96,20 @@ local function first_medium(body)
 
   local function skip_space(position) return body:match('^[ \n\r\t]*()', position) end
 
-  -- Escapes beyond the basic plane come as two halves, each of which has become three bytes.
-  local function joined(a, b, c, d)
-    local high, low = (a:byte() - 0xA0) * 64 + b:byte() - 0x80, (c:byte() - 0xB0) * 64 + d:byte() - 0x80
-    return utf8.char(0x10000 + high * 1024 + low)
-  end
-
-  local function unescape(escape, hex)
+  -- What is beyond the basic plane comes as two escapes, a high and a low half.
+  local high, end_of_low
+  local function unescape(escape, hex, after)
     step()
     if escape ~= 'u' then return (ESCAPES[escape] or error('no escape')) .. hex end
-    return #hex == 4 and utf8.char(tonumber(hex, 16)) or error('no escape')
+    local code = #hex == 4 and tonumber(hex, 16) or error('no escape')
+    if code >= 0xD800 and code < 0xDC00 then
+      high, end_of_low = code - 0xD800, after + 6
+      return ''
+    end
+    if after == end_of_low and code >= 0xDC00 and code < 0xE000 then
+      code = 0x10000 + high * 1024 + code - 0xDC00
+    end
+    return utf8.char(code)
   end
 
   -- The string whose opening quote is at a position, and the position after it.
@@ -94,12 +119,14 @@ local function first_medium(body)
       step()
       quote = body:find('"', quote + 1, true) or error('no end of a string')
       before = quote - 1
-      while body:byte(before) == 92 do before = before - 1 end -- '\'
-    until (quote - 1 - before) % 2 == 0
+      while body:byte(before) == 92 and body:byte(before - 1) == 92 do -- '\', which another one escapes
+        before = before - 2
+        if before < quote - 16 then step() end -- no text within texts has so many
+      end
+    until body:byte(before) ~= 92
     local text = body:sub(position + 1, quote - 1)
     if has(text, '\\') then
-      text = text:gsub('\\(.)(%x?%x?%x?%x?)', unescape)
-      text = text:gsub('\xED([\xA0-\xAF])([\x80-\xBF])\xED([\xB0-\xBF])([\x80-\xBF])', joined)
+      text = text:gsub('\\(.)(%x?%x?%x?%x?)()', unescape)
     end
     return text, quote + 1
   end

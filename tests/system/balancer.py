@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ports import free_port
 from system.programs import program
 from waiting import HANG
@@ -77,6 +78,11 @@ class HaProxy:
     def __exit__(self, *error: Any) -> None:
         self._process.kill()
         self._process.wait()
+
+    def processor_seconds(self) -> float:
+        """What all threads have taken of the processors so far; raises NoSuchProcess where it has ended."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
 
 
 def balancer(folder: Path, *ports: int) -> HaProxy:

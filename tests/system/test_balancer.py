@@ -3,14 +3,31 @@
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
-from system.balancer import BODY_BYTES, CHAT, NAMES, StandIn, asking, balancer, picture, post, reply, shipped, until
+from ports import free_port
+from system.balancer import (
+    BODY_BYTES,
+    CHAT,
+    NAMES,
+    HaProxy,
+    StandIn,
+    asking,
+    balancer,
+    configuration,
+    picture,
+    post,
+    reply,
+    shipped,
+    until,
+)
 from waiting import HANG
 
 pytestmark = pytest.mark.system
@@ -71,38 +88,100 @@ def test_headers_pass(serve):
     assert seen.get_all('X-Forwarded-For') == ['127.0.0.1']  # whatever the client says
 
 
-def test_metrics_are_of_one_server(serve):
+@pytest.mark.parametrize(
+    'path', ['/metrics', '/metrics/', '/metricsx', '/metrics?a=b', '/metrics/a', '/%6detrics', '/%6Detric%73/']
+)
+def test_metrics_are_of_one_server(serve, path):
     running, _ = serve(ok, ok)
+    assert status_of(running, path) == 404
+
+
+def test_other_paths_are_passed_on(serve):
+    running, _ = serve(ok, ok)
+    assert [status_of(running, path) for path in ('/health', '/v1/metrics', '/?/metrics')] == [200] * 3
+
+
+def status_of(running, path):
     with closing(http.client.HTTPConnection('127.0.0.1', running.port, timeout=HANG)) as connection:
-        connection.request('GET', '/metrics')
-        assert connection.getresponse().status == 404
+        connection.request('GET', path)
+        return connection.getresponse().status
 
 
-@pytest.mark.parametrize('fault', [busy, ends])
+def test_one_address_can_be_bounded(tmp_path):
+    """With the lines that are commented out."""
+    port = free_port()
+    with StandIn(ok) as one, ExitStack() as stack:
+        text = configuration(port, [one.port])
+        bounded = re.sub(r'# (tcp-request|backend clients|    stick-table)', r'\1', text)
+        assert len(text) - len(bounded) == 2 * 4  # two lines in the frontend, two of the table
+        limit = int(re.search(r'table_conn_cur\(clients\) ge (\d+)', bounded)[1])
+        stack.enter_context(HaProxy(bounded, port, tmp_path))
+        until(lambda: answers(port))  # the connection that saw HAProxy start is gone
+        kept = [stack.enter_context(closing(connected(port))) for _ in range(limit)]
+        assert all(health(one) == 200 for one in kept)
+        assert not answers(port)
+        kept[0].close()
+        until(lambda: answers(port))
+
+
+def connected(port):
+    return http.client.HTTPConnection('127.0.0.1', port, timeout=HANG)
+
+
+def health(connection):
+    connection.request('GET', '/health')
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def answers(port):
+    """Whether a new connection is taken."""
+    with closing(connected(port)) as connection:
+        try:
+            return health(connection) == 200
+        except (ConnectionError, http.client.RemoteDisconnected):
+            return False
+
+
+@pytest.mark.parametrize('fault', ['busy', 'closed'])
 def test_another_server_answers(serve, fault):
-    running, [one, _] = serve(fault, ok)
-    assert set(placed(running, [*[asking()] * 4, LARGE, *MEDIA[:20]])) == {'two'}
-    assert len(one.seen) > 3  # it was asked first by some
+    running, [one, two] = serve(busy, ok)
+    if fault == 'closed':
+        one.stop()
+    bodies = [*[asking()] * 4, LARGE, *MEDIA[:20]]
+    assert set(placed(running, bodies)) == {'two'} and len(two.seen) == len(bodies)
+    assert fault == 'closed' or len(one.seen) > 3  # it was asked first by some
 
 
 def test_all_are_busy(serve):
-    running, stand_ins = serve(busy, busy)
-    for body in (asking(), MEDIA[0], LARGE):
+    running, stand_ins = serve(busy, busy, busy)
+    for number, body in enumerate((asking(), MEDIA[0], LARGE), 1):
         status, headers, told = post(running.url + CHAT, body)
         assert (status, headers['Retry-After'], told) == (503, '7', b'busy')
-    assert all(len(one.seen) >= 3 for one in stand_ins)
+        assert sum(len(one.seen) for one in stand_ins) == 2 * number
 
 
-@pytest.mark.parametrize('fault', ['ends', 'closed'])
-def test_no_server_is_left(serve, fault):
-    running, stand_ins = serve(ends, ends)
-    if fault == 'closed':
-        for one in stand_ins:
-            one.stop()
+def test_what_a_server_ends_over_is_not_sent_to_another(serve):
+    running, stand_ins = serve(ends, ends, ends)
+    for number, body in enumerate((asking(), MEDIA[0], LARGE), 1):
+        assert_refused(running, body)
+        assert sum(len(one.seen) for one in stand_ins) == number
+
+
+def test_no_server_is_left(serve):
+    running, stand_ins = serve(ok, ok)
+    for one in stand_ins:
+        one.stop()
     for body in (asking(), MEDIA[0], LARGE):
-        status, headers, told = post(running.url + CHAT, body)
-        assert (status, headers['Retry-After'], json.loads(told)['code']) == (503, '5', 503)
-        assert json.loads(told)['message'].endswith('Try again later.')
+        assert_refused(running, body)
+
+
+def assert_refused(running, body):
+    """By HAProxy itself."""
+    status, headers, told = post(running.url + CHAT, body)
+    assert (status, headers['Retry-After'], json.loads(told)['code']) == (503, '5', 503)
+    assert json.loads(told)['message'].endswith('Try again later.')
 
 
 def test_what_exceeds_the_buffer_is_sent_once(serve):
@@ -193,6 +272,28 @@ def test_a_stream_that_is_cut_is_seen_to_be(serve):
             response.read()
     assert (response.status, error.value.partial) == (200, b'data: 0\n\n')
     assert sum(len(one.seen) for one in stand_ins) == 1  # what has begun is not begun again
+
+
+def test_a_silent_server_is_asked_whether_it_is_there(serve):
+    """The kernel's timer of the connection, which is two hours where nobody sets it."""
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def wait(handler):
+        waiting.set()
+        assert go_on.wait(HANG)
+        ok(handler)
+
+    running, [one] = serve(wait)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, running.url + CHAT, MEDIA[0])
+        assert waiting.wait(HANG)
+        # local address, remote address, state, queues, timer:hundredths of a second
+        rows = [line.split() for line in Path('/proc/net/tcp').read_text().splitlines()[1:]]
+        [timer] = [row[5] for row in rows if row[2].endswith(f':{one.port:04X}') and row[3] == '01']
+        go_on.set()
+        assert answer.result()[0] == 200
+    kind, left = timer.split(':')
+    assert kind == '02' and int(left, 16) <= 30 * 100
 
 
 @pytest.mark.parametrize('begun', [False, True], ids=['before headers', 'in a stream'])

@@ -36,20 +36,26 @@ backend servers
 
 
 @pytest.fixture(scope='module')
-def medium(tmp_path_factory):
-    """Send a body, of bytes or JSON, and get the hash of its medium; None if there is none."""
+def running(tmp_path_factory):
+    """HAProxy with the script."""
     with StandIn(lambda handler: reply(handler, 200)) as server:
         port = free_port()
         script = DEPLOY / 'media_affinity.lua'
         text = CONFIG.format(bytes=BODY_BYTES, script=script, port=port, server=server.port)
-        with HaProxy(text, port, tmp_path_factory.mktemp('haproxy')) as running:
+        with HaProxy(text, port, tmp_path_factory.mktemp('haproxy')) as haproxy:
+            yield haproxy
 
-            def ask(body):
-                status, headers, _ = post(running.url, body)
-                assert status == 200
-                return headers['X-Medium'] or None
 
-            yield ask
+@pytest.fixture(scope='module')
+def medium(running):
+    """Send a body, of bytes or JSON, and get the hash of its medium; None if there is none."""
+
+    def ask(body):
+        status, headers, _ = post(running.url, body)
+        assert status == 200
+        return headers['X-Medium'] or None
+
+    return ask
 
 
 def made(seed, size=LARGE):
@@ -211,3 +217,43 @@ def test_what_has_none_does_no_harm(medium, body):
 def test_the_beginning_of_a_long_request_is_enough(medium):
     small = picture(data_url(made(7, 1000)))
     assert medium(asking(small, picture(data_url(made(8, BODY_BYTES))))) == medium(asking(small))
+
+
+def in_base64(data):
+    """A body with a picture whose base64 is given as it stands in the JSON."""
+    return b'[{"type": "image_url", "image_url": "data:;base64,%s"}]' % data
+
+
+FILLED = 15 * 2**20
+HONEST = 3  # requests, of whose processor time the mean counts
+DEAREST = 3  # times that of an honest picture of the same size: others wait so long, and HAProxy ends what takes 2 s
+HOSTILE = {  # what fills a body
+    'escaped letters': b'%41',
+    'escaped slashes': b'%2F',
+    'percent signs': b'%',
+    'hyphens': b'-',
+    'every other spelling': b'-_ \r\n\t',
+    'backslashes': b'\\',
+    'escaped quotes': b'\\"',
+    'halves of characters': b'\xed\xa0\x80\xed\xb0\x80',
+    'escaped halves': b'\\ud83d\\ude00',
+}
+
+
+@pytest.mark.parametrize('unit', HOSTILE.values(), ids=HOSTILE.keys())
+def test_no_body_is_much_dearer_than_a_picture(running, medium, unit):
+    honest = in_base64(base64.urlsafe_b64encode(made(9, FILLED * 3 // 4)))
+    start = running.processor_seconds()
+    assert len({medium(honest) for _ in range(HONEST)}) == 1
+    of_honest = (running.processor_seconds() - start) / HONEST
+    start = running.processor_seconds()
+    medium(in_base64(b'\\n' + unit * (FILLED // len(unit))))
+    assert running.processor_seconds() - start < DEAREST * of_honest
+
+
+@pytest.mark.parametrize('unit', [b'%2F', b'_'])
+def test_what_has_too_many_other_spellings_goes_by_its_own(medium, unit):
+    """A picture of one colour that is not compressed, say."""
+    one, other = (in_base64(unit * 2_000_000 + end) for end in (b'A', b'B'))
+    assert medium(one) == medium(one.replace(b'"type"', b' "type"')) != medium(other)
+    assert None not in {medium(one), medium(other)}

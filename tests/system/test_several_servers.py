@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from parity.conversations import data_url
 from PIL import Image
+from ports import free_port
 from serving.client import Client
 from system.balancer import CHAT, NAMES, asking, balancer, picture, post, until
 from waiting import HANG
@@ -71,7 +72,10 @@ class Servers:
         self._stack.close()
 
     def kill(self, number):
-        """End a server and all its processes, as a machine does that loses its power."""
+        """End a server and all its processes, whose connections the kernel closes.
+
+        A machine that loses its power closes none; that is not tested.
+        """
         os.killpg(self.running[number].pid, signal.SIGKILL)
         self.running[number].stop()
 
@@ -198,15 +202,26 @@ class Outcome:
 
 
 async def attempt(session, url, body):
-    """Ask once; anything that is not promised raises.
+    """Ask once; anything that is not promised raises, a connection that HAProxy refuses among it.
 
     Where a stream is cut before the client has read its headers, the kernel may drop them with the connection.
     """
     try:
         async with session.post(url + CHAT, json=body) as response:
             return await outcome_of(response, body['stream'])
+    except aiohttp.ClientConnectorError:
+        raise  # a kind of ClientOSError, but nothing has been cut
     except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
         return Outcome('cut')
+
+
+def test_a_balancer_that_refuses_has_cut_nothing():
+    async def ask_nobody():
+        async with aiohttp.ClientSession() as session:
+            await attempt(session, f'http://127.0.0.1:{free_port()}', {'stream': False})
+
+    with pytest.raises(aiohttp.ClientConnectorError):
+        asyncio.run(ask_nobody())
 
 
 async def outcome_of(response, stream):

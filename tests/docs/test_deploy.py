@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmdeploy_vico.options import Options
+from lmdeploy_vico.options import OptionError, Options
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / 'docs' / 'deploy'
@@ -71,6 +71,20 @@ def test_supervisors_wait_for_the_end(unit, pod):
     hook = int(server['lifecycle']['preStop']['exec']['command'][1])
     needed = int(variables['LMDEPLOY_VICO_SHUTDOWN_GRACE']) + CLOSING + hook
     assert pod['terminationGracePeriodSeconds'] >= needed
+
+
+def test_a_pod_is_given_no_variables_that_look_like_options(pod, monkeypatch):
+    assert pod['enableServiceLinks'] is False
+    monkeypatch.setenv('LMDEPLOY_VICO_SERVICE_HOST', '10.0.0.1')  # as for a service of this name
+    with pytest.raises(OptionError, match='LMDEPLOY_VICO_SERVICE_HOST is not an option'):
+        Options.load(None)
+
+
+def test_a_server_may_write_what_it_has_to(unit, pod):
+    user = re.search(r'--uid (\d+)', (DEPLOY / 'Dockerfile').read_text())[1]
+    assert str(pod['securityContext']['fsGroup']) == user
+    written = re.findall(r'^Environment=(?:HOME|HF_HOME)=(.+)$', _unit_text(), re.MULTILINE)
+    assert written == [f'/var/lib/{unit["StateDirectory"]}'] * 2
 
 
 def test_probes_ask_for_the_health(pod):

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 logger = logging.getLogger('lmdeploy_vico.stand_in')  # which is shown
 INVALID, FINISHED, CANCELED, TOO_LONG = 1, 7, 8, 6  # of ``request.h``
 LOGPROBS = 1024  # columns
+MOST_TOKENS = 32  # of a list, to stop at or not to generate; the rest is cut off
 INPUTS = {'input_ids', 'input_embeddings', 'input_embedding_ranges'}
 
 
@@ -126,7 +127,7 @@ class Engine:
             token = self._chosen(request, answer.logits[0, -1], count, generator)
             output[length + count - 1] = token
             embeddings = self._embed(torch.tensor([token]))
-            ended = token in config.stop_ids[0] or count == most
+            ended = token in config.stop_ids[0][:MOST_TOKENS] or count == most
             request.update(FINISHED if ended else 0, length + count)
             yield not ended
             if ended:
@@ -166,7 +167,7 @@ class Engine:
         config = request.config
         assert config.repetition_penalty == 1 and not config.output_logits, 'the stand-in has no such thing'
         logits = logits.clone()
-        logits[config.bad_ids[0]] = -torch.inf
+        logits[config.bad_ids[0][:MOST_TOKENS]] = -torch.inf
         if count <= config.min_new_tokens:
             logits[config.eos_ids] = -torch.inf
         if config.output_logprobs:

@@ -15,10 +15,12 @@ logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 1
 LAST_ACTS = 5.0  # seconds
+_started_by_lmdeploy: list[bool] = []  # not empty in a process that LMDeploy has started for a server or an engine
 
 
 def end_with_parent() -> None:
-    """Watch the parent process in a thread of its own; does nothing in a process that multiprocessing did not start."""
+    """Watch the parent of a process of LMDeploy's; does nothing in a process that multiprocessing did not start."""
+    _started_by_lmdeploy.append(True)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -33,14 +35,14 @@ def end_with_parent() -> None:
 def end_engine(reason: str, before: Callable[[], None] | None = None) -> None:
     """Say why the engine cannot go on, and end its process at once.
 
-    In a process that multiprocessing did not start the engine is a part of somebody's program, which goes on.
+    In a process that LMDeploy did not start the engine is a part of somebody's program, which goes on.
 
     Args:
         reason: what has happened.
         before: what is done first, for ``LAST_ACTS`` at most.
     """
     logger.critical('%s: the engine cannot go on', reason)
-    if multiprocessing.parent_process() is None:
+    if not _started_by_lmdeploy:
         return
     if before is not None:
         act = threading.Thread(target=before, name='vico-last-act', daemon=True)
@@ -53,8 +55,8 @@ async def run_engine_loop(loop: Awaitable[None]) -> None:
     """Run the engine's main loop, and end the process when it fails: no request would be answered any more."""
     try:
         await loop
-    except asyncio.CancelledError:
-        raise  # LMDeploy stops it
+    except (asyncio.CancelledError, GeneratorExit):
+        raise  # LMDeploy stops it, or nobody runs it any more
     except BaseException as error:
         end_engine(f"the engine's loop has failed ({type(error).__name__})")
         raise

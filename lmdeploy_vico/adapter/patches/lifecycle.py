@@ -78,6 +78,13 @@ def end_with_the_server(call: Call) -> Any:
     return call.proceed()
 
 
+def end_with_the_launcher(call: Call) -> Any:
+    """End a server of a ViCO model when the process that started it for ``--dp`` has ended."""
+    from lmdeploy_vico.adapter.hf_config import load_vico_config
+
+    return call.proceed() if load_vico_config(call['model_path']) is None else end_with_the_server(call)
+
+
 def end_with_the_loop(call: Call) -> Any:
     """End the process of a ViCO model's engine when its main loop has failed."""
     from lmdeploy_vico.adapter.engine.ending import run_engine_loop
@@ -161,7 +168,7 @@ PATCHES = (
         process='engine',
     ),
     Patch(
-        end_with_the_server,
+        end_with_the_launcher,
         'lmdeploy.serve.openai.launch_server:_run_server',
         '(gpu_ids, model_path, **kwargs)',
         why='When the process that --dp starts servers from is killed, they stay.',

@@ -69,8 +69,10 @@ def build_without_vision(call: Call) -> Any:
 
 def take_visual_tokens(call: Call) -> Any:
     """Hand visual tokens to TurboMind as embeddings, and keep none of them for the time of the answer."""
+    from lmdeploy_vico.adapter.server.turbomind.inputs import VisualInput
+
     visual = call['multimodal']
-    if not visual:
+    if not visual or not isinstance(visual[0], VisualInput):  # a text, or another model's pictures
         return call.proceed()
     [only] = visual
     return call.proceed(multimodal=None, input_embeddings=only, input_embedding_ranges=only.ranges)

@@ -28,7 +28,7 @@ def test_a_loop_that_is_stopped_does_not(ended):
 
 
 def test_the_loop_of_a_pipeline_leaves_its_program_alone(ended, monkeypatch):
-    monkeypatch.setattr(ending.multiprocessing, 'parent_process', lambda: None)
+    monkeypatch.setattr(ending, '_started_by_lmdeploy', [])
     with pytest.raises(RuntimeError):
         asyncio.run(ending.run_engine_loop(fails(RuntimeError())))
     assert not ended

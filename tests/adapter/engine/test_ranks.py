@@ -51,7 +51,7 @@ def rank(ended, monkeypatch):
 
     def run(code, meant=False, in_engine=True):
         if not in_engine:
-            monkeypatch.setattr(ending.multiprocessing, 'parent_process', lambda: None)
+            monkeypatch.setattr(ending, '_started_by_lmdeploy', [])
         process = multiprocessing.get_context('spawn').Process(target=sys.exit, args=(code,))
         one = Rank(process)
         if meant:

@@ -28,6 +28,7 @@ GREEDY = 1e-5  # a lower temperature leaves only the most probable token, and di
 COLDEST = 0.01  # the lowest that is divided by
 MOST_LOGPROBS = 1024  # for each token
 MOST_TOKEN_IDS = 1024  # in a list; a batch's lists are as long as the longest
+MOST_IN_TURBOMIND = 32  # it cuts a longer list off and goes on, at the end tokens perhaps
 MOST_STOPS = 16  # each is looked for in the whole vocabulary
 LONGEST_STOP = 256  # characters
 LONGEST_NGRAM = 1024  # tokens; LMDeploy looks no further back
@@ -187,9 +188,15 @@ def check_tokens(config: Any, limits: Limits) -> None:
     """Check a config in which LMDeploy has turned words into token ids.
 
     Raises:
-        ParameterError: there may come a step at which no token is left to generate.
+        ParameterError: there may come a step at which no token is left to generate, or there are more than the engine
+            looks at.
     """
     stop, bad = set(config.stop_token_ids or ()), set(config.bad_token_ids or ())
+    if limits.turbomind and max(len(stop), len(bad)) > MOST_IN_TURBOMIND:
+        raise ParameterError(
+            f'Stop words and stop_token_ids, with the end tokens, may be at most {MOST_IN_TURBOMIND} tokens, and so '
+            "may bad words and bad_token_ids: TurboMind, which runs this server's language model, looks at no more."
+        )
     if len(stop | bad) >= limits.vocabulary:
         raise ParameterError('stop_token_ids and bad_token_ids leave no token of the vocabulary to generate.')
     if config.repetition_ngram_size and stop & bad:

@@ -1,5 +1,7 @@
 """What keeps a server from starting is said in a sentence: to the operator, once, without a traceback."""
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,10 @@ def in_a_sentence(overrides: Mapping[str, Any] | None) -> Iterator[None]:
         yield
     except REFUSALS as error:
         sys.stderr.write(f'lmdeploy-vico: {explained(error, overrides)}\n')
+        if multiprocessing.parent_process() is not None:
+            # The server of a data-parallel rank: its orderly end would wait for its engine's process.
+            sys.stderr.flush()
+            os._exit(1)
         raise SystemExit(1) from None
 
 

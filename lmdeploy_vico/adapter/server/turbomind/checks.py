@@ -56,12 +56,13 @@ def require_quantisation(hf_config: Any) -> None:
 
 
 def _reads(quantisation: Mapping[str, Any]) -> bool:
-    group = quantisation.get('group_size') or 128
+    group, bits = quantisation.get('group_size') or 128, quantisation.get('bits') or 4
     match quantisation.get('quant_method'):
         case 'awq':
-            return quantisation.get('version') == 'gemm' and group == 128
+            return quantisation.get('version') == 'gemm' and (group, bits) == (128, 4)
         case 'gptq':
-            return not quantisation.get('desc_act', False) and bool(quantisation.get('sym', True)) and group == 128
+            symmetric = bool(quantisation.get('sym', True))
+            return symmetric and not quantisation.get('desc_act', False) and (group, bits) == (128, 4)
         case 'fp8':
             return list(quantisation.get('weight_block_size') or ()) == [128, 128]
         case 'compressed-tensors':

@@ -258,6 +258,17 @@ def test_what_turbomind_would_ignore_is_refused(asked):
     fit(GenerationConfig(logprobs=3, min_new_tokens=2, bad_token_ids=[5]), on_turbomind)
 
 
+@pytest.mark.parametrize('field', ['stop_token_ids', 'bad_token_ids'])
+def test_turbomind_looks_at_few_tokens(field):
+    on_turbomind = dataclasses.replace(LIMITS, turbomind=True)
+    config = GenerationConfig(**{field: [*range(32), 31]})
+    check_tokens(config, on_turbomind)
+    setattr(config, field, list(range(33)))
+    with pytest.raises(ParameterError, match='may be at most 32 tokens.*TurboMind'):
+        check_tokens(config, on_turbomind)
+    check_tokens(config, LIMITS)
+
+
 @pytest.mark.parametrize('temperature', [0.0, 1e-9])
 def test_turbomind_does_not_divide_by_zero(temperature):
     config = GenerationConfig(do_sample=True, temperature=temperature, top_k=40, repetition_penalty=1.1)

@@ -96,6 +96,9 @@ async def answer():
     received.clear()
     async for output in texts:
         assert set(received) == {'input_ids', 'mm_inputs'}
+    pictures = [{'pixel_values': 1}, {'pixel_values': 2}]  # of one of LMDeploy's own models in the same process
+    async for output in instance.async_stream_infer(1, [5], gen_config=GenerationConfig(), multimodal=pictures):
+        assert received['mm_inputs'] == pictures
     values, ranges = instance.prepare_embeddings([torch.ones(3, 8)], [(0, 3)])  # as LMDeploy's own models do
     assert values.dtype == torch.bfloat16 and ranges.tolist() == [[0, 3]]
     print('handed over')

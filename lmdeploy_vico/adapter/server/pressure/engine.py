@@ -5,6 +5,7 @@ from typing import Any
 
 from lmdeploy.messages import PytorchEngineConfig
 from lmdeploy.pytorch import envs
+from lmdeploy.pytorch.engine.mp_engine.zmq_rpc import RPCServerDeadError
 
 from lmdeploy_vico.adapter.server.pressure.valve import Reading, Valve
 from lmdeploy_vico.options import Options
@@ -27,7 +28,10 @@ async def read(engine: Any) -> Reading:
 
     Prompts wait in its scheduler, and in this process while all of its ``--max-batch-size`` places are taken.
     """
-    metrics = await engine.get_schedule_metrics()
+    try:
+        metrics = await engine.get_schedule_metrics()
+    except RPCServerDeadError:  # with its process, of which the server says what has become
+        return Reading(0, 0.0)
     return Reading(metrics.waiting_seqs + _waiting_here(engine), metrics.cache_usage if _says_kv_use(engine) else 0.0)
 
 

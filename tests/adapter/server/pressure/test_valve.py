@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.pytorch import envs
+from lmdeploy.pytorch.engine.mp_engine.zmq_rpc import RPCServerDeadError
 from lmdeploy.pytorch.paging.scheduler import Scheduler
 from lmdeploy.serve.managers.session_manager import Session, SessionManager
 
@@ -193,6 +194,16 @@ def test_what_lmdeploy_says(monkeypatch, config, counts_requests, kv_use):
     """A cache that is full of what may be dropped is not full."""
     monkeypatch.setattr(envs, 'enable_request_cache_usage_metric', counts_requests)
     assert asyncio.run(engine.read(lmdeploys(config))) == Reading(3, kv_use)
+
+
+def test_an_engine_that_has_ended_is_said_elsewhere():
+    one = lmdeploys(PytorchEngineConfig())
+
+    async def ended():
+        raise RPCServerDeadError('ZMQ RPC client stopped.')
+
+    one.get_schedule_metrics = ended
+    assert asyncio.run(engine.read(one)) == CALM
 
 
 def test_lmdeploy_counts_blocks_of_requests_unless_it_is_told_otherwise():

@@ -214,13 +214,17 @@ def test_importing_the_client_loads_neither_lmdeploy_nor_torch():
     assert out.stdout.strip() == '[]'
 
 
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.server
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, number, status):
     command = [str(Path(sys.executable).with_name('lmdeploy-vico')), 'bench', '--model', str(make_checkpoint()), *FEW]
-    with subprocess.Popen(
-        [*command, '--mode', 'llm', '--output-file', str(tmp_path / 'results.json')], stdout=subprocess.PIPE, text=True
-    ) as bench:
+    command += ['--mode', 'llm', '--output-file', str(tmp_path / 'results.json')]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts) as bench:
         try:
             started = next(line for line in bench.stdout if line.startswith('$ lmdeploy serve'))
             [server] = psutil.Process(bench.pid).children()

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Awaitable, Iterator
 from contextvars import ContextVar
@@ -107,8 +108,10 @@ async def call_in_rank(calling: Awaitable[None]) -> None:
 
 
 def _end_rank(error: BaseException) -> None:
-    logger.error('A step of the model has failed.', exc_info=error)
-    end_engine(f'a rank has failed ({type(error).__name__})')
+    # In a line: where another rank was killed, the steps of the others fail, too, and say nothing new.
+    [*_, place] = traceback.extract_tb(error.__traceback__)
+    what, _, _ = str(error).partition('\n')
+    end_engine(f'a rank has failed ({type(error).__name__}: {what}, in {place.filename}:{place.lineno})')
 
 
 def rank_may_end(rank: Any) -> None:

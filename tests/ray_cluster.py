@@ -14,6 +14,7 @@ from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.remote.command import Encoders, Plan
 
 CORES = 8  # that Ray counts; an encoder takes one
+GPUS = 2  # logical ones
 
 
 @contextlib.contextmanager
@@ -27,10 +28,11 @@ def own_cluster(home: Path) -> Iterator[str]:
         patch.setenv('RAY_AUTH_MODE', 'token')
         patch.setenv('RAY_AUTH_TOKEN_PATH', str(home / 'token'))
         patch.delenv('RAY_ADDRESS', raising=False)
+        patch.delenv('CUDA_VISIBLE_DEVICES', raising=False)  # where it is set, it limits logical GPUs, too
         reset_auth_token_state()  # Ray reads its environment when it is imported
         ray.init(
-            address='local', num_cpus=CORES, include_dashboard=False, object_store_memory=2**28, log_to_driver=False,
-            configure_logging=False,
+            address='local', num_cpus=CORES, num_gpus=GPUS, include_dashboard=False, object_store_memory=2**28,
+            log_to_driver=False, configure_logging=False,
         )  # fmt: skip
         try:
             yield ray.get_runtime_context().gcs_address

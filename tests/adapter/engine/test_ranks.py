@@ -211,15 +211,14 @@ def test_workers_that_are_stopped_or_fail_are_left_to_lmdeploy(ended, shut, capl
 @pytest.mark.slow
 def test_a_cluster_without_room_is_described(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ranks, 'PATIENCE', 1.0)
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     with own_cluster(tmp_path):
-        group = ray.util.placement_group([{'GPU': 1.0}] * 2)
+        group = ray.util.placement_group([{'GPU': 1.0}] * 3)
         ranks.say_what_ray_lacks(group)  # somebody else's
         assert not caplog.records
         with ranks.placing_ranks():
             ranks.say_what_ray_lacks(group)
         [record] = caplog.records
-        assert 'no room for 2 ranks yet' in record.message and 'has 0 GPUs, of which 0 are free' in record.message
+        assert 'no room for 3 ranks yet' in record.message and 'has 2 GPUs, of which 2 are free' in record.message
         caplog.clear()
         with ranks.placing_ranks():
             ranks.say_what_ray_lacks(ray.util.placement_group([{'CPU': 1.0}] * 2))  # there is room

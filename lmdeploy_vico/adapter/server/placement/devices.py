@@ -67,15 +67,15 @@ def engine_devices(engine: PytorchEngineConfig) -> list[torch.device]:
     if not torch.cuda.is_available():
         return [torch.device('cpu')]
     dist = parallelism(engine)
-    ray = _uses_ray(engine, dist)
-    if ray and (cluster := _running_ray_cluster(engine)) is not None:
+    if (cluster := joined_cluster(engine, dist)) is not None:
         raise UnknownDevicesError(f'the engine is going to run where the Ray cluster at {cluster} has room for it')
     ranks, here = dist.attn_tp, torch.cuda.device_count()
     if ranks > here:
         raise UnknownDevicesError(f'the engine needs {ranks} devices, of which this machine has {here}')
     if ranks == 1:
         # In a process of its own the engine is on the first device, in this one on what the program has chosen.
-        return [torch.device('cuda', 0 if ray or engine.enable_mp_engine else torch.cuda.current_device())]
+        first = _uses_ray(engine, dist) or engine.enable_mp_engine
+        return [torch.device('cuda', 0 if first else torch.cuda.current_device())]
     return [torch.device('cuda', index) for index in range(ranks)]
 
 
@@ -88,9 +88,9 @@ def parallelism(engine: PytorchEngineConfig) -> 'DistConfig':
     return DistConfig.from_engine_config(engine)
 
 
-def here_alone(engine: PytorchEngineConfig, dist: 'DistConfig') -> bool:
-    """Return whether all ranks of this server run on this machine: not where a Ray cluster places them."""
-    return not (_uses_ray(engine, dist) and _running_ray_cluster(engine) is not None)
+def joined_cluster(engine: PytorchEngineConfig, dist: 'DistConfig') -> str | None:
+    """Return the address of the Ray cluster that places the ranks; None if all of them run on this machine."""
+    return _running_ray_cluster(engine) if _uses_ray(engine, dist) else None
 
 
 def _uses_ray(engine: PytorchEngineConfig, dist: 'DistConfig') -> bool:

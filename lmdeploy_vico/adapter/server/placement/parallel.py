@@ -1,15 +1,18 @@
 """Whether the engine can be split as the operator asks, said before anything is loaded."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmdeploy_vico.adapter.server.placement.devices import here_alone, parallelism
+from lmdeploy_vico.adapter.server.placement.devices import joined_cluster, parallelism
 from lmdeploy_vico.options import OptionError
 
 if TYPE_CHECKING:
     from lmdeploy.messages import PytorchEngineConfig
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY_PADDING = 64  # LMDeploy pads the vocabulary to a multiple of it before it is split
 MOST = 64  # ranks that are tried for the list of what works
@@ -18,6 +21,8 @@ HEADS, KEY_VALUE = 'attention heads', 'key-value heads'
 
 def require_parallelism(llm: Any, engine: 'PytorchEngineConfig') -> None:
     """Refuse numbers of ranks that do not divide the language model, or for which there are no devices.
+
+    A Ray cluster that has too few GPUs is only warned of, since it may grow.
 
     Args:
         llm: the language model's config, of ``transformers``.
@@ -36,8 +41,29 @@ def require_parallelism(llm: Any, engine: 'PytorchEngineConfig') -> None:
     _require_split('--tp', dist.moe_tp, expert_columns(llm))
     _require_split('--ep', dist.ep, experts(llm))
     devices = torch.cuda.device_count()
-    if torch.cuda.is_available() and here_alone(engine, dist) and dist.attn_tp > devices:
+    if (cluster := joined_cluster(engine, dist)) is not None:
+        _warn_of_missing_room(cluster, dist.attn_tp)
+    elif torch.cuda.is_available() and dist.attn_tp > devices:
         raise OptionError(f'--tp {dist.attn_tp} needs as many devices, and this server sees {devices}.')
+
+
+def _warn_of_missing_room(cluster: str, ranks: int) -> None:
+    from lmdeploy_vico.stage.remote.cluster import ClusterError, cluster_gpus  # loads Ray
+
+    if '://' in cluster:  # of a Ray client, which answers in another way
+        return
+    try:
+        there, free = cluster_gpus(cluster)
+    except ClusterError as error:
+        raise OptionError(
+            f'The engine cannot join the Ray cluster of RAY_ADDRESS, or of an earlier `ray start`. {error}'
+        ) from error
+    if ranks > free:
+        logger.warning(
+            'the engine needs %d GPUs of the Ray cluster at %s, which has %g, of which %g are free: once everything '
+            'else has been loaded, it waits for them for half an hour',
+            *(ranks, cluster, there, free),
+        )
 
 
 def attention_parts(llm: Any) -> dict[str, int]:

@@ -19,7 +19,7 @@ PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
 SOURCES := lmdeploy_vico kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo reader check test test-busy test-gpu lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-ray test-reader test-system test-tp kernel-resources clean
+.PHONY: help setup demo reader check test test-busy test-gpu test-long lint format bench bench-check bench-first-token bench-handover bench-kernels counters soak test-faults test-ray test-reader test-system test-tp kernel-resources clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -46,14 +46,14 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 check-plain check-interpreted check-rest lint
 
-test: $(STAMP) ## Run every test that needs no GPU, those that start servers too (about 20 minutes on 2 cores)
+test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (about 20 minutes on 2 cores)
 	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
 	@$(PARTS) --jobs=3 test-servers test-engines test-interpreted test-plain test-rest
 
 # The parts of check and test. Both run the same tests, check without the slow ones.
 .PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
-test-interpreted test-plain test-rest: MARKED := not gpu and not server and not ray
-check-interpreted check-plain check-rest: MARKED := not gpu and not server and not slow and not ray
+test-interpreted test-plain test-rest: MARKED := not gpu and not server and not long and not ray
+check-interpreted check-plain check-rest: MARKED := not gpu and not server and not slow and not long and not ray
 
 check-interpreted test-interpreted: $(STAMP)
 	@echo "==> $@: tests in Triton's interpreter"
@@ -69,11 +69,24 @@ check-rest test-rest: $(STAMP)
 
 test-servers: $(STAMP)
 	@echo '==> $@: tests of servers and pipelines'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not quality and not ray' tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not quality and not ray' tests/serving
 
 test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not faults and not system and not tp and not ray' --ignore=tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not faults and not system and not tp and not ray' \
+		--ignore=tests/serving
+
+test-long: $(STAMP) ## Run the variants that make test leaves out, since others of their kind are in it (TIME minutes on 2 cores)
+	@$(PARTS) --jobs=2 test-long-servers test-long-plain
+
+.PHONY: test-long-plain test-long-servers
+test-long-servers: $(STAMP)
+	@echo '==> $@: tests that start LMDeploy'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and server and not gpu'
+
+test-long-plain: $(STAMP)
+	@echo '==> $@: tests that start no LMDeploy process'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and not server and not gpu'
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)

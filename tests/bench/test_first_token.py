@@ -240,18 +240,17 @@ SMOKE = ['--num-prompts', '8', '--max-concurrency', '4', '--tiles', '2', '--toke
 
 
 @pytest.mark.server
-def test_both_modes_and_both_baselines_for_real(make_checkpoint, bench):
-    arguments = [*SMOKE, '--mode', LLM, IMAGE, '--baseline', FLASH, INTERNVL, '--count-prefills']
+@pytest.mark.parametrize('baselines', [[FLASH], pytest.param([FLASH, INTERNVL], marks=pytest.mark.long)])
+def test_both_modes_and_baselines_for_real(make_checkpoint, bench, baselines):
+    arguments = [*SMOKE, '--mode', LLM, IMAGE, '--baseline', *baselines, '--count-prefills']
     status, printed, results = bench('--model', str(make_checkpoint()), *arguments)
     assert status == 0, printed
     cells = {(cell['mode'], cell['server'], cell['token_compression']): cell for cell in results['cells']}
-    image, baselines = (
-        [(IMAGE, OURS, share) for share in (0.0, 0.75)],
-        [(IMAGE, name, None) for name in (FLASH, INTERNVL)],
-    )
-    assert len(results['servers']) == 3 and not [one for one in results['servers'].values() if 'log-level' in one]
-    assert printed.count('Counting prefill steps: $ ') == printed.count('--log-level DEBUG') == 3
-    assert list(cells) == [(LLM, OURS, 0.0), (LLM, OURS, 0.75), *image, *baselines]
+    image = [(IMAGE, OURS, share) for share in (0.0, 0.75)]
+    count = 1 + len(baselines)
+    assert len(results['servers']) == count and not [one for one in results['servers'].values() if 'log-level' in one]
+    assert printed.count('Counting prefill steps: $ ') == printed.count('--log-level DEBUG') == count
+    assert list(cells) == [(LLM, OURS, 0.0), (LLM, OURS, 0.75), *image, *((IMAGE, name, None) for name in baselines)]
     assert {(cell['completed'], cell['failed'], cell['error']) for cell in cells.values()} == {(8, 0, None)}
     # LMDeploy schedules its flash mode's tokens as if nothing were compressed.
     for key, cell in cells.items():

@@ -22,7 +22,11 @@ LARGE_BLOCKS = ('--enable-prefix-caching', '--cache-block-seq-len', '128', '--ma
 
 
 @pytest.mark.parametrize(
-    'block_size', [pytest.param(BLOCK, marks=CACHING), pytest.param(128, marks=pytest.mark.served(*LARGE_BLOCKS))]
+    'block_size',
+    [
+        pytest.param(BLOCK, marks=CACHING),
+        pytest.param(128, marks=[pytest.mark.served(*LARGE_BLOCKS), pytest.mark.long]),
+    ],
 )
 def test_prefix_caching(client, prompts, judge, block_size):
     check_all(client, prompts, judge)

@@ -7,7 +7,10 @@ from lmdeploy_vico.checkpoints.random import make_checkpoint_with_weights
 from lmdeploy_vico.checkpoints.random.configuration import SIZES
 from lmdeploy_vico.checkpoints.random.published import Model
 
-LMDEPLOY = (('--trust-remote-code',), {'LMDEPLOY_VICO': 'cpu'})
+PLUGIN = pytest.param((), {}, id='plugin')
+LMDEPLOY = pytest.param(
+    ('--trust-remote-code',), {'LMDEPLOY_VICO': 'cpu'}, id="LMDeploy's flash mode", marks=pytest.mark.long
+)
 
 
 @pytest.fixture(scope='module')
@@ -15,7 +18,7 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint_with_weights(tmp_path_factory.mktemp('weights') / '8B', Model(SIZES['tiny']))
 
 
-@pytest.mark.parametrize(('arguments', 'environment'), [((), {}), LMDEPLOY], ids=['plugin', "LMDeploy's flash mode"])
+@pytest.mark.parametrize(('arguments', 'environment'), [PLUGIN, LMDEPLOY])
 def test_images_are_answered(serve, checkpoint, prompts, arguments, environment):
     server = serve(checkpoint, *arguments, **environment)
     client = Client(server)

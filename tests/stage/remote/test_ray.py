@@ -133,6 +133,7 @@ def kill(encoders, index):
     return True
 
 
+@pytest.mark.long
 def test_no_answer_is_lost_or_wrong_while_encoders_are_killed_added_and_removed(
     start_encoders, stage_on_ray, here, rng
 ):

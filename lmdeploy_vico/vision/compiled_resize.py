@@ -5,37 +5,20 @@ result is the same; what is saved comes from the processor's vector instructions
 consecutive bytes: the one along rows works on transposed strips, the one along columns writes straight into tiles. The
 functions release the GIL.
 
-They are compiled for one set of types, when they are first called. numba keeps the result beside this file or in the
-home directory, whichever can be written to, and the next process is spared 3 s of a core.
+They are compiled for one set of types, when they are first called, and not kept on disk: numba's cache ends the import
+where neither the installation nor the home directory can be written to.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numba import njit
 
 Size = tuple[int, int]
-Function = Callable[..., Any]
 
 WEIGHT_BITS = 22  # 32 less 8 for a pixel and 2 for sums that overshoot
 HALF = 1 << (WEIGHT_BITS - 1)
 STRIP = 64  # rows that are transposed at a time: with pictures of a few thousand columns they stay in the L2 cache
-
-
-def _compiled(function: Function, keep: bool = True) -> Function:
-    """Mark a function as one that is compiled, and kept on disk where there is a place for it."""
-    try:
-        return njit(function, nogil=True, error_model='numpy', cache=keep)
-    except RuntimeError:  # there is none: numba says so at once
-        return _compiled(function, keep=False)
-
-
-def forget_what_is_kept() -> None:
-    """Compile in this process, whatever is on disk: what is there cannot be read, or nothing more can be written."""
-    for name in ('weights', '_resize_rows', '_resize_columns'):
-        globals()[name] = _compiled(globals()[name].py_func, keep=False)
 
 
 def read_only(pixels: np.ndarray) -> np.ndarray:
@@ -73,7 +56,7 @@ def columns_first(pixels: np.ndarray, size: Size) -> np.ndarray:
     return out
 
 
-@_compiled
+@njit(nogil=True, error_model='numpy')
 def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Fixed-point weights of Pillow's bicubic filter: its operations in its order, for they are rounded to integers.
 
@@ -136,7 +119,7 @@ def _transpose(source, out):  # type: ignore[no-untyped-def]
                     out[x, y, channel] = source[y, x, channel]
 
 
-@_compiled
+@njit(nogil=True)
 def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
     """Every row of pixels ``[height, width, 3]`` to ``[height, target, 3]``."""
     height, width, _ = source.shape
@@ -155,7 +138,7 @@ def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
         _transpose(narrow[:, :rows], out[top : top + rows])
 
 
-@_compiled
+@njit(nogil=True)
 def _resize_columns(source, spans, fixed, out, columns):  # type: ignore[no-untyped-def]
     """All columns of ``[height, columns * line]`` to tiles of ``line`` bytes a row, ``[tiles * side, line]``."""
     line = out.shape[1]

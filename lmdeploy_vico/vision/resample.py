@@ -3,9 +3,9 @@
 Compiled passes (:mod:`~lmdeploy_vico.vision.compiled_resize`) do what Pillow does; where they cannot, Pillow does it,
 and the pixels are the same. numba, which compiles them, is a dependency all the same. Preparing images is what bounds a
 server with few cores, and on one core ten tiles of a 1500 x 1500 picture took 34 ms with it and 67 ms without, thirteen
-of a 640 x 480 one 12 and 44 ms. It costs 207 MB of an installation of 8 GB, 150 MB of memory and, when a server starts
-for the first time, 3 s of one core. But it follows new versions of numpy and Python months later: where it cannot be
-imported, the server starts without it.
+of a 640 x 480 one 12 and 44 ms. It costs 207 MB of an installation of 8 GB, 3 s of one core while a server starts and
+150 MB of memory. But it follows new versions of numpy and Python months later: where it cannot be imported, the server
+starts without it.
 """
 
 import logging
@@ -88,12 +88,7 @@ def pass_order() -> Rule | None:
     if compiled_resize is None:
         logger.warning('Pictures are resized by Pillow, which takes twice as long as numba would (%s).', _OBSTACLE)
         return None
-    try:
-        rules = _rules_of_pillow()
-    except Exception as error:  # whatever numba meets on disk: files cut short, or no room for new ones
-        logger.info('Code is compiled anew, since what numba keeps on disk is of no use (%r).', error)
-        compiled_resize.forget_what_is_kept()
-        rules = _rules_of_pillow()
+    rules = _rules_of_pillow()
     if not rules:
         logger.warning('This Pillow resizes in a way of its own: pictures are left to it, which takes twice as long.')
         return None

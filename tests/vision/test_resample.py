@@ -227,63 +227,6 @@ def test_trying_the_order_compiles_all_that_pictures_need():
     assert all(count == counts[0] for count in counts)
 
 
-KEPT = """
-import json
-from lmdeploy_vico.vision import compiled_resize, resample
-
-assert resample.pass_order() is not None
-print(json.dumps(sum(compiled_resize._resize_rows.stats.cache_hits.values())))
-"""
-
-
-def kept_in(folder, monkeypatch):
-    """Where numba keeps what it compiles, also where the installation cannot be written to."""
-    monkeypatch.setenv('NUMBA_CACHE_DIR', str(folder))
-    return lambda: in_a_new_process(KEPT)
-
-
-def test_a_second_process_finds_what_the_first_has_compiled(tmp_path, monkeypatch):
-    run = kept_in(tmp_path, monkeypatch)
-    assert [run(), run()] == [0, 1]
-
-
-@pytest.mark.parametrize(('suffix', 'content'), [('.nbi', b''), ('.nbc', b'not what numba writes')])
-def test_files_that_are_broken_do_no_harm(tmp_path, monkeypatch, suffix, content):
-    run = kept_in(tmp_path, monkeypatch)
-    run()
-    files = list(tmp_path.rglob(f'*{suffix}'))
-    assert len(files) == 3
-    for file in files:
-        file.write_bytes(content)
-    assert run() == 0
-
-
-def test_a_full_disk_does_no_harm(monkeypatch, caplog):
-    done, rules = [], resample._rules_of_pillow
-
-    def find():
-        done.append('rules')
-        if len(done) == 1:
-            raise OSError(28, 'No space left on device')
-        return rules()
-
-    monkeypatch.setattr(resample, '_rules_of_pillow', find)
-    monkeypatch.setattr(compiled_resize, 'forget_what_is_kept', lambda: done.append('forget'))
-    pass_order.cache_clear()
-    with caplog.at_level('INFO'):
-        assert pass_order() is not None
-    assert done == ['rules', 'forget', 'rules']
-    assert 'No space left on device' in caplog.text
-
-
-def test_no_place_to_keep_anything(monkeypatch):
-    from numba.core import caching
-
-    monkeypatch.setattr(caching.CacheImpl, '_locator_classes', [])
-    function = compiled_resize._compiled(lambda number: number + 1)
-    assert function(1) == 2 and not function.stats.cache_path
-
-
 COST = """
 import json, math, resource
 from PIL import Image

@@ -146,7 +146,7 @@ def cluster_gpus(address: str) -> tuple[float, float]:
         ClusterError: no cluster answers there, or not to us.
     """
     from ray._private.state import GlobalState
-    from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
+    from ray._raylet import GcsClientOptions
 
     require_listener(address)
     state = GlobalState()
@@ -155,9 +155,8 @@ def cluster_gpus(address: str) -> tuple[float, float]:
     try:
         there, free = state.cluster_resources(), state.available_resources()
     except RayError as error:
-        said = ' '.join(str(error).split())
         raise ClusterError(
-            f'What listens at {address} does not answer as a Ray cluster of this version: {said} '
+            f'What listens at {address} does not answer as a Ray cluster of this version: {" ".join(str(error).split())} '
             'With RAY_AUTH_MODE=token all need the same token.'
         ) from error
     finally:

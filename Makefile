@@ -76,7 +76,7 @@ test-engines: $(STAMP)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not faults and not system and not tp and not ray' \
 		--ignore=tests/serving
 
-test-long: $(STAMP) ## Run the variants that make test leaves out, since others of their kind are in it (TIME minutes on 2 cores)
+test-long: $(STAMP) ## Run the variants that make test leaves out, since others of their kind are in it (10 minutes on 2 cores)
 	@$(PARTS) --jobs=2 test-long-servers test-long-plain
 
 .PHONY: test-long-plain test-long-servers

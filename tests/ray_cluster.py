@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray._private.authentication_test_utils import reset_auth_token_state
 
+from lmdeploy_vico.cpu.cluster import _no_limit_of_devices
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.stage.remote.command import Encoders, Plan
 
@@ -28,12 +29,12 @@ def own_cluster(home: Path) -> Iterator[str]:
         patch.setenv('RAY_AUTH_MODE', 'token')
         patch.setenv('RAY_AUTH_TOKEN_PATH', str(home / 'token'))
         patch.delenv('RAY_ADDRESS', raising=False)
-        patch.delenv('CUDA_VISIBLE_DEVICES', raising=False)  # where it is set, it limits logical GPUs, too
         reset_auth_token_state()  # Ray reads its environment when it is imported
-        ray.init(
-            address='local', num_cpus=CORES, num_gpus=GPUS, include_dashboard=False, object_store_memory=2**28,
-            log_to_driver=False, configure_logging=False,
-        )  # fmt: skip
+        with _no_limit_of_devices():
+            ray.init(
+                address='local', num_cpus=CORES, num_gpus=GPUS, include_dashboard=False, object_store_memory=2**28,
+                log_to_driver=False, configure_logging=False,
+            )  # fmt: skip
         try:
             yield ray.get_runtime_context().gcs_address
         finally:

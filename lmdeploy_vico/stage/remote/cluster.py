@@ -136,34 +136,6 @@ def join(address: str) -> bool:
     return True
 
 
-def cluster_gpus(address: str) -> tuple[float, float]:
-    """Return how many GPUs the cluster at an address has, and how many of them are free, without joining it.
-
-    Args:
-        address: HOST:PORT of its head.
-
-    Raises:
-        ClusterError: no cluster answers there, or not to us.
-    """
-    from ray._private.state import GlobalState
-    from ray._raylet import GcsClientOptions
-
-    require_listener(address)
-    state = GlobalState()
-    options = GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
-    state._initialize_global_state(options)
-    try:
-        there, free = state.cluster_resources(), state.available_resources()
-    except RayError as error:
-        raise ClusterError(
-            f'What listens at {address} does not answer as a Ray cluster of this version: {" ".join(str(error).split())} '
-            'With RAY_AUTH_MODE=token all need the same token.'
-        ) from error
-    finally:
-        state.disconnect()
-    return there.get('GPU', 0), free.get('GPU', 0)
-
-
 def require_protected(address: str, insecure: bool) -> None:
     """Check that nobody but those who have the token, or are on this machine, can run code in the joined cluster.
 

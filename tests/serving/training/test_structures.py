@@ -21,7 +21,8 @@ GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=Tru
 VOCABULARY_ROWS = -(-(VOCABULARY + len(SPECIAL_TOKENS)) // 128) * 128
 NARROWER = 16
 FEW = SAMPLES[1::2]  # three tiles, and none
-EACH_KIND = ('8B', '38B', '241B')  # dense and mixture of experts, either ViT; the others differ in their sizes
+EACH_KIND = {'8B', '38B', '241B'}  # dense, mixture of experts, either ViT
+assert set(MODELS) >= EACH_KIND
 
 
 def narrow(model: Model) -> Model:

@@ -18,7 +18,7 @@ import ray
 import torch
 from PIL import Image
 from ray.exceptions import RayActorError
-from ray_cluster import GPUS, own_cluster, started
+from ray_cluster import own_cluster, started
 from stage.remote.fake_cluster import wait_until
 from waiting import HANG
 
@@ -33,7 +33,6 @@ from lmdeploy_vico.stage.remote.cluster import (
     RayAnswer,
     RayChannel,
     RayCluster,
-    cluster_gpus,
     names,
     require_listener,
     require_protected,
@@ -133,7 +132,6 @@ def kill(encoders, index):
     return True
 
 
-@pytest.mark.long
 def test_no_answer_is_lost_or_wrong_while_encoders_are_killed_added_and_removed(
     start_encoders, stage_on_ray, here, rng
 ):
@@ -232,25 +230,6 @@ def test_a_cluster_that_is_not_there_is_named():
         port = held.getsockname()[1]
     with pytest.raises(ClusterError, match=f"No Ray cluster answers at '127.0.0.1:{port}'"):
         require_listener(f'127.0.0.1:{port}')
-
-
-def test_gpus_are_counted_without_joining(cluster_address, monkeypatch):
-    counting = f'from lmdeploy_vico.stage.remote.cluster import cluster_gpus; print(cluster_gpus({cluster_address!r}))'
-    command = [sys.executable, '-c', counting]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True)
-    assert asked.stdout == f'({GPUS:.1f}, {GPUS:.1f})\n'
-    monkeypatch.setenv('RAY_AUTH_TOKEN', 'f' * 64)
-    stranger = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
-    assert 'does not answer as a Ray cluster of this version' in stranger.stderr
-
-
-def test_gpus_that_are_taken_are_not_free(cluster_address):
-    group = ray.util.placement_group([{'GPU': 1.0}])
-    ray.get(group.ready(), timeout=HANG)
-    deadline = time.monotonic() + HANG
-    while cluster_gpus(cluster_address) != (GPUS, GPUS - 1):  # what a node tells is a little late
-        assert time.monotonic() < deadline
-    ray.util.remove_placement_group(group)
 
 
 def test_the_command_stays_until_it_is_told_to_end(cluster_address, checkpoint, tmp_path, stage_on_ray, here, rng):

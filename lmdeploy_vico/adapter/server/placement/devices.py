@@ -111,12 +111,20 @@ def _running_ray_cluster(engine: PytorchEngineConfig) -> str | None:
     """
     from ray._private import services
 
+    if has_joined(engine):
+        return str(sys.modules['ray'].get_runtime_context().gcs_address)
+    try:
+        address: str | None = services.get_ray_address_from_environment(None, None)  # type: ignore[arg-type]
+    except ConnectionError as error:
+        raise OptionError(f'The engine is to join a Ray cluster that runs here (RAY_ADDRESS): {error}') from error
+    return None if address == 'local' else address
+
+
+def has_joined(engine: PytorchEngineConfig) -> bool:
+    """Return whether the process in which the engine will ask Ray for its ranks is this one, and in a cluster."""
     ray = sys.modules.get('ray')
     same_process = not engine.enable_mp_engine or engine.mp_engine_backend == 'ray'
-    if same_process and ray is not None and ray.is_initialized():
-        return str(ray.get_runtime_context().gcs_address)
-    address: str | None = services.get_ray_address_from_environment(None, None)  # type: ignore[arg-type]
-    return None if address == 'local' else address
+    return same_process and ray is not None and bool(ray.is_initialized())
 
 
 def _named(name: str) -> torch.device:

@@ -1,12 +1,15 @@
 """Whether the engine can be split as the operator asks, said before anything is loaded."""
 
 import logging
+import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmdeploy_vico.adapter.server.placement.devices import joined_cluster, parallelism
+from lmdeploy_vico.adapter.server.placement.devices import has_joined, joined_cluster, parallelism
 from lmdeploy_vico.options import OptionError
 
 if TYPE_CHECKING:
@@ -16,6 +19,15 @@ logger = logging.getLogger(__name__)
 
 VOCABULARY_PADDING = 64  # LMDeploy pads the vocabulary to a multiple of it before it is split
 MOST = 64  # ranks that are tried for the list of what works
+PATIENCE = 60  # seconds for a Ray cluster to answer
+# What joins it. Ray ends a process for some of its errors, and changes the environment.
+ASK = """
+import ray
+ray.init('auto', log_to_driver=False, logging_level='ERROR')
+there, free = (resources.get('GPU', 0) for resources in (ray.cluster_resources(), ray.available_resources()))
+print(f'{there:g} {free:g}')
+"""
+GPUS = re.compile(r'(?P<there>[\d.e+]+) (?P<free>[\d.e+]+)')
 HEADS, KEY_VALUE = 'attention heads', 'key-value heads'
 
 
@@ -42,27 +54,44 @@ def require_parallelism(llm: Any, engine: 'PytorchEngineConfig') -> None:
     _require_split('--ep', dist.ep, experts(llm))
     devices = torch.cuda.device_count()
     if (cluster := joined_cluster(engine, dist)) is not None:
-        _warn_of_missing_room(cluster, dist.attn_tp)
+        if not has_joined(engine):
+            say_what_room_there_is(cluster, dist.attn_tp)
     elif torch.cuda.is_available() and dist.attn_tp > devices:
         raise OptionError(f'--tp {dist.attn_tp} needs as many devices, and this server sees {devices}.')
 
 
-def _warn_of_missing_room(cluster: str, ranks: int) -> None:
-    from lmdeploy_vico.stage.remote.cluster import ClusterError, cluster_gpus  # loads Ray
+def say_what_room_there_is(cluster: str, ranks: int) -> None:
+    """Warn of a Ray cluster that does not have room for all ranks, or cannot be joined.
 
-    if '://' in cluster:  # of a Ray client, which answers in another way
+    A process of its own joins it, as the engine's is going to. It is not refused: it may grow, or come back.
+
+    Args:
+        cluster: its address.
+        ranks: each of which takes a GPU.
+    """
+    if '://' in cluster:  # of a Ray client, which has other ways to join
         return
+    logger.info('asking the Ray cluster at %s for its GPUs', cluster)
     try:
-        there, free = cluster_gpus(cluster)
-    except ClusterError as error:
-        raise OptionError(
-            f'The engine cannot join the Ray cluster of RAY_ADDRESS, or of an earlier `ray start`. {error}'
-        ) from error
-    if ranks > free:
+        asked = subprocess.run(
+            [sys.executable, '-c', ASK], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+    except subprocess.TimeoutExpired:
+        found, said = None, f'no answer within {PATIENCE} s'
+    else:
+        found = GPUS.fullmatch(asked.stdout.strip())
+        said = ' '.join(asked.stderr.split()[-60:])
+    if found is None:
         logger.warning(
-            'the engine needs %d GPUs of the Ray cluster at %s, which has %g, of which %g are free: once everything '
+            'the Ray cluster at %s, of RAY_ADDRESS or an earlier "ray start", cannot be joined: once everything else '
+            'has been loaded, the engine will try, too. Ray says: %s',
+            *(cluster, said),
+        )
+    elif ranks > float(found['free']):
+        logger.warning(
+            'the engine needs %d GPUs of the Ray cluster at %s, which has %s, of which %s are free: once everything '
             'else has been loaded, it waits for them for half an hour',
-            *(ranks, cluster, there, free),
+            *(ranks, cluster, found['there'], found['free']),
         )
 
 

@@ -166,6 +166,12 @@ def test_a_ray_cluster_that_runs_already(eight_devices, monkeypatch, cluster, ar
     assert vision_devices('cuda:6,cuda:7', engine(**arguments)) == cuda(6, 7)
 
 
+def test_a_ray_cluster_that_is_meant_and_does_not_run(eight_devices, monkeypatch):
+    monkeypatch.setenv('RAY_ADDRESS', 'auto')
+    with pytest.raises(OptionError, match=r'is to join a Ray cluster that runs here \(RAY_ADDRESS\): Could not find'):
+        engine_devices(engine(tp=8, distributed_executor_backend='ray'))
+
+
 def test_a_ray_cluster_that_the_engine_does_not_join(eight_devices, monkeypatch):
     ray_address(monkeypatch)
     assert vision_devices('auto', engine()) == cuda(0)

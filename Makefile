@@ -48,7 +48,7 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 
 test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (about 20 minutes on 2 cores)
 	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
-	@$(PARTS) --jobs=3 test-servers test-engines test-interpreted test-plain test-rest
+	@$(PARTS) --jobs=3 test-servers test-plain test-engines test-interpreted test-rest
 
 # The parts of check and test. Both run the same tests, check without the slow ones.
 .PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers

@@ -76,17 +76,8 @@ test-engines: $(STAMP)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not faults and not system and not tp and not ray' \
 		--ignore=tests/serving
 
-test-long: $(STAMP) ## Run the variants that make test leaves out, since others of their kind are in it (10 minutes on 2 cores)
-	@$(PARTS) --jobs=2 test-long-servers test-long-plain
-
-.PHONY: test-long-plain test-long-servers
-test-long-servers: $(STAMP)
-	@echo '==> $@: tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and server and not gpu'
-
-test-long-plain: $(STAMP)
-	@echo '==> $@: tests that start no LMDeploy process'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and not server and not gpu'
+test-long: $(STAMP) ## Run the variants that make test leaves out, since others of their kind are in it (6 minutes)
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and not gpu'
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)

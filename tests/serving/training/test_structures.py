@@ -21,8 +21,6 @@ GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=Tru
 VOCABULARY_ROWS = -(-(VOCABULARY + len(SPECIAL_TOKENS)) // 128) * 128
 NARROWER = 16
 FEW = SAMPLES[1::2]  # three tiles, and none
-EACH_KIND = {'8B', '38B', '241B'}  # dense, mixture of experts, either ViT
-assert set(MODELS) >= EACH_KIND
 
 
 def narrow(model: Model) -> Model:
@@ -54,7 +52,7 @@ def narrow(model: Model) -> Model:
     )
 
 
-@pytest.fixture(params=[pytest.param(name, marks=() if name in EACH_KIND else pytest.mark.long) for name in MODELS])
+@pytest.fixture(params=MODELS)
 def plain(request, tmp_path):
     """The structure as a plain checkpoint, computed in float32."""
     path = make_checkpoint_with_weights(tmp_path / 'plain', narrow(MODELS[request.param]))

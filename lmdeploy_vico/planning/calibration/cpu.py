@@ -2,10 +2,11 @@
 
 Three runs of ``lmdeploy-vico bench --mode llm`` with a tiny model give processor time and requests/s of eight kinds of
 prompts. As for the paper's Table 4, what has no source is fitted to the rows with 64 text tokens: FLOP/s of products
-and of attention. A CPU does not reach the same share of its peak in both, nor does a GPU.
+and of attention, and for requests/s a time for each request. A CPU does not reach the same share of its peak in
+products and in attention, nor does a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -24,15 +25,19 @@ KINDS = [(text, share) for text in (FITTED_ROW, OTHER_ROW) for share in (0.0, *S
 
 @dataclass(frozen=True)
 class CpuRates:
-    """FLOP/s of one core in products, with all else that grows with the tokens, and in attention."""
+    """FLOP/s of one core in products, with all else that grows with the tokens, and in attention.
+
+    ``request`` is the seconds that each request takes besides, in other processes.
+    """
 
     products: float
     attention: float
+    request: float = 0.0
 
     def seconds(self, text_tokens: int, compression: float) -> float:
         """Return the seconds of a prompt of ten tiles."""
         products, attention = flops(text_tokens, compression)
-        return products / self.products + attention / self.attention
+        return products / self.products + attention / self.attention + self.request
 
 
 def flops(text_tokens: int, compression: float) -> tuple[float, float]:
@@ -45,11 +50,23 @@ def flops(text_tokens: int, compression: float) -> tuple[float, float]:
 
 def fit_rates() -> CpuRates:
     """Fit both rates to the engine's processor time in the cells with 64 text tokens: least relative squares."""
+    products, attention = _fit(CPU_SECONDS, flops)
+    return CpuRates(1 / products, 1 / attention)
+
+
+def fit_request_rates() -> CpuRates:
+    """Fit both rates, and a time for each request, to requests/s in the same cells."""
+    runs = [{kind: 1 / rate for kind, rate in run.items()} for run in CPU_REQUESTS_PER_SECOND]
+    products, attention, request = _fit(runs, lambda *kind: (*flops(*kind), 1.0))
+    return CpuRates(1 / products, 1 / attention, request)
+
+
+def _fit(runs: Sequence[CpuRun], parts: Callable[[int, float], tuple[float, ...]]) -> list[float]:
+    """Seconds of one of each part."""
     kinds = [kind for kind in KINDS if kind[0] == FITTED_ROW]
-    measured = np.array([mean(run[kind] for run in CPU_SECONDS) for kind in kinds])
-    counted = np.array([flops(*kind) for kind in kinds]) / measured[:, None]
-    each = np.linalg.lstsq(counted, np.ones(len(kinds)), rcond=None)[0]  # seconds of one FLOP
-    return CpuRates(*(1 / float(seconds) for seconds in each))
+    measured = np.array([mean(run[kind] for run in runs) for kind in kinds])
+    counted = np.array([parts(*kind) for kind in kinds]) / measured[:, None]
+    return [float(seconds) for seconds in np.linalg.lstsq(counted, np.ones(len(kinds)), rcond=None)[0]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,8 @@ class CpuRatio:
         text_tokens, compression: of the prompts.
         processor: by the processor time of the engine, in each run.
         requests: by requests/s, in each run.
-        ours: by the fitted rates.
+        ours: by the rates that are fitted to processor time.
+        ours_by_requests: by those that are fitted to requests/s.
         flops: by FLOP alone, as if both rates were one.
     """
 
@@ -69,6 +87,7 @@ class CpuRatio:
     processor: tuple[float, ...]
     requests: tuple[float, ...]
     ours: float
+    ours_by_requests: float
     flops: float
 
     @property
@@ -79,7 +98,7 @@ class CpuRatio:
 
 def cpu_ratios() -> list[CpuRatio]:
     """Return the six ratios of both rows."""
-    rates = fit_rates()
+    rates, request_rates = fit_rates(), fit_request_rates()
     return [
         CpuRatio(
             text,
@@ -87,6 +106,7 @@ def cpu_ratios() -> list[CpuRatio]:
             processor=_ratios(CPU_SECONDS, text, share),
             requests=tuple(1 / ratio for ratio in _ratios(CPU_REQUESTS_PER_SECOND, text, share)),
             ours=rates.seconds(text, 0.0) / rates.seconds(text, share),
+            ours_by_requests=request_rates.seconds(text, 0.0) / request_rates.seconds(text, share),
             flops=sum(flops(text, 0.0)) / sum(flops(text, share)),
         )
         for text, share in KINDS

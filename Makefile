@@ -46,7 +46,7 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 check-plain check-interpreted check-rest lint
 
-test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (about 20 minutes on 2 cores)
+test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (about half an hour on 2 cores)
 	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
 	@$(PARTS) --jobs=3 test-servers test-plain test-engines test-interpreted test-rest
 

@@ -1,6 +1,7 @@
 """Fixtures shared by all rooms: tiny checkpoints, real pictures, prompts, and the judge of answers."""
 
 import os
+import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ if os.environ.get('VICO_TEST_DEVICE') != 'cuda':
 GUARD = Guard()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     GUARD.install()
+    # The first process compiles, the servers and commands after it read: 4 s of a core each. New for every run, so that
+    # nothing is read that another version of the code has left.
+    compiled = tempfile.TemporaryDirectory(prefix='numba')
+    config.add_cleanup(compiled.cleanup)
+    os.environ.setdefault('NUMBA_CACHE_DIR', compiled.name)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

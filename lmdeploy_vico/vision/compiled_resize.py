@@ -5,11 +5,13 @@ result is the same; what is saved comes from the processor's vector instructions
 consecutive bytes: the one along rows works on transposed strips, the one along columns writes straight into tiles. The
 functions release the GIL.
 
-They are compiled for one set of types, when they are first called, and not kept on disk: numba's cache ends the import
-where neither the installation nor the home directory can be written to.
+They are compiled for one set of types, when they are first called. They are kept on disk only where NUMBA_CACHE_DIR
+names a folder for it: numba's own choice of one ends the import where neither the installation nor the home directory
+can be written to.
 """
 
 import math
+import os
 
 import numpy as np
 from numba import njit
@@ -18,6 +20,7 @@ Size = tuple[int, int]
 
 WEIGHT_BITS = 22  # 32 less 8 for a pixel and 2 for sums that overshoot
 HALF = 1 << (WEIGHT_BITS - 1)
+KEPT = bool(os.environ.get('NUMBA_CACHE_DIR'))
 STRIP = 64  # rows that are transposed at a time: with pictures of a few thousand columns they stay in the L2 cache
 
 
@@ -56,7 +59,7 @@ def columns_first(pixels: np.ndarray, size: Size) -> np.ndarray:
     return out
 
 
-@njit(nogil=True, error_model='numpy')
+@njit(cache=KEPT, nogil=True, error_model='numpy')
 def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Fixed-point weights of Pillow's bicubic filter: its operations in its order, for they are rounded to integers.
 
@@ -89,7 +92,7 @@ def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     return spans, fixed
 
 
-@njit(nogil=True)
+@njit(cache=KEPT, nogil=True)
 def _bicubic(x: float) -> float:
     a = -0.5
     x = abs(x)
@@ -98,19 +101,19 @@ def _bicubic(x: float) -> float:
     return (((x - 5) * x + 8) * x - 4) * a if x < 2.0 else 0.0
 
 
-@njit(nogil=True)
+@njit(cache=KEPT, nogil=True)
 def _weigh(total, line, weight):  # type: ignore[no-untyped-def]
     for i in range(len(line)):
         total[i] += np.int32(line[i]) * weight
 
 
-@njit(nogil=True)
+@njit(cache=KEPT, nogil=True)
 def _clip(total, line):  # type: ignore[no-untyped-def]
     for i in range(len(line)):
         line[i] = np.uint8(min(max(total[i] >> WEIGHT_BITS, 0), 255))
 
 
-@njit(nogil=True)
+@njit(cache=KEPT, nogil=True)
 def _transpose(source, out):  # type: ignore[no-untyped-def]
     for left in range(0, source.shape[1], 32):
         for y in range(source.shape[0]):
@@ -119,7 +122,7 @@ def _transpose(source, out):  # type: ignore[no-untyped-def]
                     out[x, y, channel] = source[y, x, channel]
 
 
-@njit(nogil=True)
+@njit(cache=KEPT, nogil=True)
 def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
     """Every row of pixels ``[height, width, 3]`` to ``[height, target, 3]``."""
     height, width, _ = source.shape
@@ -138,7 +141,7 @@ def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
         _transpose(narrow[:, :rows], out[top : top + rows])
 
 
-@njit(nogil=True)
+@njit(cache=KEPT, nogil=True)
 def _resize_columns(source, spans, fixed, out, columns):  # type: ignore[no-untyped-def]
     """All columns of ``[height, columns * line]`` to tiles of ``line`` bytes a row, ``[tiles * side, line]``."""
     line = out.shape[1]

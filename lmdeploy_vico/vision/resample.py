@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 try:
     from lmdeploy_vico.vision import compiled_resize
-except (ImportError, OSError) as error:  # numba is not there, refuses this numpy, or misses a library
+except (ImportError, OSError, RuntimeError) as error:  # numba is not there, misses a library, or has nowhere to write
     compiled_resize = None  # type: ignore[assignment]
     _OBSTACLE = str(error)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -168,16 +169,16 @@ def test_either_order_of_a_pillow_is_recognised(monkeypatch, rule):
 # In processes of their own: what has been compiled, and the most memory so far, are a process's.
 
 
-def in_a_new_process(code):
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=HANG)
+def in_a_new_process(code, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=HANG, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 DIGESTS = """
 import json, logging.handlers, sys
-if {missing}:
-    sys.modules['numba'] = None
+{before}
 logging.basicConfig(level=logging.INFO, format='%(message)s', handlers=[handler := logging.handlers.MemoryHandler(99)])
 import numpy as np
 from PIL import Image
@@ -192,13 +193,38 @@ print(json.dumps({{'digests': digests, 'said': said, 'numba': sys.modules.get('n
 """
 
 
+BY_NUMBA, BY_PILLOW = 'Pictures are resized by compiled code', 'Pictures are resized by Pillow'
+
+
+def who_resizes(given):
+    return [text.partition(',')[0] for text in given['said']]
+
+
 def test_without_numba_the_pixels_are_the_same_and_the_log_says_once_who_resizes():
-    compiled, plain = (in_a_new_process(DIGESTS.format(missing=missing)) for missing in (False, True))
+    missing = "sys.modules['numba'] = None"
+    compiled, plain = (in_a_new_process(DIGESTS.format(before=before)) for before in ('', missing))
     assert compiled['digests'] == plain['digests']
     assert (compiled['numba'], plain['numba']) == (True, False)
-    assert [text.partition(',')[0] for text in compiled['said']] == ['Pictures are resized by compiled code']
-    assert [text.partition(',')[0] for text in plain['said']] == ['Pictures are resized by Pillow']
+    assert who_resizes(compiled) == [BY_NUMBA]
+    assert who_resizes(plain) == [BY_PILLOW]
     assert 'numba' in plain['said'][0]
+
+
+def test_what_is_compiled_is_kept_where_a_folder_is_named_and_nowhere_else(tmp_path):
+    kept = {'NUMBA_CACHE_DIR': str(tmp_path / 'kept')}
+    first, second = (in_a_new_process(DIGESTS.format(before=''), **kept) for _ in range(2))
+    files = [path.suffix for path in tmp_path.rglob('*.nb*')]
+    assert {'.nbi', '.nbc'} == set(files)
+    assert first == second
+    # numba would look for a folder here, and stop the import.
+    nowhere = 'import numba.core.caching as caching; caching.CacheImpl._locator_classes = []'
+    not_kept = in_a_new_process(DIGESTS.format(before=nowhere), NUMBA_CACHE_DIR='')
+    assert who_resizes(not_kept) == [BY_NUMBA]
+    assert not_kept['digests'] == first['digests']
+    without = in_a_new_process(DIGESTS.format(before=nowhere), **kept)
+    assert who_resizes(without) == [BY_PILLOW]
+    assert 'cannot cache' in without['said'][0]
+    assert without['digests'] == first['digests']
 
 
 COMPILED = """

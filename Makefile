@@ -46,7 +46,7 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 check-plain check-interpreted check-rest lint
 
-test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (about half an hour on 2 cores)
+test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (15 minutes on 2 quiet cores)
 	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
 	@$(PARTS) --jobs=3 test-servers test-plain test-engines test-interpreted test-rest
 
@@ -76,8 +76,18 @@ test-engines: $(STAMP)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not faults and not system and not tp and not ray' \
 		--ignore=tests/serving
 
-test-long: $(STAMP) ## Run the variants that make test leaves out, since others of their kind are in it (6 minutes)
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and not gpu'
+test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of what make test runs (15 minutes on 2 cores)
+	@echo '==> Two parts at a time; each prints when it is done'
+	@$(PARTS) --jobs=2 long-servers long-plain
+
+.PHONY: long-plain long-servers
+long-servers: $(STAMP)
+	@echo '==> $@: servers and pipelines'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and server and not gpu and not ray'
+
+long-plain: $(STAMP)
+	@echo '==> $@: what starts no LMDeploy process'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and not server and not gpu and not ray'
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)

@@ -56,8 +56,13 @@ print(type(config).__name__, match, builder.__name__, 'VicoQwen3ForCausalLM' in 
 OURS = 'VicoChatConfig VicoVisionModel VicoModelConfigBuilder True'
 
 
+FURTHER = ('lmdeploy.vl.engine', 'lmdeploy.pytorch.models.module_map')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('first', ['torch', 'lmdeploy', 'lmdeploy.vl.engine', 'lmdeploy.pytorch.models.module_map'])
+@pytest.mark.parametrize(
+    'first', ['torch', 'lmdeploy', *(pytest.param(module, marks=pytest.mark.long) for module in FURTHER)]
+)
 def test_every_import_order(make_checkpoint, first):
     out, err = run(f'import {first}\n' + SHOW_CLASSES.format(path=str(make_checkpoint())))
     assert out == OURS

@@ -239,8 +239,9 @@ def test_no_server_is_left_when_the_run_is_ended(make_checkpoint, tmp_path, numb
 SMOKE = ['--num-prompts', '8', '--max-concurrency', '4', '--tiles', '2', '--token-compression', '0', '0.75']
 
 
+@pytest.mark.long
 @pytest.mark.server
-@pytest.mark.parametrize('baselines', [[FLASH], pytest.param([FLASH, INTERNVL], marks=pytest.mark.long)])
+@pytest.mark.parametrize('baselines', [[FLASH], [FLASH, INTERNVL]])
 def test_both_modes_and_baselines_for_real(make_checkpoint, bench, baselines):
     arguments = [*SMOKE, '--mode', LLM, IMAGE, '--baseline', *baselines, '--count-prefills']
     status, printed, results = bench('--model', str(make_checkpoint()), *arguments)

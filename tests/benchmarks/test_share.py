@@ -124,6 +124,7 @@ def test_the_device_says_whose_all_reduces():
     assert {name: gpu_of_device(name).name for name in names} == names
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_a_share_on_the_cpu(tmp_path):
     """LMDeploy's engine prefills every prompt at its true length, in full steps, and nothing else."""

@@ -73,6 +73,7 @@ def test_the_warm_up_that_ray_sends_to_workers_is_a_function_by_name():
     assert len(cloudpickle.dumps(RayWorkerWrapper.warmup_dist)) < 200
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ranks_exchange_different_numbers_of_tokens(tmp_path):
     torch.multiprocessing.spawn(exchange.run, (str(tmp_path / 'store'),), nprocs=len(exchange.SIZES))

@@ -149,6 +149,7 @@ def test_the_end_of_a_log(tmp_path):
     assert (server.log_text(), server.log_text(4), server.log_text(100)) == ('one\ntwo\n', 'two\n', 'one\ntwo\n')
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_lmdeploy_has_no_command_beside_the_interpreter(tmp_path, monkeypatch, make_checkpoint):
     bare = tmp_path / 'python'

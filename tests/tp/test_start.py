@@ -7,6 +7,7 @@ from serving.client import Client
 from tp import processes
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_ray_runs_the_ranks(serve_ranks, make_checkpoint, prompts, judge):
     server = serve_ranks(make_checkpoint(), '--tp', '2', '--distributed-executor-backend', 'ray')

@@ -61,6 +61,7 @@ def test_the_other_projector_learns_alone(model, reader_tokenizer):
     assert moved(model, before) == {'mlp2'}
 
 
+@pytest.mark.long
 def test_a_tile_is_learnt_by_heart(model, reader_tokenizer, monkeypatch):
     """Thirty steps on one and the same tile: the loss falls, through projector and language model."""
     [seen] = Material(model, 2).tiles(['fine'])

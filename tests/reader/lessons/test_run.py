@@ -23,6 +23,7 @@ def teach(path):
     return [line.partition(':')[0] for line in output.getvalue().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_lessons(tmp_path, monkeypatch):
     monkeypatch.setattr(run, 'JUDGED', 1)

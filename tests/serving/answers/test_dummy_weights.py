@@ -17,7 +17,8 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize('name', [pytest.param('dense', marks=pytest.mark.long), 'moe'])
+@pytest.mark.long
+@pytest.mark.parametrize('name', SMALL)
 def test_images_are_answered(serve, prompts, tmp_path, name):
     model, arguments, environment = SMALL[name]
     path = make_checkpoint_without_weights(tmp_path / name, model)

@@ -66,6 +66,7 @@ def test_shares_of_compressed_tiles(client, judge, data, tmp_path):
         }
 
 
+@pytest.mark.long
 @DEFAULT
 def test_a_video_with_subtitles_and_without(client, judge, pictures, tmp_path):
     frames = moving_crops(pictures['page'], 70, step=(1, 1)) + moving_crops(pictures['rocket'], 30)
@@ -97,6 +98,7 @@ def test_a_video_with_subtitles_and_without(client, judge, pictures, tmp_path):
         assert more > len(said.split()), mode
 
 
+@pytest.mark.long
 @LMDEPLOYS
 def test_answers_of_a_plain_internvl_server(client, make_checkpoint, data, tmp_path):
     """The ViCO checkpoint at ``none`` answers as the InternVL model with the same weights in LMDeploy's own classes."""

@@ -48,6 +48,7 @@ def test_server_wide_compression_tensor_parallelism_and_trust(client, prompts, j
         judge().check(prompts[name], client.chat(prompts[name]), 0.25, name=name)
 
 
+@pytest.mark.long
 def test_remote_code_is_not_needed(serve, make_checkpoint, prompts, judge, tmp_path):
     kind = {'llm': 'moe', 'vit': 'rms_norm', 'dtype': 'float32'}
     checkpoint = shutil.copytree(make_checkpoint(**kind), tmp_path / 'checkpoint')

@@ -28,7 +28,11 @@ def ask(pipe, conversations, **options):
     return [Answer(tuple(answer.token_ids), answer.input_token_len) for answer in answers]
 
 
-@pytest.fixture(scope='module', params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(
+    scope='module',
+    # Servers of all kinds are asked the same (test_server.py).
+    params=[pytest.param(kind, id=name, marks=pytest.mark.long if kind else ()) for name, kind in KINDS.items()],
+)
 def kind(request):
     return request.param
 

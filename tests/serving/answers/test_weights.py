@@ -8,9 +8,7 @@ from lmdeploy_vico.checkpoints.random.configuration import SIZES
 from lmdeploy_vico.checkpoints.random.published import Model
 
 PLUGIN = pytest.param((), {}, id='plugin')
-LMDEPLOY = pytest.param(
-    ('--trust-remote-code',), {'LMDEPLOY_VICO': 'cpu'}, id="LMDeploy's flash mode", marks=pytest.mark.long
-)
+LMDEPLOY = pytest.param(('--trust-remote-code',), {'LMDEPLOY_VICO': 'cpu'}, id="LMDeploy's flash mode")
 
 
 @pytest.fixture(scope='module')
@@ -18,6 +16,7 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint_with_weights(tmp_path_factory.mktemp('weights') / '8B', Model(SIZES['tiny']))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('arguments', 'environment'), [PLUGIN, LMDEPLOY])
 def test_images_are_answered(serve, checkpoint, prompts, arguments, environment):
     server = serve(checkpoint, *arguments, **environment)

@@ -155,6 +155,7 @@ FEW_FILES = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_a_server_with_few_descriptors_refuses_connections(make_checkpoint, tmp_path):
     program = [sys.executable, '-c', FEW_FILES]

@@ -23,6 +23,7 @@ def soak(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_every_answer_is_right(tmp_path):
     output = tmp_path / 'soak.json'

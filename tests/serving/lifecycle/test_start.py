@@ -73,6 +73,7 @@ def refusal(copies, tmp_path):
     return start
 
 
+@pytest.mark.long
 @pytest.mark.busy(times=15)
 def test_two_servers_start_at_a_time(make_checkpoint, tmp_path):
     servers = [ApiServer(make_checkpoint(), log=tmp_path / f'log {number}', timeout=HANG) for number in range(2)]

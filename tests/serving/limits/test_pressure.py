@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import openai
+import pytest
 from parity.conversations import on_the_wire
 from serving.client import Client, post
 from waiting import HANG
@@ -39,6 +40,7 @@ async def ask_together(server, model, messages):
     return own, [one for one, states in zip(said, stating, strict=True) if not states]
 
 
+@pytest.mark.long
 def test_what_pressure_does(serve, make_checkpoint, prompts):
     """One place in the engine: whoever else asks meanwhile waits, and one prompt that waits is full pressure."""
     environment = {'LMDEPLOY_VICO_PRESSURE_COMPRESSION': '0.5', 'LMDEPLOY_VICO_PRESSURE_WAITING': '1'}

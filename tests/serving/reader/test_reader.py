@@ -1,11 +1,13 @@
 """The reader through an api_server: it reads what it has never seen, and the router costs next to nothing."""
 
+import pytest
 from rich.console import Console
 
 from benchmarks.reader.asking import Client, everywhere
 from benchmarks.reader.run import Set, documents, table
 
 
+@pytest.mark.long
 def test_twenty_questions(serve, reader, tmp_path):
     """One picture of one tile, others of several: the answers are right, with and without the router."""
     data = documents(tmp_path, 'few', Set(21, (1, 3, 5)), 20)

@@ -7,7 +7,8 @@ from serving.training.trained import QUESTION, SAMPLES, Trained, train
 from training.made import write_data
 
 
-@pytest.mark.parametrize('llm', ['dense', pytest.param('moe', marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('llm', ['dense', 'moe'])
 def test_what_is_served_is_what_was_trained(serve, make_checkpoint, pictures, tmp_path, llm):
     data = write_data(tmp_path, pictures, SAMPLES)
     trained = Trained(train(make_checkpoint(llm=llm, flash=False, dtype='float32'), data, tmp_path), data)

@@ -110,7 +110,9 @@ def check(image, expected):
     assert torch.equal(image.tokens.embeddings, expected.embeddings.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize('batches', [10, pytest.param(200, marks=pytest.mark.ray)])
+@pytest.mark.parametrize(
+    'batches', [pytest.param(10, marks=pytest.mark.long), pytest.param(200, marks=pytest.mark.ray)]
+)
 def test_bits_are_those_of_an_encoder_here(start_encoders, stage_on_ray, here, rng, batches):
     stage = stage_on_ray(start_encoders(2))
     for index in range(batches):
@@ -132,6 +134,7 @@ def kill(encoders, index):
     return True
 
 
+@pytest.mark.long
 def test_no_answer_is_lost_or_wrong_while_encoders_are_killed_added_and_removed(
     start_encoders, stage_on_ray, here, rng
 ):
@@ -164,6 +167,7 @@ def test_no_answer_is_lost_or_wrong_while_encoders_are_killed_added_and_removed(
     wait_until(lambda: len(stage._workers[0]._lanes) == 2)
 
 
+@pytest.mark.long
 def test_two_stages_share_two_encoders(start_encoders, stage_on_ray, here, rng):
     encoders = start_encoders(2)
     stages = [stage_on_ray(encoders) for _ in range(2)]

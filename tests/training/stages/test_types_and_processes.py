@@ -15,7 +15,7 @@ ROUTER = {'pooling_before_gating', 'gating'}
 
 @pytest.fixture(scope='module')
 def together(request, start, policy, plain, few, data, tmp_path_factory):
-    """The folder of the runs that share a start of two processes, by name; without those that slow tests look at."""
+    """The folder of the runs that share a start of two processes, by name; without those that long tests look at."""
     folder = tmp_path_factory.mktemp('together')
 
     def line(name, compute, stage, *words):
@@ -31,7 +31,7 @@ def together(request, start, policy, plain, few, data, tmp_path_factory):
         line('float32', 'float32', 'consistency', *SHORT),
     ]
     here = [item for item in request.session.items if item.path == request.path]
-    if not any(item.get_closest_marker('slow') for item in here):
+    if not any(item.get_closest_marker('long') for item in here):
         lines = lines[-1:]
     (folder / 'runs.json').write_text(json.dumps(lines))
     torchrun(TOGETHER, folder / 'runs.json')
@@ -70,7 +70,7 @@ def changed(before, after):
     return {name.partition('.')[0] for name, value in after.items() if not torch.equal(value, before[name])}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['weights', 'adapters'])
 def test_two_processes_in_bfloat16(together, start, short, name):
     """As on GPUs: shards in float32 and gathered in bfloat16, beside frozen ones in bfloat16; judged before, too."""
@@ -79,7 +79,7 @@ def test_two_processes_in_bfloat16(together, start, short, name):
     assert changed(start, together / name) == TRAINED
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_a_router_as_one_does(together, short_router):
     path = together / 'router'
     both = [losses_of(path / f'ratios-{rank}.jsonl') for rank in range(2)]
@@ -106,7 +106,7 @@ def require_about_the_same_router(path, short_router, policy):
     assert changed(policy, path) == ROUTER
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_a_router_in_bfloat16(together, policy, short_router):
     require_about_the_same_router(together / 'router in bfloat16', short_router, policy)
 

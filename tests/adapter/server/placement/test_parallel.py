@@ -134,6 +134,7 @@ def test_who_is_in_a_cluster_or_its_client_asks_nobody(on_ray, monkeypatch, capl
     assert not warnings(caplog)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_cluster(tmp_path, caplog, monkeypatch):
     with own_cluster(tmp_path) as address:

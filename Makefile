@@ -13,6 +13,8 @@ ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/test_chat_model.py
 # The rooms whose tests are a part of their own, so that two cores have about the same to do.
 REST := tests/bench tests/benchmarks tests/checkpoints tests/docs tests/house
+# Without the tests that other targets run, and those that need what a fresh machine does not have.
+WANTED := not gpu and not faults and not quality and not ray and not system and not tp
 PYTEST := $(BIN)/python -m pytest --durations=10
 # Parts side by side, the longest first. Each prints what it has to say when it is done; if it fails, the others go on.
 PARTS := $(MAKE) --no-print-directory --output-sync=target --keep-going
@@ -52,8 +54,8 @@ test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (
 
 # The parts of check and test. Both run the same tests, check without the slow ones.
 .PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
-test-interpreted test-plain test-rest: MARKED := not gpu and not server and not long and not ray
-check-interpreted check-plain check-rest: MARKED := not gpu and not server and not slow and not long and not ray
+test-interpreted test-plain test-rest: MARKED := not server and not long and $(WANTED)
+check-interpreted check-plain check-rest: MARKED := not server and not long and not slow and $(WANTED)
 
 check-interpreted test-interpreted: $(STAMP)
 	@echo "==> $@: tests in Triton's interpreter"
@@ -69,12 +71,11 @@ check-rest test-rest: $(STAMP)
 
 test-servers: $(STAMP)
 	@echo '==> $@: tests of servers and pipelines'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not quality and not ray' tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'server and not long and $(WANTED)' tests/serving
 
 test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not gpu and server and not long and not faults and not system and not tp and not ray' \
-		--ignore=tests/serving
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'server and not long and $(WANTED)' --ignore=tests/serving
 
 test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of what make test runs (15 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
@@ -83,11 +84,11 @@ test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of wh
 .PHONY: long-plain long-servers
 long-servers: $(STAMP)
 	@echo '==> $@: servers and pipelines'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and server and not gpu and not ray'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'server and long and $(WANTED)'
 
 long-plain: $(STAMP)
 	@echo '==> $@: what starts no LMDeploy process'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'long and not server and not gpu and not ray'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not server and long and $(WANTED)'
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)
@@ -95,7 +96,7 @@ test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that s
 test-faults: $(STAMP) ## Attack a server beside good clients, stop and kill its engine (15 minutes; VICO_FAULTS=100 for fewer attacks)
 	@VICO_FAULTS=$${VICO_FAULTS:-1000} $(ON_CPU) OMP_NUM_THREADS=1 timeout 900 $(BIN)/python -m pytest -s -m faults tests/faults
 
-test-tp: $(STAMP) ## Serve with 2 and 4 ranks, both executors, two nodes, killed ranks (10 servers; 25 minutes on 2 quiet cores)
+test-tp: $(STAMP) ## Serve with 2 and 4 ranks, both executors, two nodes, killed ranks (10 servers; 11 minutes on 2 quiet cores)
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m tp tests/tp
 
 test-reader: $(STAMP) ## Hold the shipped reader to its committed answers, and calibrate to eval (7 minutes)
@@ -105,7 +106,7 @@ test-system: $(STAMP) ## Look at servers with a real Prometheus, Chromium and HA
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m system tests/system
 
 test-ray: $(STAMP) ## Encoders in a Ray cluster: servers, 200 batches, three minutes of encoders that come and go (8 minutes)
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m ray tests/stage/remote tests/serving/answers
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m ray
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@$(ON_GPU) $(BIN)/python -m pytest tests/kernels

@@ -1,4 +1,4 @@
-"""One server whose ranks Ray runs: part of make test, as the others take long."""
+"""One server whose ranks Ray runs: part of make test-long, as the others take minutes."""
 
 from concurrent.futures import ThreadPoolExecutor
 

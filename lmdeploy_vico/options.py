@@ -153,8 +153,8 @@ class Options:
     max_queued_tiles: int = _option(
         at_least(1),
         2048,
-        'Tiles that may wait to be encoded. A request that would make them more gets a 503 with `Retry-After`; one that finds '
-        'none waiting may have any number.',
+        'Tiles that may wait to be encoded. A request that would make them more gets a 503 with `Retry-After`; one '
+        'that finds none waiting may have any number.',
     )
     max_decoded_bytes: int = _option(
         at_least(1),

@@ -49,8 +49,8 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 	@$(PARTS) --jobs=2 check-plain check-interpreted check-rest lint
 
 test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (15 minutes on 2 quiet cores)
-	@echo '==> Three parts at a time, as servers wait a lot; each prints when it is done'
-	@$(PARTS) --jobs=3 test-servers test-plain test-engines test-interpreted test-rest
+	@echo '==> Four parts at a time, as servers wait a lot; each prints when it is done'
+	@$(PARTS) --jobs=4 test-servers test-plain test-engines test-interpreted test-rest
 
 # The parts of check and test. Both run the same tests, check without the slow ones.
 .PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
@@ -79,16 +79,20 @@ test-engines: $(STAMP)
 
 test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of what make test runs (15 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) --jobs=2 long-servers long-plain
+	@$(PARTS) --jobs=2 long-servers long-plain long-interpreted
 
-.PHONY: long-plain long-servers
+.PHONY: long-interpreted long-plain long-servers
+long-interpreted: $(STAMP)
+	@echo "==> $@: tests in Triton's interpreter"
+	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m 'long and $(WANTED)' $(INTERPRETED)
+
 long-servers: $(STAMP)
 	@echo '==> $@: servers and pipelines'
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'server and long and $(WANTED)'
 
 long-plain: $(STAMP)
 	@echo '==> $@: what starts no LMDeploy process'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not server and long and $(WANTED)'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'not server and long and $(WANTED)' $(addprefix --ignore=,$(INTERPRETED))
 
 test-busy: $(STAMP) ## Run what waits or counts 50 times beside processes that spin (ARGS='--times 5' for fewer)
 	@$(ON_CPU) $(BIN)/python -m pytest -p busy -m 'busy and not gpu' $(ARGS)

@@ -59,9 +59,9 @@ def slowed(function, seconds):
     ('case', 'owner', 'name', 'seconds'),
     [
         ('test_cutting', tiling, 'cut_tiles', 0),
-        pytest.param('test_encoding', VisionTower, 'encode', 0, marks=ON_CPU),
-        ('test_encoding', tile_encoder, 'route_prompt', SECONDS),
-        ('test_encoding', Projection, 'by_image', SECONDS),
+        pytest.param('test_encoding', VisionTower, 'encode', 0, marks=[ON_CPU, pytest.mark.long]),
+        pytest.param('test_encoding', tile_encoder, 'route_prompt', SECONDS, marks=pytest.mark.long),
+        pytest.param('test_encoding', Projection, 'by_image', SECONDS, marks=pytest.mark.long),
     ],
 )
 def test_a_slowed_build_fails(unchanged, tmp_path, monkeypatch, capsys, case, owner, name, seconds):

@@ -90,6 +90,7 @@ def test_a_part_runs_and_the_targets_follow(tmp_path):
     assert 'memory checker: skipped' in log.read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_step_that_fails_is_in_the_exit_status(tmp_path, interpreter):
     python = interpreter('*"benchmarks soak"*) echo what went wrong >&2; exit 3')
@@ -120,6 +121,7 @@ def endless(tmp_path, interpreter):
     return interpreter(f'*"benchmarks soak"*) exec {sys.executable} {tmp_path}/endless.py "${{@: -1}}"')
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_part_that_is_cut_off_keeps_what_it_has(tmp_path, endless):
     tried = run('-o', str(tmp_path), 'soak', 'memcheck', VICO_TEST_DEVICE='cpu', PYTHON=endless, LIMIT='1')
@@ -130,6 +132,7 @@ def test_a_part_that_is_cut_off_keeps_what_it_has(tmp_path, endless):
     assert result.read_text() == 'half' and 'begun' in log.read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_told_to_end_it_keeps_what_it_has(tmp_path, endless):
     command = ['bash', str(SCRIPT), '-o', str(tmp_path), 'soak', 'memcheck']

@@ -36,6 +36,7 @@ def queries_of(inside):
     return make
 
 
+@pytest.mark.long
 @both
 @settings(settings.get_profile('kernels'), max_examples=60)
 @given(

@@ -20,6 +20,7 @@ def reference(a, w, bias, gelu):
     return 0.5 * out * (1 + erf(out / np.sqrt(2))) if gelu else out
 
 
+@pytest.mark.long
 @both
 @settings(settings.get_profile('kernels'), max_examples=60)
 @given(

@@ -7,7 +7,7 @@ from parity.conversations import Message
 from PIL import Image
 from serving.configurations import DEFAULT
 
-CLIENTS, REQUESTS = 16, 4  # requests one after the other of each client
+CLIENTS, REQUESTS = 16, 2  # requests one after the other of each client
 SHARED = 4  # pictures that several clients send
 MAX_TILES = 6  # and a thumbnail
 HITS, SAVED = 'vico:embedding_cache_hits_total', 'vico:visual_tokens_saved_total'

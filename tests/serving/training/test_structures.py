@@ -52,7 +52,9 @@ def narrow(model: Model) -> Model:
     )
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.long if name == '241B' else ()) for name in MODELS])
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.long if name in ('38B', '241B') else ()) for name in MODELS]
+)
 def plain(request, tmp_path):
     """The structure as a plain checkpoint, computed in float32."""
     path = make_checkpoint_with_weights(tmp_path / 'plain', narrow(MODELS[request.param]))

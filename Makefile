@@ -11,7 +11,8 @@ ON_CPU := $(TEST_ENV) CUDA_VISIBLE_DEVICES= VICO_TEST_DEVICE=cpu
 ON_GPU := $(TEST_ENV) VICO_TEST_DEVICE=cuda
 # The Triton kernels run on the CPU in Triton's interpreter, which has to be chosen for a whole process.
 INTERPRETED := tests/kernels tests/vision/test_kernels.py tests/adapter/engine/test_chat_model.py
-# The rooms whose tests are a part of their own, so that two cores have about the same to do.
+# The rooms whose tests are parts of their own, so that parts take about the same time.
+ADAPTER := tests/adapter tests/autoload tests/cpu
 REST := tests/bench tests/benchmarks tests/checkpoints tests/docs tests/house
 # Without the tests that other targets run, and those that need what a fresh machine does not have.
 WANTED := not gpu and not faults and not quality and not ray and not system and not tp
@@ -46,24 +47,29 @@ reader: $(STAMP) ## Train the reader again from nothing, in build/reader (about 
 
 check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (about 5 minutes on 2 cores)
 	@echo '==> Two parts at a time; each prints when it is done'
-	@$(PARTS) --jobs=2 check-plain check-interpreted check-rest lint
+	@$(PARTS) --jobs=2 check-adapter check-plain check-interpreted check-rest lint
 
 test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (15 minutes on 2 quiet cores)
 	@echo '==> Four parts at a time, as servers wait a lot; each prints when it is done'
-	@$(PARTS) --jobs=4 test-servers test-plain test-engines test-interpreted test-rest
+	@$(PARTS) --jobs=4 test-servers test-adapter test-plain test-engines test-rest test-interpreted
 
 # The parts of check and test. Both run the same tests, check without the slow ones.
-.PHONY: check-interpreted check-plain check-rest test-engines test-interpreted test-plain test-rest test-servers
-test-interpreted test-plain test-rest: MARKED := not server and not long and $(WANTED)
-check-interpreted check-plain check-rest: MARKED := not server and not long and not slow and $(WANTED)
+.PHONY: check-adapter check-interpreted check-plain check-rest
+.PHONY: test-adapter test-engines test-interpreted test-plain test-rest test-servers
+test-adapter test-interpreted test-plain test-rest: MARKED := not server and not long and $(WANTED)
+check-adapter check-interpreted check-plain check-rest: MARKED := not server and not long and not slow and $(WANTED)
 
 check-interpreted test-interpreted: $(STAMP)
 	@echo "==> $@: tests in Triton's interpreter"
 	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(MARKED)' $(INTERPRETED)
 
+check-adapter test-adapter: $(STAMP)
+	@echo '==> $@: tests of what touches LMDeploy, without its processes'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(MARKED)' $(ADAPTER) $(addprefix --ignore=,$(INTERPRETED))
+
 check-plain test-plain: $(STAMP)
-	@echo '==> $@: tests that start no LMDeploy process'
-	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(MARKED)' $(addprefix --ignore=,$(INTERPRETED) $(REST))
+	@echo '==> $@: tests of the other rooms'
+	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m '$(MARKED)' $(addprefix --ignore=,$(ADAPTER) $(INTERPRETED) $(REST))
 
 check-rest test-rest: $(STAMP)
 	@echo '==> $@: tests of checkpoints, benchmarks, documents and layout'

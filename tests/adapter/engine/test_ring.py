@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import inspect
 import multiprocessing
 import threading
 import time
@@ -39,17 +40,25 @@ class Call:
         return self._original(self.instance, **self._arguments)
 
 
-class PluginsBuffer(SharedBuffer):
+class LMDeploysBuffer(SharedBuffer):
+    """As it was before the plugin, which is attached to this process too, changed it."""
+
+    pack_data, close, _receive_step0 = (
+        inspect.unwrap(one) for one in (SharedBuffer.pack_data, SharedBuffer.close, SharedBuffer._receive_step0)
+    )
+
+
+class PluginsBuffer(LMDeploysBuffer):
     """LMDeploy's buffer with the plugin's changes."""
 
     def pack_data(self, data, receiver_mask):
-        return ranks.cut_without_copies(Call(self, SharedBuffer.pack_data, data=data, receiver_mask=receiver_mask))
+        return ranks.cut_without_copies(Call(self, LMDeploysBuffer.pack_data, data=data, receiver_mask=receiver_mask))
 
     def close(self):
-        ranks.close_when_nobody_writes(Call(self, SharedBuffer.close))
+        ranks.close_when_nobody_writes(Call(self, LMDeploysBuffer.close))
 
     def _receive_step0(self):
-        return ranks.collect_without_copies(Call(self, SharedBuffer._receive_step0))
+        return ranks.collect_without_copies(Call(self, LMDeploysBuffer._receive_step0))
 
 
 @pytest.fixture
@@ -77,8 +86,8 @@ def send(sender, receiver, messages, receivers=1):
     return got
 
 
-@pytest.mark.parametrize('sender', [SharedBuffer, PluginsBuffer])
-@pytest.mark.parametrize('receiver', [SharedBuffer, PluginsBuffer])
+@pytest.mark.parametrize('sender', [LMDeploysBuffer, PluginsBuffer])
+@pytest.mark.parametrize('receiver', [LMDeploysBuffer, PluginsBuffer])
 def test_either_side_understands_the_other(buffers, sender, receiver):
     sending, receiving = buffers(sender, receiver)
     ring.know_rings(sending.name())
@@ -89,7 +98,7 @@ def test_either_side_understands_the_other(buffers, sender, receiver):
 
 def test_a_ring_is_closed_while_a_thread_waits_to_write_on(buffers):
     """Nobody reads: the thread waits at the ring's end, until it is told that the other side has ended."""
-    sending, _ = buffers(PluginsBuffer, SharedBuffer)
+    sending, _ = buffers(PluginsBuffer, LMDeploysBuffer)
     ring.know_rings(sending.name())
     executor = SimpleNamespace(comm_buf=sending, ret_bufs=[])
 
@@ -121,7 +130,7 @@ class SlowBuffer(PluginsBuffer):
 
 
 def test_a_ring_is_closed_when_the_package_is_written(buffers):
-    sending, _ = buffers(SlowBuffer, SharedBuffer)
+    sending, _ = buffers(SlowBuffer, LMDeploysBuffer)
     ring.know_rings(sending.name())
     executor = SimpleNamespace(comm_buf=sending, ret_bufs=[])
     message = {'method': 'forward_async', 'args': [step(SPAN)], 'kwargs': {}, 'return_mask': 0}
@@ -148,7 +157,7 @@ def test_a_message_for_others_is_passed_over(buffers):
 @pytest.mark.parametrize(('known', 'times'), [(True, 1), (False, 2)], ids=['once', 'of another model: as before'])
 def test_what_is_left_is_not_copied(buffers, known, times):
     """LMDeploy holds the message and what is left of it: nearly twice its size after the first package."""
-    sending, _ = buffers(PluginsBuffer, SharedBuffer)
+    sending, _ = buffers(PluginsBuffer, LMDeploysBuffer)
     if known:
         ring.know_rings(sending.name())
     message = b'x' * (20 * MIB)
@@ -165,7 +174,7 @@ def test_what_is_left_is_not_copied(buffers, known, times):
 
 
 def test_what_comes_is_not_copied_again(buffers):
-    sending, receiving = buffers(SharedBuffer, PluginsBuffer)
+    sending, receiving = buffers(LMDeploysBuffer, PluginsBuffer)
     assert type(step_of(sending, receiving)) is bytes
     ring.know_rings(sending.name())
     assert type(step_of(sending, receiving)) is bytearray

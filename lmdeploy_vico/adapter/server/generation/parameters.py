@@ -29,6 +29,7 @@ COLDEST = 0.01  # the lowest that is divided by
 MOST_LOGPROBS = 1024  # for each token
 MOST_TOKEN_IDS = 1024  # in a list; a batch's lists are as long as the longest
 MOST_IN_TURBOMIND = 32  # it cuts a longer list off and goes on, at the end tokens perhaps
+TURBOMIND_TOP_K = 1024  # its kernel throws at more, where nothing catches it: the process ends
 MOST_STOPS = 16  # each is looked for in the whole vocabulary
 LONGEST_STOP = 256  # characters
 LONGEST_NGRAM = 1024  # tokens; LMDeploy looks no further back
@@ -49,7 +50,14 @@ def _one_choice(name: str, value: Any, limits: Limits) -> int:
 def _top_k(name: str, value: Any, limits: Limits) -> int:
     """All tokens, which LMDeploy writes as 0, where a request asks for as many as there are or more."""
     count = int(integer(0, lambda limits: limits.vocabulary, clamp=True)(name, value, limits))
-    return 0 if count == limits.vocabulary else count
+    if count == limits.vocabulary:
+        return 0
+    if limits.turbomind and count > TURBOMIND_TOP_K:
+        raise ParameterError(
+            f"{name} must be at most {TURBOMIND_TOP_K}, or 0 for no limit, not {count}: TurboMind, which runs this "
+            "server's language model, takes no more."
+        )
+    return count
 
 
 def _temperature(name: str, value: Any, limits: Limits) -> float:

@@ -269,6 +269,38 @@ def test_turbomind_looks_at_few_tokens(field):
     check_tokens(config, LIMITS)
 
 
+BIG = Limits(vocabulary=151936, context=CONTEXT, turbomind=True)
+
+
+@pytest.mark.parametrize('top_k', [1025, 4096, 151935])
+def test_a_top_k_that_ends_turbomind_is_refused(top_k):
+    config = GenerationConfig(top_k=top_k)
+    assert fit(config, dataclasses.replace(BIG, turbomind=False)).top_k == top_k
+    with pytest.raises(ParameterError) as error:
+        fit(config, BIG)
+    assert str(error.value) == (
+        f'top_k must be at most 1024, or 0 for no limit, not {top_k}: TurboMind, which runs this server\'s language '
+        'model, takes no more.'
+    )
+
+
+@pytest.mark.parametrize('top_k, given', [(0, 0), (1, 1), (1024, 1024), (151936, 0), (151937, 0), (2**70, 0)])
+def test_what_turbomind_gets_as_top_k(top_k, given):
+    assert fit(GenerationConfig(top_k=top_k), BIG).top_k == given
+
+
+@settings(max_examples=300, deadline=None)
+@given(config=requests())
+def test_turbomind_never_gets_a_top_k_that_ends_it(config):
+    try:
+        fitted = as_lmdeploy_completes(fit(config, BIG))
+    except ParameterError as error:
+        message = str(error)
+        assert message.endswith('.') and len(message) < 300, message
+        return
+    assert 0 <= fitted.top_k <= 1024 and fitted.temperature > 0
+
+
 @pytest.mark.parametrize('temperature', [0.0, 1e-9])
 def test_turbomind_does_not_divide_by_zero(temperature):
     config = GenerationConfig(do_sample=True, temperature=temperature, top_k=40, repetition_penalty=1.1)

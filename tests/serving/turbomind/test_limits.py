@@ -1,5 +1,7 @@
 """What a request may ask of a server on TurboMind, and what ``usage`` says; on the stand-in for its binding."""
 
+import math
+
 import pytest
 from parity.conversations import data_url, on_the_wire
 from serving.client import chat, generate, image_item, post
@@ -41,14 +43,33 @@ def test_stop_tokens_end_an_answer(client):
     assert body['meta_info']['finish_reason']['type'] == 'stop'
 
 
-def test_log_probabilities(client, pictures):
+@pytest.mark.parametrize(('top_k', 'least_and_most'), [(3, (3, 3)), (30, (20, 21))])
+def test_log_probabilities_of_sampled_answers(client, pictures, top_k, least_and_most):
+    """They are those of the tokens that may be sampled, so that their probabilities add up to 1."""
     image = image_item(data_url(pictures['rocket']), max_dynamic_patch=1)
-    status, body = chat(client, image, max_tokens=3, logprobs=True, top_logprobs=4)
+    sampled = {'temperature': 1.0, 'top_k': top_k, 'seed': 5, 'max_tokens': 3}
+    status, body = chat(client, image, **sampled, logprobs=True, top_logprobs=20)
     assert status == 200, body
-    for place in body['choices'][0]['logprobs']['content']:
-        values = [place['logprob'], *(one['logprob'] for one in place['top_logprobs'])]  # LMDeploy names the others
-        assert values == sorted(values, reverse=True) and len(values) == 4
-        assert values[0] < 0
+    content = body['choices'][0]['logprobs']['content']
+    assert len(content) == 3
+    for place in content:
+        others = [one['logprob'] for one in place['top_logprobs']]  # LMDeploy names the generated token apart
+        assert others == sorted(others, reverse=True)
+        values = [place['logprob'], *others]
+        assert max(values) < 0
+        assert len(values) in least_and_most
+        assert (sum(map(math.exp, values)) == pytest.approx(1, abs=1e-4)) == (top_k == 3)
+
+
+@pytest.mark.parametrize('greedy', [{'temperature': 0}, {'top_k': 1}, {'min_p': 1}], ids=str)
+def test_log_probabilities_of_greedy_answers_are_refused(client, greedy):
+    """The only kept token would have one of 0."""
+    sampled = {'temperature': 1.0, **greedy}
+    status, body = chat(client, **sampled, logprobs=True, top_logprobs=4)
+    assert status == 400 and 'Log probabilities need sampling here' in message(body), body
+    status, body = generate(client, prompt='a', **sampled, return_logprob=True)
+    assert status == 400 and 'Log probabilities need sampling here' in message(body), body
+    assert chat(client, **sampled)[0] == 200
 
 
 def test_sampling_with_a_seed_can_be_repeated(client, pictures):

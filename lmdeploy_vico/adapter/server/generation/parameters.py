@@ -54,7 +54,7 @@ def _top_k(name: str, value: Any, limits: Limits) -> int:
         return 0
     if limits.turbomind and count > TURBOMIND_TOP_K:
         raise ParameterError(
-            f"{name} must be at most {TURBOMIND_TOP_K}, or 0 for no limit, not {count}: TurboMind, which runs this "
+            f'{name} must be at most {TURBOMIND_TOP_K}, or 0 for no limit, not {count}: TurboMind, which runs this '
             "server's language model, takes no more."
         )
     return count
@@ -96,6 +96,11 @@ _NEEDS_END = (
 _DISAGGREGATED = 'this server has no role in disaggregated serving (--role).'
 _disaggregated = only_if(lambda limits: limits.disaggregated, _DISAGGREGATED, anything)
 _TURBOMIND = "TurboMind, which runs this server's language model, does not have it."
+_ONE_LOGPROB = (
+    'Log probabilities need sampling here: temperature above 0, top_k other than 1, top_p above 0, min_p below 1. '
+    "TurboMind, which runs this server's language model, knows those of the tokens that may be sampled only. A server "
+    'on the PyTorch engine has them for greedy answers too.'
+)
 _PYTORCH_ONLY = (lambda limits: not limits.turbomind, _TURBOMIND)
 _token_ids = optional(list_of(integer(0, _last_token), MOST_TOKEN_IDS))
 
@@ -166,9 +171,17 @@ def fit(config: Config, limits: Limits) -> Config:
     """
     values = fit_values(vars(config), limits)
     _check_together(values)
-    if limits.turbomind and not values['temperature']:
-        values |= {'top_k': 1, 'temperature': 1.0}  # TurboMind divides by it
+    if limits.turbomind:
+        if not values['temperature']:
+            values |= {'top_k': 1, 'temperature': 1.0}  # TurboMind divides by it
+        if values['logprobs'] and _keeps_one_token(values):
+            raise ParameterError(_ONE_LOGPROB)
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def _keeps_one_token(values: Mapping[str, Any]) -> bool:
+    """Return whether the next token is the most probable one, by whichever parameter says so."""
+    return not values['do_sample'] or values['top_k'] == 1 or values['top_p'] == 0 or values['min_p'] == 1
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from turbomind.guided import Guidance
 from turbomind.inputs import InvalidError, embedded
 from turbomind.sampling import COLUMNS, keep, log_probabilities
 
@@ -24,10 +25,18 @@ class Request:
     """A request and what it shares with its client: :meth:`consume` is that of C++'s ``AtomicRequestState``."""
 
     def __init__(
-        self, inputs: dict[str, torch.Tensor], mm_inputs: Any, config: Any, stream: bool, cb: Callable, engine: 'Engine'
+        self,
+        inputs: dict[str, torch.Tensor],
+        mm_inputs: Any,
+        config: Any,
+        stream: bool,
+        cb: Callable,
+        engine: 'Engine',
+        grammar: Any,
     ) -> None:
         self.inputs, self.mm_inputs, self.config = inputs, mm_inputs, config
         self._stream, self._notify = stream, cb
+        self.guidance = None if grammar is None else Guidance(grammar)
         self.canceled = False
         self._state: SimpleNamespace | None = None
         self._lock = threading.Lock()
@@ -145,6 +154,8 @@ class Engine:
         logits[config.bad_ids[0][:MOST_TOKENS]] = -torch.inf
         if count <= config.min_new_tokens:
             logits[config.eos_ids] = -torch.inf
+        if request.guidance:
+            request.guidance.forbid(logits)
         kept = keep(logits, config)
         place = int(kept.probabilities.multinomial(1, generator=generator))
         if config.output_logprobs:
@@ -152,4 +163,7 @@ class Engine:
             request.outputs['logprob_vals'][count - 1, : len(values)] = values
             request.outputs['logprob_indexes'][count - 1, : len(values)] = ids.int()
             request.outputs['logprob_nums'][count - 1] = len(values)
-        return int(kept.ids[place])
+        token = int(kept.ids[place])
+        if request.guidance:
+            request.guidance.accept(token)
+        return token

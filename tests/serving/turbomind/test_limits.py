@@ -1,6 +1,8 @@
 """What a request may ask of a server on TurboMind, and what ``usage`` says; on the stand-in for its binding."""
 
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from parity.conversations import data_url, on_the_wire
@@ -87,6 +89,65 @@ def test_what_turbomind_lacks_is_refused(client, extra):
     status, body = chat(client, **extra)
     assert status == 400
     assert LACKING in message(body)
+
+
+SCHEMA = {
+    'type': 'object',
+    'properties': {'colour': {'enum': ['red', 'green']}, 'round': {'type': 'boolean'}},
+    'required': ['colour', 'round'],
+}
+
+
+def schema(value):
+    return {'response_format': {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': value}}}
+
+
+def test_answers_with_and_without_a_schema_side_by_side(client, pictures):
+    """Only those follow it that ask for it, and their tokens are the most probable ones that it allows."""
+    image = image_item(data_url(pictures['rocket']), max_dynamic_patch=1)
+    free = {'ignore_eos': True}
+    guided = {'ignore_eos': False, 'max_tokens': 40, **schema(SCHEMA)}
+    alone = chat(client, image, **free)[1]['choices'][0]['output_ids']
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda asked: chat(client, image, **asked), [free, guided] * 4))
+    for status, body in answers:
+        assert status == 200, body
+    for _, body in answers[::2]:
+        assert body['choices'][0]['output_ids'] == alone
+    for _, body in answers[1::2]:
+        [choice] = body['choices']
+        content = json.loads(choice['message']['content'])
+        assert set(content) == {'colour', 'round'} and content['colour'] in ('red', 'green')
+        assert isinstance(content['round'], bool) and choice['finish_reason'] == 'stop'
+    assert 'disable guided decoding' not in client.server.log_text()
+
+
+def test_a_grammar_that_ends_before_the_answer(client):
+    status, body = chat(client, response_format={'type': 'regex_schema', 'regex_schema': 'ab'}, temperature=1.0)
+    assert status == 200, body
+    assert body['choices'][0]['message']['content'].startswith('ab')
+    assert len(body['choices'][0]['output_ids']) == body['usage']['completion_tokens'] > 2
+
+
+def test_text_is_no_grammar(client):
+    assert chat(client, response_format={'type': 'text'})[1]['choices'][0]['output_ids']
+
+
+@pytest.mark.parametrize(
+    ('asked', 'problem'),
+    [
+        ({'response_format': {'type': 'regex_schema', 'regex_schema': '('}}, 'parenthesis is not closed'),
+        (schema({'type': 'haiku'}), 'Unsupported type "haiku"'),
+        (schema({'$ref': '#/$defs/none'}), 'cannot be compiled'),
+        ({'response_format': {'type': 'regex_schema', 'regex_schema': 'a' * 10**6}}, 'at most 65536 bytes'),
+    ],
+    ids=['regex', 'type', 'reference', 'size'],
+)
+def test_a_grammar_that_cannot_be_compiled_is_refused(client, asked, problem):
+    status, body = chat(client, **asked)
+    assert status == 400, body
+    assert 'response_format' in message(body) and problem in message(body)
+    assert 'disable guided decoding' not in client.server.log_text()
 
 
 def test_scores_of_prompts_are_refused(client):

@@ -1,29 +1,9 @@
 """What lies directly above TurboMind's binding, on the stand-in for it, in a process of its own."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
-from waiting import HANG
+from turbomind.program import run
 
 pytestmark = pytest.mark.slow  # LMDeploy is imported anew each time
-
-SITE = Path(__file__).parents[3] / 'turbomind' / 'site'
-
-
-def run(code, *arguments):
-    """The last line that a program prints that finds the stand-in in the place of the binding."""
-    path = os.pathsep.join([str(SITE), os.environ.get('PYTHONPATH', '')])
-    environment = {**os.environ, 'PYTHONPATH': path, 'LMDEPLOY_VICO_LANGUAGE_ENGINE': 'turbomind'}
-    done = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=HANG,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]  # LMDeploy may log before
 
 
 def test_changes_to_its_module_fit_the_installed_lmdeploy():
@@ -36,7 +16,7 @@ def test_changes_to_its_module_fit_the_installed_lmdeploy():
         check(patch)
     print(len(ours))
     """
-    assert run(code) == '2'
+    assert run(code) == '3'
 
 
 HANDED_OVER = """

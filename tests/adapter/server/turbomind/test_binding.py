@@ -60,7 +60,7 @@ instance = turbomind.TurboMindInstance(engine)
 async def answer():
     rows = torch.randn(64, 8)
     encoded = EncodedImage(VisualTokens(rows, [64], [0.5]), [b'x'])
-    visual = VisualInput.of([encoded], [2], torch.bfloat16)
+    visual = VisualInput.of([encoded], [2], torch.bfloat16, '')
     place, prompt = visual.values.data_ptr(), {'multimodal': [visual]}
     features = weakref.ref(encoded)
     stream = instance.async_stream_infer(1, [5] * 70, gen_config=GenerationConfig(), **prompt)
@@ -130,8 +130,12 @@ image = EncodedImage(VisualTokens(rows, [64], [0.5]), [b'x'])
 ids, [visual] = language.assemble([[1], [2]], [image], 9)
 assert ids == [1] + [9] * 64 + [2] and visual.values.dtype == torch.float16 and visual.values.isfinite().all()
 rows[5, 3] = 7e4
-with pytest.raises(RequestError, match='beyond the range of float16'):
+with pytest.raises(RequestError, match='beyond the range of float16.* started with --dtype bfloat16'):
     language.assemble([[1], [2]], [image], 9)
+forced = TurbomindLanguage(config, TurbomindEngineConfig(dtype='bfloat16'), Options())
+forced.built(engine('float16', forced.width))  # which LMDeploy takes where a device has no kernels for bfloat16
+with pytest.raises(RequestError, match='beyond .* leaves it no other .* LMDEPLOY_VICO_LANGUAGE_ENGINE=pytorch'):
+    forced.assemble([[1], [2]], [image], 9)
 assert language.assemble([[1]], [], 9) == ([1], [])
 print(language.engine_dtype)
 with pytest.raises(OptionError, match='--tp 2, --dp 1, --cp 1 and --ep 3 do not work together on 1 devices'):

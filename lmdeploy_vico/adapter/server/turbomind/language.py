@@ -26,6 +26,7 @@ LACKS = (
     'prompts with images neither use nor fill the prefix cache',
     'there are no LoRA adapters (--adapters is ignored)',
     'there is no logit_bias, no repetition_ngram_size and no logprob_start_len; requests with one of them get a 400',
+    'log probabilities of greedy answers, and a top_k between 1024 and the vocabulary, get a 400',
 )
 
 

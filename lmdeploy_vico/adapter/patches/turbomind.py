@@ -165,7 +165,7 @@ PATCHES = (
         'lmdeploy.turbomind.turbomind:compile_response_format',
         '(compiler, response_format)',
         why='LMDeploy compiles response formats on its event loop, for any time, and answers without them where that '
-        'fails. It makes the compiler there too, which takes seconds with a large vocabulary.',
+        'fails. It makes the compiler there too.',
         until='LMDeploy compiles response formats in a thread, and refuses those that it cannot compile.',
         process='server',
         trigger=Trigger.TURBOMIND,

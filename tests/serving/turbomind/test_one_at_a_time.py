@@ -73,3 +73,11 @@ def test_no_grammar_is_left_for_the_next_request(client, regex, status):
         assert choice['message']['content'] in ('yes', 'no') and choice['finish_reason'] == 'stop'
     assert chat(client)[1]['choices'][0]['output_ids'] == free['output_ids']
     assert free['message']['content'] not in ('yes', 'no')
+
+
+def test_a_grammar_and_a_ban_that_together_leave_no_token(client):
+    """After its only token the grammar allows the end only, which ``min_new_tokens`` bans."""
+    response_format = {'type': 'regex_schema', 'regex_schema': 'a'}
+    status, body = chat(client, response_format=response_format, min_new_tokens=3, ignore_eos=False)
+    assert status == 400 and 'response_format cannot be used with min_new_tokens' in message(body)
+    assert chat(client, response_format=response_format)[0] == 200

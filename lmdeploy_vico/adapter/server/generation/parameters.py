@@ -101,6 +101,11 @@ _ONE_LOGPROB = (
     "TurboMind, which runs this server's language model, knows those of the tokens that may be sampled only. A server "
     'on the PyTorch engine has them for greedy answers too.'
 )
+_BANNING = ('min_new_tokens', 'bad_words', 'bad_token_ids')
+_NOTHING_LEFT = (
+    'response_format cannot be used with min_new_tokens, bad_words or bad_token_ids here. What they ban may be all '
+    "that it allows, which would leave TurboMind, which runs this server's language model, no token to generate."
+)
 _PYTORCH_ONLY = (lambda limits: not limits.turbomind, _TURBOMIND)
 _token_ids = optional(list_of(integer(0, _last_token), MOST_TOKEN_IDS))
 
@@ -176,6 +181,8 @@ def fit(config: Config, limits: Limits) -> Config:
             values |= {'top_k': 1, 'temperature': 1.0}  # TurboMind divides by it
         if values['logprobs'] and _keeps_one_token(values):
             raise ParameterError(_ONE_LOGPROB)
+        if values['response_format'] and any(values[field] for field in _BANNING):
+            raise ParameterError(_NOTHING_LEFT)
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 

@@ -321,6 +321,18 @@ def test_turbomind_has_those_of_sampled_ones(sampled):
     assert fit(GenerationConfig(do_sample=True, logprobs=20, **sampled), BIG).logprobs == 20
 
 
+@pytest.mark.parametrize('banning', [{'min_new_tokens': 1}, {'bad_words': ['x']}, {'bad_token_ids': [3]}], ids=str)
+def test_turbomind_is_always_left_a_token_that_a_grammar_allows(banning):
+    config = GenerationConfig(response_format={'type': 'regex_schema', 'regex_schema': 'a'}, **banning)
+    fit(config, dataclasses.replace(BIG, turbomind=False))
+    with pytest.raises(
+        ParameterError, match='response_format cannot be used with min_new_tokens, bad_words or bad_tok'
+    ):
+        fit(config, BIG)
+    fit(dataclasses.replace(config, response_format=None), BIG)
+    fit(GenerationConfig(response_format=config.response_format, min_new_tokens=0, bad_words=[]), BIG)
+
+
 @pytest.mark.parametrize('temperature', [0.0, 1e-9])
 def test_turbomind_does_not_divide_by_zero(temperature):
     config = GenerationConfig(do_sample=True, temperature=temperature, top_k=40, repetition_penalty=1.1)

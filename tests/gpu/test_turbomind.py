@@ -4,6 +4,8 @@ A tiny checkpoint is not made for TurboMind's kernels. ``benchmarks/on_gpu.sh ch
 size with random weights and names it in ``VICO_TURBOMIND_CHECKPOINT``.
 """
 
+import dataclasses
+import math
 import os
 
 import pytest
@@ -13,6 +15,8 @@ from parity.judge import TOKENS, Answer, Judge
 
 CHECKPOINT = os.environ.get('VICO_TURBOMIND_CHECKPOINT', '')
 GREEDY = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, ignore_eos=True)
+SAMPLED = dataclasses.replace(GREEDY, do_sample=True, temperature=1.0, random_seed=5)
+YES_OR_NO = {'type': 'regex_schema', 'regex_schema': '(yes|no)'}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,3 +47,45 @@ def test_answers_alone_and_together(turbomind, prompts):
     for answers in (together, alone):
         for (name, messages), answer in zip(prompts.items(), answers, strict=True):
             judge.check(messages, Answer(tuple(answer.token_ids), answer.input_token_len), name=name)
+
+
+def asked(turbomind, messages, config=GREEDY, **changed):
+    return turbomind([messages], gen_config=dataclasses.replace(config, **changed))[0]
+
+
+def test_a_grammar_guides_its_own_request_only(turbomind, prompts):
+    messages = prompts['one photograph']
+    free = asked(turbomind, messages)
+    guided = asked(turbomind, messages, response_format=YES_OR_NO, ignore_eos=False)
+    assert guided.text in ('yes', 'no') and guided.finish_reason == 'stop'
+    assert asked(turbomind, messages).token_ids == free.token_ids
+
+
+def test_requests_with_and_without_a_grammar_side_by_side(turbomind, prompts):
+    messages = prompts['one photograph']
+    judge = Judge(CHECKPOINT)
+    configs = [GREEDY, dataclasses.replace(GREEDY, response_format=YES_OR_NO, ignore_eos=False)] * 4
+    answers = turbomind([messages] * len(configs), gen_config=configs)
+    for answer in answers[::2]:
+        judge.check(messages, Answer(tuple(answer.token_ids), answer.input_token_len))
+    assert {answer.text for answer in answers[1::2]} <= {'yes', 'no'}
+
+
+def test_what_would_end_the_process_is_refused(turbomind, prompts):
+    """After it, the same engine answers with the largest ``top_k`` that its kernel takes, and with none."""
+    messages = prompts['text only']
+    refused = asked(turbomind, messages, SAMPLED, top_k=1025)
+    assert refused.finish_reason == 'error' and 'top_k must be at most 1024' in refused.error_message
+    for top_k in (1024, 0):
+        assert len(asked(turbomind, messages, SAMPLED, top_k=top_k).token_ids) == TOKENS
+
+
+def test_log_probabilities_are_those_of_the_kept_tokens(turbomind, prompts):
+    messages = prompts['text only']
+    answer = asked(turbomind, messages, SAMPLED, top_k=3, logprobs=20)
+    assert len(answer.logprobs) == len(answer.token_ids)
+    for token, place in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert token in place and len(place) <= 3
+        assert sum(map(math.exp, place.values())) == pytest.approx(1, abs=1e-3)
+    refused = asked(turbomind, messages, GREEDY, logprobs=1)
+    assert refused.finish_reason == 'error' and 'Log probabilities need sampling here' in refused.error_message

@@ -1,6 +1,7 @@
 """The stand-in's engine: serves requests side by side, token by token, in a thread of its own."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,26 +12,31 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from turbomind.guided import Guidance
+from turbomind.inputs import InvalidError, embedded
+from turbomind.sampling import COLUMNS, keep, log_probabilities
 
 logger = logging.getLogger('lmdeploy_vico.stand_in')  # which is shown
 INVALID, FINISHED, CANCELED, TOO_LONG = 1, 7, 8, 6  # of ``request.h``
-LOGPROBS = 1024  # columns
 MOST_TOKENS = 32  # of a list, to stop at or not to generate; the rest is cut off
-INPUTS = {'input_ids', 'input_embeddings', 'input_embedding_ranges'}
-
-
-class InvalidError(Exception):
-    """A request that C++ would refuse, or not notice and serve wrongly."""
 
 
 class Request:
     """A request and what it shares with its client: :meth:`consume` is that of C++'s ``AtomicRequestState``."""
 
     def __init__(
-        self, inputs: dict[str, torch.Tensor], mm_inputs: Any, config: Any, stream: bool, cb: Callable, engine: 'Engine'
+        self,
+        inputs: dict[str, torch.Tensor],
+        mm_inputs: Any,
+        config: Any,
+        stream: bool,
+        cb: Callable,
+        engine: 'Engine',
+        grammar: Any,
     ) -> None:
         self.inputs, self.mm_inputs, self.config = inputs, mm_inputs, config
         self._stream, self._notify = stream, cb
+        self.guidance = None if grammar is None else Guidance(grammar)
         self.canceled = False
         self._state: SimpleNamespace | None = None
         self._lock = threading.Lock()
@@ -40,8 +46,8 @@ class Request:
         self.outputs = {'output_ids': torch.zeros(engine.context + 1, dtype=torch.int32)}
         if config.output_logprobs:
             self.outputs |= {
-                'logprob_vals': torch.full((most, LOGPROBS), -torch.inf),
-                'logprob_indexes': torch.zeros(most, LOGPROBS, dtype=torch.int32),
+                'logprob_vals': torch.full((most, COLUMNS), -torch.inf),
+                'logprob_indexes': torch.zeros(most, COLUMNS, dtype=torch.int32),
                 'logprob_nums': torch.zeros(most, dtype=torch.int32),
             }
 
@@ -75,7 +81,7 @@ class Engine:
         self._added: Queue[Request] = Queue()
         self._active: list[tuple[Request, Iterator[bool]]] = []
         self._ticks = 0
-        threading.Thread(target=self._serve, name='stand-in-turbomind', daemon=True).start()
+        threading.Thread(target=self._run, name='stand-in-turbomind', daemon=True).start()
 
     def add(self, request: Request) -> None:
         self._added.put(request)
@@ -88,6 +94,14 @@ class Engine:
             prefix_cache_hit_rate=0.0,
             scheduler_tick=self._ticks,
         )
+
+    def _run(self) -> None:
+        """Serve until the process ends; as in C++, nothing catches what is thrown."""
+        try:
+            self._serve()
+        except BaseException:
+            logger.exception('terminate called in the thread of the engine')
+            os.abort()
 
     @torch.inference_mode()
     def _serve(self) -> None:
@@ -102,7 +116,7 @@ class Engine:
     def _steps(self, request: Request) -> Iterator[bool]:
         """One token after the other; the last thing that is yielded is False."""
         try:
-            embeddings = self._checked(request)
+            embeddings = embedded(request.inputs, request.mm_inputs, self._embed, self._dtype)
         except InvalidError as error:
             logger.error('invalid request: %s', error)
             request.update(INVALID, request.length)
@@ -133,36 +147,6 @@ class Engine:
             if ended:
                 return
 
-    def _checked(self, request: Request) -> torch.Tensor:
-        """The embeddings of a prompt, ``[length, H]`` in float32; raises InvalidError."""
-        inputs, ids = request.inputs, request.inputs['input_ids']
-        vocabulary, hidden = self._embed.weight.shape
-
-        def require(sound: Any, problem: str) -> None:
-            if not sound:
-                raise InvalidError(problem)
-
-        require(request.mm_inputs is None, 'there is multimodal input')
-        require(set(inputs) <= INPUTS, f'unknown inputs {sorted(inputs)}')
-        require(ids.ndim == 1 and ids.dtype == torch.int32 and len(ids), 'input_ids are no list of int32')
-        require(ids.min() >= 0 and ids.max() < vocabulary, 'an id is outside the vocabulary')
-        embeddings = self._embed(ids)
-        if set(inputs) & {'input_embeddings', 'input_embedding_ranges'}:
-            values, ranges = inputs['input_embeddings'], inputs['input_embedding_ranges']
-            require(values.ndim == 2 and values.is_contiguous(), 'embeddings are not one matrix, row after row')
-            require(values.dtype == self._dtype, f'embeddings are {values.dtype} in an engine of {self._dtype}')
-            require(values.shape[1] == hidden, f'embeddings have {values.shape[1]} values, not {hidden}')
-            require(values.isfinite().all(), 'an embedding is not finite')
-            require(ranges.ndim == 2 and ranges.shape[1] == 2 and ranges.dtype == torch.int32, 'ranges are not int32')
-            offset, last = 0, 0
-            for begin, end in ranges.tolist():
-                require(begin >= last, 'ranges are not sorted')
-                require(begin < end <= len(ids), 'a range is empty or outside the prompt')
-                embeddings[begin:end] = values[offset : offset + end - begin].float()
-                offset, last = offset + end - begin, end
-            require(offset == len(values), 'there are not as many embeddings as their ranges say')
-        return embeddings
-
     def _chosen(self, request: Request, logits: torch.Tensor, count: int, generator: torch.Generator) -> int:
         config = request.config
         assert config.repetition_penalty == 1 and not config.output_logits, 'the stand-in has no such thing'
@@ -170,14 +154,16 @@ class Engine:
         logits[config.bad_ids[0][:MOST_TOKENS]] = -torch.inf
         if count <= config.min_new_tokens:
             logits[config.eos_ids] = -torch.inf
+        if request.guidance:
+            request.guidance.forbid(logits)
+        kept = keep(logits, config)
+        place = int(kept.probabilities.multinomial(1, generator=generator))
         if config.output_logprobs:
-            values, indices = logits.log_softmax(-1).topk(min(LOGPROBS, len(logits)))
+            values, ids = log_probabilities(kept, place)
             request.outputs['logprob_vals'][count - 1, : len(values)] = values
-            request.outputs['logprob_indexes'][count - 1, : len(values)] = indices.int()
+            request.outputs['logprob_indexes'][count - 1, : len(values)] = ids.int()
             request.outputs['logprob_nums'][count - 1] = len(values)
-        assert config.temperature > 0
-        if config.top_k == 1:
-            return int(logits.argmax())
-        values, indices = logits.topk(config.top_k or len(logits))
-        chosen = (values / config.temperature).softmax(-1).multinomial(1, generator=generator)
-        return int(indices[chosen])
+        token = int(kept.ids[place])
+        if request.guidance:
+            request.guidance.accept(token)
+        return token

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from turbomind.engine import Engine, Request
+from turbomind.guided import GrammarCompiler as GrammarCompiler
+from turbomind.guided import TokenizerInfo as TokenizerInfo
 from turbomind.weights import language_model
 
 logger = logging.getLogger('lmdeploy_vico.stand_in')  # which is shown
@@ -194,10 +196,6 @@ class GenerationConfig:
         self.return_ppl = False
 
 
-class TokenizerInfo:
-    """There is no guided decoding here."""
-
-
 class DeviceContext:
     def __enter__(self) -> None: ...
 
@@ -259,6 +257,11 @@ class ModelRequest:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._running: Request | None = None
+        self._grammar: Any = None
+
+    def set_grammar(self, grammar: Any) -> None:
+        """Have a grammar guide the next request, and none after it."""
+        self._grammar = grammar
 
     def forward(
         self,
@@ -271,7 +274,8 @@ class ModelRequest:
         cb: Any,
     ) -> tuple[TensorMap, Request, Any]:
         given = {name: tensor.tensor for name, tensor in inputs.items()}
-        self._running = request = Request(given, mm_inputs, config, stream, cb, self._engine)
+        grammar, self._grammar = self._grammar, None
+        self._running = request = Request(given, mm_inputs, config, stream, cb, self._engine, grammar)
         self._engine.add(request)
         outputs = TensorMap({name: Tensor(tensor) for name, tensor in request.outputs.items()})
         return outputs, request, request.metrics if metrics else None

@@ -28,19 +28,20 @@ def start_generation(call: Call) -> None:
 async def check_before_preparing(call: Call) -> Any:
     """Try the grammar of a response format in a thread, and refuse adapters that do not exist."""
     generation = _generation(call.instance)
-    if generation is not None:
-        from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
+    if generation is None:
+        return await call.proceed()
+    from lmdeploy.serve.core.exceptions import ErrorCode, RequestError
 
-        try:
-            await generation.check(call['gen_config'], call['adapter_name'])
-        except (ValueError, RequestError) as error:
-            session = call['session_id']
-            if not isinstance(session, int) and session._handle is None:
-                call.instance.session_mgr.remove(session)
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error
-    return await call.proceed()
+    try:
+        config = await generation.check(call['gen_config'], call['adapter_name'])
+    except (ValueError, RequestError) as error:
+        session = call['session_id']
+        if not isinstance(session, int) and session._handle is None:
+            call.instance.session_mgr.remove(session)
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(ErrorCode.INVALID_REQUEST, str(error)) from error
+    return await call.proceed(gen_config=config)
 
 
 def fit_parameters(call: Call) -> Any:

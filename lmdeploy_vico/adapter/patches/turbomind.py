@@ -86,6 +86,14 @@ def take_embeddings_as_they_are(call: Call) -> Any:
     return (visual.values, visual.ranges) if isinstance(visual, VisualInput) else call.proceed()
 
 
+def take_compiled_grammar(call: Call) -> Any:
+    """Take the grammar that was compiled in a thread, before the request was prepared."""
+    from lmdeploy_vico.adapter.server.turbomind.grammar import Guide
+
+    response_format = call['response_format']
+    return response_format.grammar if isinstance(response_format, Guide) else call.proceed()
+
+
 PATCHES = (
     Patch(
         choose_language_engine,
@@ -151,5 +159,22 @@ PATCHES = (
         until='LMDeploy copies them in a thread, and checks them.',
         process='server',
         trigger=Trigger.TURBOMIND,
+    ),
+    Patch(
+        take_compiled_grammar,
+        'lmdeploy.turbomind.turbomind:compile_response_format',
+        '(compiler, response_format)',
+        why='LMDeploy compiles response formats on its event loop, for any time, and answers without them where that '
+        'fails. It makes the compiler there too.',
+        until='LMDeploy compiles response formats in a thread, and refuses those that it cannot compile.',
+        process='server',
+        trigger=Trigger.TURBOMIND,
+        uses={
+            'lmdeploy.turbomind.turbomind:TurboMind.grammar_compiler': None,
+            'lmdeploy.turbomind.tokenizer_info:TokenizerInfo.from_huggingface': '(tokenizer, *, vocab_size=None, '
+            'stop_token_ids=None)',
+            'lmdeploy.turbomind:_tm': None,
+            'lmdeploy._guided_decoding:ensure_response_format_compilable': '(response_format)',
+        },
     ),
 )

@@ -336,6 +336,7 @@ def test_turbomind_gets_one_matrix_that_is_made_beside_the_loop(model, processor
     monkeypatch.setattr(VisualInput, 'of', recorded)
     model.language = TurbomindLanguage.__new__(TurbomindLanguage)  # as it is when TurboMind has been built
     model.language.engine_dtype, model.language.width = torch.bfloat16, WIDTH
+    model.language._beyond_float16 = ''
     processor.backend = 'turbomind'
     made = asked(processor, user(image((448, 448)), text('x'), image((896, 448))))
     [visual] = made['multimodal']

@@ -100,7 +100,7 @@ def test_the_start_says_what_runs_and_what_it_lacks(client):
     assert 'language model on TurboMind, as LMDEPLOY_VICO_LANGUAGE_ENGINE=turbomind says: EXPERIMENTAL' in log
     assert 'a stand-in serves in the place of TurboMind, in torch.bfloat16' in log
     assert 'TurboMind runs in bfloat16' in log
-    for lack in ('neither use nor fill the prefix cache', 'no LoRA adapters', 'no logit_bias'):
+    for lack in ('neither use nor fill the prefix cache', 'no LoRA adapters', 'no logit_bias', 'of greedy answers'):
         assert log.count(lack) == 1
     assert '--enable-prefix-caching helps prompts without images only' in log
     assert 'Prefix caching is disabled' not in log

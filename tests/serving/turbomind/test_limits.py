@@ -1,5 +1,9 @@
 """What a request may ask of a server on TurboMind, and what ``usage`` says; on the stand-in for its binding."""
 
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from parity.conversations import data_url, on_the_wire
 from serving.client import chat, generate, image_item, post
@@ -41,14 +45,33 @@ def test_stop_tokens_end_an_answer(client):
     assert body['meta_info']['finish_reason']['type'] == 'stop'
 
 
-def test_log_probabilities(client, pictures):
+@pytest.mark.parametrize(('top_k', 'least_and_most'), [(3, (3, 3)), (30, (20, 21))])
+def test_log_probabilities_of_sampled_answers(client, pictures, top_k, least_and_most):
+    """They are those of the tokens that may be sampled, so that their probabilities add up to 1."""
     image = image_item(data_url(pictures['rocket']), max_dynamic_patch=1)
-    status, body = chat(client, image, max_tokens=3, logprobs=True, top_logprobs=4)
+    sampled = {'temperature': 1.0, 'top_k': top_k, 'seed': 5, 'max_tokens': 3}
+    status, body = chat(client, image, **sampled, logprobs=True, top_logprobs=20)
     assert status == 200, body
-    for place in body['choices'][0]['logprobs']['content']:
-        values = [place['logprob'], *(one['logprob'] for one in place['top_logprobs'])]  # LMDeploy names the others
-        assert values == sorted(values, reverse=True) and len(values) == 4
-        assert values[0] < 0
+    content = body['choices'][0]['logprobs']['content']
+    assert len(content) == 3
+    for place in content:
+        others = [one['logprob'] for one in place['top_logprobs']]  # LMDeploy names the generated token apart
+        assert others == sorted(others, reverse=True)
+        values = [place['logprob'], *others]
+        assert max(values) < 0
+        assert len(values) in least_and_most
+        assert (sum(map(math.exp, values)) == pytest.approx(1, abs=1e-4)) == (top_k == 3)
+
+
+@pytest.mark.parametrize('greedy', [{'temperature': 0}, {'top_k': 1}, {'min_p': 1}], ids=str)
+def test_log_probabilities_of_greedy_answers_are_refused(client, greedy):
+    """The only kept token would have one of 0."""
+    sampled = {'temperature': 1.0, **greedy}
+    status, body = chat(client, **sampled, logprobs=True, top_logprobs=4)
+    assert status == 400 and 'Log probabilities need sampling here' in message(body), body
+    status, body = generate(client, prompt='a', **sampled, return_logprob=True)
+    assert status == 400 and 'Log probabilities need sampling here' in message(body), body
+    assert chat(client, **sampled)[0] == 200
 
 
 def test_sampling_with_a_seed_can_be_repeated(client, pictures):
@@ -66,6 +89,65 @@ def test_what_turbomind_lacks_is_refused(client, extra):
     status, body = chat(client, **extra)
     assert status == 400
     assert LACKING in message(body)
+
+
+SCHEMA = {
+    'type': 'object',
+    'properties': {'colour': {'enum': ['red', 'green']}, 'round': {'type': 'boolean'}},
+    'required': ['colour', 'round'],
+}
+
+
+def schema(value):
+    return {'response_format': {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': value}}}
+
+
+def test_answers_with_and_without_a_schema_side_by_side(client, pictures):
+    """Only those follow it that ask for it, and their tokens are the most probable ones that it allows."""
+    image = image_item(data_url(pictures['rocket']), max_dynamic_patch=1)
+    free = {'ignore_eos': True}
+    guided = {'ignore_eos': False, 'max_tokens': 40, **schema(SCHEMA)}
+    alone = chat(client, image, **free)[1]['choices'][0]['output_ids']
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda asked: chat(client, image, **asked), [free, guided] * 4))
+    for status, body in answers:
+        assert status == 200, body
+    for _, body in answers[::2]:
+        assert body['choices'][0]['output_ids'] == alone
+    for _, body in answers[1::2]:
+        [choice] = body['choices']
+        content = json.loads(choice['message']['content'])
+        assert set(content) == {'colour', 'round'} and content['colour'] in ('red', 'green')
+        assert isinstance(content['round'], bool) and choice['finish_reason'] == 'stop'
+    assert 'disable guided decoding' not in client.server.log_text()
+
+
+def test_a_grammar_that_ends_before_the_answer(client):
+    status, body = chat(client, response_format={'type': 'regex_schema', 'regex_schema': 'ab'}, temperature=1.0)
+    assert status == 200, body
+    assert body['choices'][0]['message']['content'].startswith('ab')
+    assert len(body['choices'][0]['output_ids']) == body['usage']['completion_tokens'] > 2
+
+
+def test_text_is_no_grammar(client):
+    assert chat(client, response_format={'type': 'text'})[1]['choices'][0]['output_ids']
+
+
+@pytest.mark.parametrize(
+    ('asked', 'problem'),
+    [
+        ({'response_format': {'type': 'regex_schema', 'regex_schema': '('}}, 'parenthesis is not closed'),
+        (schema({'type': 'haiku'}), 'Unsupported type "haiku"'),
+        (schema({'$ref': '#/$defs/none'}), 'cannot be compiled'),
+        ({'response_format': {'type': 'regex_schema', 'regex_schema': 'a' * 10**6}}, 'at most 65536 bytes'),
+    ],
+    ids=['regex', 'type', 'reference', 'size'],
+)
+def test_a_grammar_that_cannot_be_compiled_is_refused(client, asked, problem):
+    status, body = chat(client, **asked)
+    assert status == 400, body
+    assert 'response_format' in message(body) and problem in message(body)
+    assert 'disable guided decoding' not in client.server.log_text()
 
 
 def test_scores_of_prompts_are_refused(client):

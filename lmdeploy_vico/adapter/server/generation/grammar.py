@@ -1,6 +1,7 @@
 """``response_format``: a grammar is tried in a thread, within bounds of size and time, before the engine gets it.
 
-The engine compiles grammars in its loop, where they hold up everybody, and ends if one does not compile.
+The PyTorch engine compiles grammars in its loop, where they hold up everybody, and ends if one does not compile.
+TurboMind is given what the trial has compiled.
 """
 
 import asyncio
@@ -29,19 +30,20 @@ class GrammarCheck:
     A thread cannot be stopped: one that has been given up goes on to its end, and counts among those at work.
 
     Args:
-        compile: compiles a response format; raises ValueError, KeyError or RuntimeError if it cannot be compiled.
+        compile: compiles a response format; raises ValueError, KeyError or RuntimeError if it cannot be compiled. What
+            it returns is kept.
         seconds: that it may take.
     """
 
-    def __init__(self, compile: Callable[[dict[str, Any]], object], seconds: float = SECONDS) -> None:
+    def __init__(self, compile: Callable[[dict[str, Any]], Any], seconds: float = SECONDS) -> None:
         self._compile = compile
         self._seconds = seconds
-        self._good: OrderedDict[str, None] = OrderedDict()
-        self._trials: dict[str, asyncio.Task[None]] = {}  # that are under way: the choices of a request share one
+        self._good: OrderedDict[str, Any] = OrderedDict()
+        self._trials: dict[str, asyncio.Task[Any]] = {}  # that are under way: the choices of a request share one
         self._threads = asyncio.Semaphore(AT_ONCE)
 
-    async def __call__(self, response_format: Any) -> None:
-        """Return once it is known that a response format compiles.
+    async def __call__(self, response_format: Any) -> Any:
+        """Return what a response format compiles to, once that is known.
 
         Raises:
             ParameterError: it is too large, does not compile, or takes too long to.
@@ -50,29 +52,29 @@ class GrammarCheck:
         text = _as_json(response_format)
         if text in self._good:
             self._good.move_to_end(text)
-            return
+            return self._good[text]
         trial = self._trials.get(text)
         if trial is None:
             trial = self._trials[text] = asyncio.ensure_future(self._try(response_format))
             trial.add_done_callback(partial(self._tried, text))
-        await asyncio.shield(trial)  # one client's leaving is no matter of the others
+        return await asyncio.shield(trial)  # one client's leaving is no matter of the others
 
-    def _tried(self, text: str, trial: 'asyncio.Task[None]') -> None:
+    def _tried(self, text: str, trial: 'asyncio.Task[Any]') -> None:
         del self._trials[text]
         if trial.cancelled() or trial.exception() is not None:
             return
-        self._good[text] = None
+        self._good[text] = trial.result()
         while len(self._good) > REMEMBERED:
             self._good.popitem(last=False)
 
-    async def _try(self, response_format: dict[str, Any]) -> None:
+    async def _try(self, response_format: dict[str, Any]) -> Any:
         try:
             await asyncio.wait_for(self._threads.acquire(), self._seconds)
         except asyncio.TimeoutError:
             raise OverloadError('Other response formats are being compiled. Try again later.') from None
         work = self._in_thread(response_format)
         try:
-            await asyncio.wait_for(asyncio.shield(work), self._seconds)
+            return await asyncio.wait_for(asyncio.shield(work), self._seconds)
         except asyncio.TimeoutError:
             raise ParameterError(
                 f'The response_format took longer than {self._seconds:g} seconds to compile. Simplify it.'
@@ -80,29 +82,29 @@ class GrammarCheck:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ParameterError(f'The response_format cannot be compiled: {_reason(error)}') from error
 
-    def _in_thread(self, response_format: dict[str, Any]) -> 'asyncio.Future[None]':
+    def _in_thread(self, response_format: dict[str, Any]) -> 'asyncio.Future[Any]':
         """Compile in a thread that does not keep the process from ending."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[Any] = loop.create_future()
         done.add_done_callback(lambda future: future.cancelled() or future.exception())  # which may have been given up
 
-        def finish(error: Exception | None) -> None:
+        def finish(compiled: Any, error: Exception | None) -> None:
             self._threads.release()
             if done.cancelled():
                 return
             if error is None:
-                done.set_result(None)
+                done.set_result(compiled)
             else:
                 done.set_exception(error)
 
         def work() -> None:
-            error: Exception | None = None
+            compiled, error = None, None
             try:
-                self._compile(response_format)
+                compiled = self._compile(response_format)
             except Exception as raised:
                 error = raised
             with contextlib.suppress(RuntimeError):  # the loop has been closed
-                loop.call_soon_threadsafe(finish, error)
+                loop.call_soon_threadsafe(finish, compiled, error)
 
         threading.Thread(target=work, name='vico-grammar', daemon=True).start()
         return done
@@ -142,8 +144,8 @@ def _reason(error: Exception) -> str:
     return re.sub(r'^.*\.cc:\d+: ', '', str(error).strip())[:200]
 
 
-def compiler_of(tokenizer: Any, vocabulary: int) -> Callable[[dict[str, Any]], object]:
-    """Return what compiles a response format as LMDeploy's engine does, for a tokenizer of transformers'.
+def compiler_of(tokenizer: Any, vocabulary: int) -> Callable[[dict[str, Any]], None]:
+    """Return what compiles a response format as LMDeploy's PyTorch engine does, for a tokenizer of transformers'.
 
     Args:
         tokenizer: of the served model.
@@ -152,16 +154,16 @@ def compiler_of(tokenizer: Any, vocabulary: int) -> Callable[[dict[str, Any]], o
     lock = threading.Lock()
     compilers: list[Any] = []
 
-    def compile_as_engine(response_format: dict[str, Any]) -> object:
+    def compile_as_engine(response_format: dict[str, Any]) -> None:
         from lmdeploy._guided_decoding import compile_response_format, ensure_response_format_compilable
 
         ensure_response_format_compilable(response_format)  # LMDeploy asks this again, in the loop, and remembers it
         if response_format.get('type', 'text') == 'text':
-            return None
+            return
         with lock:
             if not compilers:
                 compilers.append(_compiler(tokenizer, vocabulary))
-        return compile_response_format(compilers[0], response_format)
+        compile_response_format(compilers[0], response_format)  # the engine does so again, in its process
 
     return compile_as_engine
 

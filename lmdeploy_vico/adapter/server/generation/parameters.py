@@ -29,6 +29,7 @@ COLDEST = 0.01  # the lowest that is divided by
 MOST_LOGPROBS = 1024  # for each token
 MOST_TOKEN_IDS = 1024  # in a list; a batch's lists are as long as the longest
 MOST_IN_TURBOMIND = 32  # it cuts a longer list off and goes on, at the end tokens perhaps
+TURBOMIND_TOP_K = 1024  # its kernel throws at more, where nothing catches it: the process ends
 MOST_STOPS = 16  # each is looked for in the whole vocabulary
 LONGEST_STOP = 256  # characters
 LONGEST_NGRAM = 1024  # tokens; LMDeploy looks no further back
@@ -49,7 +50,14 @@ def _one_choice(name: str, value: Any, limits: Limits) -> int:
 def _top_k(name: str, value: Any, limits: Limits) -> int:
     """All tokens, which LMDeploy writes as 0, where a request asks for as many as there are or more."""
     count = int(integer(0, lambda limits: limits.vocabulary, clamp=True)(name, value, limits))
-    return 0 if count == limits.vocabulary else count
+    if count == limits.vocabulary:
+        return 0
+    if limits.turbomind and count > TURBOMIND_TOP_K:
+        raise ParameterError(
+            f'{name} must be at most {TURBOMIND_TOP_K}, or 0 for no limit, not {count}: TurboMind, which runs this '
+            "server's language model, takes no more."
+        )
+    return count
 
 
 def _temperature(name: str, value: Any, limits: Limits) -> float:
@@ -88,6 +96,16 @@ _NEEDS_END = (
 _DISAGGREGATED = 'this server has no role in disaggregated serving (--role).'
 _disaggregated = only_if(lambda limits: limits.disaggregated, _DISAGGREGATED, anything)
 _TURBOMIND = "TurboMind, which runs this server's language model, does not have it."
+_ONE_LOGPROB = (
+    'Log probabilities need sampling here: temperature above 0, top_k other than 1, top_p above 0, min_p below 1. '
+    "TurboMind, which runs this server's language model, knows those of the tokens that may be sampled only. A server "
+    'on the PyTorch engine has them for greedy answers too.'
+)
+_BANNING = ('min_new_tokens', 'bad_words', 'bad_token_ids')
+_NOTHING_LEFT = (
+    'response_format cannot be used with min_new_tokens, bad_words or bad_token_ids here. What they ban may be all '
+    "that it allows, which would leave TurboMind, which runs this server's language model, no token to generate."
+)
 _PYTORCH_ONLY = (lambda limits: not limits.turbomind, _TURBOMIND)
 _token_ids = optional(list_of(integer(0, _last_token), MOST_TOKEN_IDS))
 
@@ -158,9 +176,19 @@ def fit(config: Config, limits: Limits) -> Config:
     """
     values = fit_values(vars(config), limits)
     _check_together(values)
-    if limits.turbomind and not values['temperature']:
-        values |= {'top_k': 1, 'temperature': 1.0}  # TurboMind divides by it
+    if limits.turbomind:
+        if not values['temperature']:
+            values |= {'top_k': 1, 'temperature': 1.0}  # TurboMind divides by it
+        if values['logprobs'] and _keeps_one_token(values):
+            raise ParameterError(_ONE_LOGPROB)
+        if values['response_format'] and any(values[field] for field in _BANNING):
+            raise ParameterError(_NOTHING_LEFT)
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def _keeps_one_token(values: Mapping[str, Any]) -> bool:
+    """Return whether the next token is the most probable one, by whichever parameter says so."""
+    return not values['do_sample'] or values['top_k'] == 1 or values['top_p'] == 0 or values['min_p'] == 1
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lmdeploy_vico.adapter.server.generation.rules import Limits
 from lmdeploy_vico.adapter.server.generation.stops import stop_token_finder
 from lmdeploy_vico.adapter.server.generation.text import Detokenizer, is_byte_level
 from lmdeploy_vico.adapter.server.pressure.engine import valve_of
+from lmdeploy_vico.adapter.server.turbomind import grammar as turbomind_grammar
 from lmdeploy_vico.options import Options
 from lmdeploy_vico.wording import shown
 
@@ -37,7 +38,11 @@ class Generation:
         self._engine = engine
         self._vocabulary = vocabulary
         self.tokenizer = engine.tokenizer.model.model
-        self._check_grammar = GrammarCheck(compiler_of(self.tokenizer, vocabulary))
+        self._turbomind = isinstance(engine.backend_config, TurbomindEngineConfig)
+        compile = (
+            turbomind_grammar.compiler_of(engine.engine) if self._turbomind else compiler_of(self.tokenizer, vocabulary)
+        )
+        self._check_grammar = GrammarCheck(compile)
         if is_byte_level(self.tokenizer):
             # Take the place of methods, for this tokenizer only.
             engine.tokenizer.detokenize_incrementally = Detokenizer(self.tokenizer)
@@ -52,8 +57,11 @@ class Generation:
         """Whether the server has a role in disaggregated serving."""
         return getattr(self._engine.backend_config, 'role', EngineRole.Hybrid) != EngineRole.Hybrid
 
-    async def check(self, config: Any, adapter_name: str | None) -> None:
+    async def check(self, config: Any, adapter_name: str | None) -> Any:
         """Check what takes time, and what is no field of the config; called before a request is prepared.
+
+        Returns:
+            the GenerationConfig, if there is one, with which the request goes on.
 
         Raises:
             ParameterError, OverloadError: the request must not go on; the message says why.
@@ -61,8 +69,10 @@ class Generation:
         adapters = getattr(self._engine.backend_config, 'adapters', None) or {}
         if adapter_name is not None and adapter_name not in adapters:
             raise ParameterError(f'There is no adapter {shown(adapter_name)}.')
-        if config is not None and config.response_format is not None:
-            await self._check_grammar(config.response_format)
+        if config is None or config.response_format is None:
+            return config
+        grammar = await self._check_grammar(config.response_format)
+        return turbomind_grammar.guided(config, grammar) if self._turbomind else config
 
     def fit(self, config: Any, input_ids: Sequence[int]) -> Any:
         """Return a copy of a GenerationConfig that the engine can use with this prompt.
@@ -90,7 +100,7 @@ class Generation:
             logprobs=getattr(config, 'logprobs_mode', 'not an option of this engine') is not None,
             routed_experts=bool(getattr(config, 'enable_return_routed_experts', False)),
             disaggregated=self.disaggregated,
-            turbomind=isinstance(config, TurbomindEngineConfig),
+            turbomind=self._turbomind,
         )
 
 

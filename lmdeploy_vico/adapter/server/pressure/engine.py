@@ -1,14 +1,17 @@
 """What LMDeploy says of its own load."""
 
+import logging
 from functools import partial
 from typing import Any
 
-from lmdeploy.messages import PytorchEngineConfig
+from lmdeploy.messages import PytorchEngineConfig, TurbomindEngineConfig
 from lmdeploy.pytorch import envs
 from lmdeploy.pytorch.engine.mp_engine.zmq_rpc import RPCServerDeadError
 
 from lmdeploy_vico.adapter.server.pressure.valve import Reading, Valve
 from lmdeploy_vico.options import Options
+
+logger = logging.getLogger(__name__)
 
 
 def valve_of(engine: Any, options: Options) -> Valve | None:
@@ -20,6 +23,12 @@ def valve_of(engine: Any, options: Options) -> Valve | None:
     """
     if not options.pressure_compression:
         return None
+    config = engine.backend_config
+    if isinstance(config, TurbomindEngineConfig) and config.dp > 1:
+        logger.warning(
+            'pressure_compression goes by the first of %d data-parallel ranks: TurboMind tells of no other one',
+            config.dp,
+        )
     return Valve(options.pressure_compression, options.pressure_waiting, partial(read, engine))
 
 

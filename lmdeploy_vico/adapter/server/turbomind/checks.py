@@ -87,9 +87,26 @@ def likely_dtype(requested: str, hf_config: Any) -> torch.dtype:
         requested: ``--dtype``.
         hf_config: the checkpoint's.
     """
-    stored = str(getattr(hf_config.llm_config, 'dtype', None)).removeprefix('torch.')
-    wanted = DTYPES.get(requested if requested in DTYPES else stored, torch.bfloat16)
+    wanted = _wanted_dtype(requested, hf_config)
     return torch.float16 if wanted == torch.bfloat16 and not is_bf16_supported() else wanted
+
+
+def _wanted_dtype(requested: str, hf_config: Any) -> torch.dtype:
+    """The data type in which TurboMind runs where the device can."""
+    stored = str(getattr(hf_config.llm_config, 'dtype', None)).removeprefix('torch.')
+    return DTYPES.get(requested if requested in DTYPES else stored, torch.bfloat16)
+
+
+def beyond_float16(requested: str, hf_config: Any) -> str:
+    """Return what an operator can do about visual tokens that float16 cannot hold, in which TurboMind runs.
+
+    Args:
+        requested: ``--dtype``.
+        hf_config: the checkpoint's.
+    """
+    if _wanted_dtype(requested, hf_config) == torch.float16:
+        return 'The server has to be started with --dtype bfloat16.'
+    return f'Its device leaves it no other data type: the server has to be started with {VARIABLE}={PYTORCH}.'
 
 
 def require_devices(config: TurbomindEngineConfig, options: Options) -> int:

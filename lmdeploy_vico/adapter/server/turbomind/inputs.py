@@ -27,13 +27,16 @@ class VisualInput:
     ranges: torch.Tensor
 
     @classmethod
-    def of(cls, images: Sequence[EncodedImage], starts: Sequence[int], dtype: torch.dtype) -> 'VisualInput':
+    def of(
+        cls, images: Sequence[EncodedImage], starts: Sequence[int], dtype: torch.dtype, beyond_float16: str
+    ) -> 'VisualInput':
         """Put the visual tokens of a prompt's images together; an image is one range, however many tiles it has.
 
         Args:
             images: at least one.
             starts: where the visual tokens of each begin.
             dtype: the engine's.
+            beyond_float16: what to do where float16 cannot hold a value, in a sentence.
 
         Raises:
             RequestError: a value is beyond what float16 can hold; the message says what to do.
@@ -45,8 +48,8 @@ class VisualInput:
         if dtype == torch.float16 and not values.isfinite().all():
             raise RequestError(
                 ErrorCode.UNSUPPORTED_FEATURE,
-                'A visual token of this prompt is beyond the range of float16, in which TurboMind runs: the server has '
-                'to be started with --dtype bfloat16.',
+                'A visual token of this prompt is beyond the range of float16, in which TurboMind runs. '
+                f'{beyond_float16}',
             )
         ends = [start + len(rows) for start, rows in zip(starts, embeddings, strict=True)]
         return cls(values, torch.tensor([starts, ends], dtype=torch.int32).T.contiguous())

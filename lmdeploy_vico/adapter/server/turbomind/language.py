@@ -26,6 +26,7 @@ LACKS = (
     'prompts with images neither use nor fill the prefix cache',
     'there are no LoRA adapters (--adapters is ignored)',
     'there is no logit_bias, no repetition_ngram_size and no logprob_start_len; requests with one of them get a 400',
+    'log probabilities of greedy answers, and a top_k between 1024 and the vocabulary, get a 400',
 )
 
 
@@ -61,6 +62,7 @@ class TurbomindLanguage:
             enable_mp_engine=getattr(config, checks.SERVES, False),
         )
         self.engine_dtype = checks.likely_dtype(config.dtype, self._hf_config)
+        self._beyond_float16 = checks.beyond_float16(config.dtype, self._hf_config)
         # The vision side would cut what float16 cannot hold off; here that is refused, when it is known.
         self.dtype = torch.float32 if self.engine_dtype == torch.float16 else torch.bfloat16
         self.width: int = self._hf_config.llm_config.hidden_size
@@ -98,7 +100,7 @@ class TurbomindLanguage:
         ids, starts = place(pieces, images, image_token_id)
         if not images:
             return ids, []
-        visual = VisualInput.of(images, starts, self.engine_dtype)
+        visual = VisualInput.of(images, starts, self.engine_dtype, self._beyond_float16)
         visual.require(len(ids), self.width, self.engine_dtype)
         return ids, [visual]
 

@@ -255,7 +255,7 @@ def test_what_turbomind_would_ignore_is_refused(asked):
     fit(config, LIMITS)
     with pytest.raises(ParameterError, match="is not available: TurboMind, which runs this server's language model"):
         fit(config, on_turbomind)
-    fit(GenerationConfig(logprobs=3, min_new_tokens=2, bad_token_ids=[5]), on_turbomind)
+    fit(GenerationConfig(do_sample=True, logprobs=3, min_new_tokens=2, bad_token_ids=[5]), on_turbomind)
 
 
 @pytest.mark.parametrize('field', ['stop_token_ids', 'bad_token_ids'])
@@ -267,6 +267,70 @@ def test_turbomind_looks_at_few_tokens(field):
     with pytest.raises(ParameterError, match='may be at most 32 tokens.*TurboMind'):
         check_tokens(config, on_turbomind)
     check_tokens(config, LIMITS)
+
+
+BIG = Limits(vocabulary=151936, context=CONTEXT, turbomind=True)
+
+
+@pytest.mark.parametrize('top_k', [1025, 4096, 151935])
+def test_a_top_k_that_ends_turbomind_is_refused(top_k):
+    config = GenerationConfig(top_k=top_k)
+    assert fit(config, dataclasses.replace(BIG, turbomind=False)).top_k == top_k
+    with pytest.raises(ParameterError) as error:
+        fit(config, BIG)
+    assert str(error.value) == (
+        f"top_k must be at most 1024, or 0 for no limit, not {top_k}: TurboMind, which runs this server's language "
+        'model, takes no more.'
+    )
+
+
+@pytest.mark.parametrize('top_k, given', [(0, 0), (1, 1), (1024, 1024), (151936, 0), (151937, 0), (2**70, 0)])
+def test_what_turbomind_gets_as_top_k(top_k, given):
+    assert fit(GenerationConfig(top_k=top_k), BIG).top_k == given
+
+
+@settings(max_examples=300, deadline=None)
+@given(config=requests(), top_k=st.one_of(INTEGERS, st.integers(1000, 2000)))
+def test_turbomind_never_gets_a_top_k_that_ends_it(config, top_k):
+    config.top_k = top_k
+    try:
+        fitted = as_lmdeploy_completes(fit(config, BIG))
+    except ParameterError as error:
+        message = str(error)
+        assert message.endswith('.') and len(message) < 300, message
+        return
+    assert 0 <= fitted.top_k <= 1024 and fitted.temperature > 0
+
+
+@pytest.mark.parametrize(
+    'greedy',
+    [{'temperature': 0.0}, {'temperature': 1e-9}, {'top_k': 1}, {'do_sample': False}, {'top_p': 0.0}, {'min_p': 1.0}],
+    ids=str,
+)
+def test_turbomind_has_no_log_probabilities_of_greedy_answers(greedy):
+    config = GenerationConfig(**{'do_sample': True, 'logprobs': 1, **greedy})
+    fit(config, dataclasses.replace(BIG, turbomind=False))
+    with pytest.raises(ParameterError, match='Log probabilities need sampling here.*TurboMind.*PyTorch engine'):
+        fit(config, BIG)
+    for none in (None, 0):
+        fit(dataclasses.replace(config, logprobs=none), BIG)
+
+
+@pytest.mark.parametrize('sampled', [{}, {'top_k': 2}, {'top_k': 0}, {'top_p': 0.01}, {'min_p': 0.9}], ids=str)
+def test_turbomind_has_those_of_sampled_ones(sampled):
+    assert fit(GenerationConfig(do_sample=True, logprobs=20, **sampled), BIG).logprobs == 20
+
+
+@pytest.mark.parametrize('banning', [{'min_new_tokens': 1}, {'bad_words': ['x']}, {'bad_token_ids': [3]}], ids=str)
+def test_turbomind_is_always_left_a_token_that_a_grammar_allows(banning):
+    config = GenerationConfig(response_format={'type': 'regex_schema', 'regex_schema': 'a'}, **banning)
+    fit(config, dataclasses.replace(BIG, turbomind=False))
+    with pytest.raises(
+        ParameterError, match='response_format cannot be used with min_new_tokens, bad_words or bad_tok'
+    ):
+        fit(config, BIG)
+    fit(dataclasses.replace(config, response_format=None), BIG)
+    fit(GenerationConfig(response_format=config.response_format, min_new_tokens=0, bad_words=[]), BIG)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1e-9])

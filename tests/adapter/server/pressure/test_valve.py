@@ -250,4 +250,13 @@ def test_who_waits_for_a_place_counts_until_its_client_leaves():
 
 def test_the_valve_is_off_by_default():
     assert engine.valve_of(None, Options()) is None
-    assert engine.valve_of(None, Options(pressure_compression=0.25)) is not None
+    assert engine.valve_of(lmdeploys(PytorchEngineConfig()), Options(pressure_compression=0.25)) is not None
+
+
+@pytest.mark.parametrize('config, warned', [(TurbomindEngineConfig(dp=2), True), (TurbomindEngineConfig(), False)])
+def test_turbomind_tells_of_one_data_parallel_rank(caplog, config, warned):
+    engine.valve_of(lmdeploys(config), Options(pressure_compression=0.25))
+    assert ('goes by the first of 2 data-parallel ranks' in caplog.text) == warned
+    caplog.clear()
+    engine.valve_of(lmdeploys(config), Options())
+    assert not caplog.records

@@ -96,6 +96,22 @@ def test_the_data_type_that_turbomind_will_choose(monkeypatch, requested, stored
     assert checks.likely_dtype(requested, config(dtype=stored)) == expected
 
 
+@pytest.mark.parametrize(
+    ('requested', 'stored', 'chosen'),
+    [
+        ('float16', torch.bfloat16, True),
+        ('auto', torch.float16, True),
+        ('auto', torch.bfloat16, False),
+        ('auto', torch.float32, False),
+        ('bfloat16', torch.float16, False),
+    ],
+)
+def test_bfloat16_is_advised_only_where_it_was_not_asked_for(requested, stored, chosen):
+    advice = checks.beyond_float16(requested, config(dtype=stored))
+    assert ('--dtype bfloat16' in advice) == chosen
+    assert ('LMDEPLOY_VICO_LANGUAGE_ENGINE=pytorch' in advice) == (not chosen)
+
+
 def test_weights_are_not_made_up():
     checks.require_weights(Options())
     with pytest.raises(OptionError, match='dummy_weights are not available on TurboMind'):

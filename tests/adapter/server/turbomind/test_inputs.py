@@ -9,6 +9,7 @@ from lmdeploy_vico.stage.jobs import EncodedImage
 from lmdeploy_vico.vision.projection import VisualTokens
 
 WIDTH = 8
+REMEDY = 'Something else has to be done.'
 
 
 def image(*tile_tokens, dtype=torch.float32, value=None):
@@ -20,7 +21,7 @@ def image(*tile_tokens, dtype=torch.float32, value=None):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_an_image_is_one_range_whatever_its_tiles(dtype):
     images = [image(64, 256, 256), image(64)]
-    visual = VisualInput.of(images, [3, 600], dtype)
+    visual = VisualInput.of(images, [3, 600], dtype, REMEDY)
     assert visual.ranges.dtype == torch.int32 and visual.ranges.is_contiguous()
     assert visual.ranges.tolist() == [[3, 579], [600, 664]]
     assert visual.values.dtype == dtype and visual.values.is_contiguous()
@@ -31,11 +32,11 @@ def test_an_image_is_one_range_whatever_its_tiles(dtype):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 def test_what_float16_cannot_hold_is_refused(dtype):
     images = [image(64, dtype=dtype, value=70000.0)]
-    with pytest.raises(RequestError, match=r'beyond the range of float16.*--dtype bfloat16') as refusal:
-        VisualInput.of(images, [0], torch.float16)
+    with pytest.raises(RequestError, match=f'beyond the range of float16, .* runs. {REMEDY}') as refusal:
+        VisualInput.of(images, [0], torch.float16, REMEDY)
     assert refusal.value.status_code == 400
-    assert VisualInput.of(images, [0], torch.bfloat16).values.isfinite().all()
-    assert VisualInput.of([image(64, value=65000.0)], [0], torch.float16).values.isfinite().all()
+    assert VisualInput.of(images, [0], torch.bfloat16, REMEDY).values.isfinite().all()
+    assert VisualInput.of([image(64, value=65000.0)], [0], torch.float16, REMEDY).values.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -50,13 +51,13 @@ def test_what_float16_cannot_hold_is_refused(dtype):
     ],
 )
 def test_what_does_not_fit_never_reaches_the_engine(starts, tokens, width, dtype, problem):
-    visual = VisualInput.of([image(64), image(64)], starts, torch.bfloat16)
+    visual = VisualInput.of([image(64), image(64)], starts, torch.bfloat16, REMEDY)
     with pytest.raises(RequestError, match=problem):
         visual.require(tokens, width, dtype)
 
 
 def test_ranges_and_rows_that_differ_in_number():
-    visual = VisualInput.of([image(64), image(64)], [0, 64], torch.bfloat16)
+    visual = VisualInput.of([image(64), image(64)], [0, 64], torch.bfloat16, REMEDY)
     with pytest.raises(RequestError, match='they are 127, and their places 128'):
         VisualInput(visual.values[:-1], visual.ranges).require(200, WIDTH, torch.bfloat16)
     with pytest.raises(RequestError, match='an image has none'):

@@ -1,0 +1,71 @@
+"""``response_format`` on TurboMind: a grammar is compiled in a thread, once, and goes along with the request.
+
+Left to itself, LMDeploy compiles on the event loop when a request is handed over, and answers without the grammar if
+that fails.
+"""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Guide(dict[str, Any]):
+    """A response format with the grammar that TurboMind's compiler has made of it.
+
+    Attributes:
+        grammar: an object of C++, which many requests may use at a time.
+    """
+
+    def __init__(self, response_format: dict[str, Any], grammar: Any) -> None:
+        super().__init__(response_format)
+        self.grammar = grammar
+
+    def __deepcopy__(self, memo: Any) -> 'Guide':
+        """LMDeploy copies the config of each request; a grammar cannot be copied, and nobody writes into this."""
+        return self
+
+
+def guided(config: Any, grammar: Any) -> Any:
+    """Return a copy of a GenerationConfig that carries the grammar of its response format.
+
+    Args:
+        config: with a response format.
+        grammar: None for one that asks for nothing, which is left away.
+    """
+    config = copy.copy(config)
+    config.response_format = None if grammar is None else Guide(config.response_format, grammar)
+    return config
+
+
+def compiler_of(engine: Any) -> Callable[[dict[str, Any]], Any]:
+    """Return what compiles response formats for an engine, in any thread; None comes of one that asks for nothing.
+
+    Args:
+        engine: LMDeploy's TurboMind, built.
+    """
+    lock = threading.Lock()
+    compilers: list[Any] = []
+
+    def compile_for_engine(response_format: dict[str, Any]) -> Any:
+        from lmdeploy._guided_decoding import compile_response_format, ensure_response_format_compilable
+
+        ensure_response_format_compilable(response_format)  # LMDeploy asks this again, in the loop, and remembers it
+        if response_format.get('type', 'text') == 'text':
+            return None
+        with lock:
+            if not compilers:
+                compilers.append(_compiler(engine))
+        return compile_response_format(compilers[0], response_format)
+
+    return compile_for_engine
+
+
+def _compiler(engine: Any) -> Any:
+    from lmdeploy.turbomind import _tm
+    from lmdeploy.turbomind.tokenizer_info import TokenizerInfo
+
+    info = TokenizerInfo.from_huggingface(engine.tokenizer.model.model, vocab_size=engine._vocab_size)
+    # LMDeploy's own would keep every grammar that it has ever compiled. Where LMDeploy looks for one, it finds this.
+    engine._grammar_compiler = _tm.GrammarCompiler(info, cache_enabled=False)
+    return engine._grammar_compiler

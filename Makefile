@@ -49,7 +49,7 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 check-adapter check-plain check-interpreted check-rest lint
 
-test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (15 minutes on 2 quiet cores)
+test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (18 minutes on 2 quiet cores)
 	@echo '==> Four parts at a time, as servers wait a lot; each prints when it is done'
 	@$(PARTS) --jobs=4 test-servers test-adapter test-plain test-engines test-rest test-interpreted
 

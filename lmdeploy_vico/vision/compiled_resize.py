@@ -10,8 +10,11 @@ names a folder for it: numba's own choice of one ends the import where neither t
 can be written to.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -22,6 +25,18 @@ WEIGHT_BITS = 22  # 32 less 8 for a pixel and 2 for sums that overshoot
 HALF = 1 << (WEIGHT_BITS - 1)
 KEPT = bool(os.environ.get('NUMBA_CACHE_DIR'))
 STRIP = 64  # rows that are transposed at a time: with pictures of a few thousand columns they stay in the L2 cache
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function without the GIL; keep the result where a folder is named and can be written to."""
+
+    def make(function: Callable[..., Any]) -> Any:
+        if KEPT:
+            with contextlib.suppress(RuntimeError):  # numba finds no place
+                return njit(cache=True, nogil=True, **options)(function)
+        return njit(nogil=True, **options)(function)
+
+    return make
 
 
 def read_only(pixels: np.ndarray) -> np.ndarray:
@@ -59,7 +74,7 @@ def columns_first(pixels: np.ndarray, size: Size) -> np.ndarray:
     return out
 
 
-@njit(cache=KEPT, nogil=True, error_model='numpy')
+@compiled(error_model='numpy')
 def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Fixed-point weights of Pillow's bicubic filter: its operations in its order, for they are rounded to integers.
 
@@ -92,7 +107,7 @@ def weights(size: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     return spans, fixed
 
 
-@njit(cache=KEPT, nogil=True)
+@compiled()
 def _bicubic(x: float) -> float:
     a = -0.5
     x = abs(x)
@@ -101,19 +116,19 @@ def _bicubic(x: float) -> float:
     return (((x - 5) * x + 8) * x - 4) * a if x < 2.0 else 0.0
 
 
-@njit(cache=KEPT, nogil=True)
+@compiled()
 def _weigh(total, line, weight):  # type: ignore[no-untyped-def]
     for i in range(len(line)):
         total[i] += np.int32(line[i]) * weight
 
 
-@njit(cache=KEPT, nogil=True)
+@compiled()
 def _clip(total, line):  # type: ignore[no-untyped-def]
     for i in range(len(line)):
         line[i] = np.uint8(min(max(total[i] >> WEIGHT_BITS, 0), 255))
 
 
-@njit(cache=KEPT, nogil=True)
+@compiled()
 def _transpose(source, out):  # type: ignore[no-untyped-def]
     for left in range(0, source.shape[1], 32):
         for y in range(source.shape[0]):
@@ -122,7 +137,7 @@ def _transpose(source, out):  # type: ignore[no-untyped-def]
                     out[x, y, channel] = source[y, x, channel]
 
 
-@njit(cache=KEPT, nogil=True)
+@compiled()
 def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
     """Every row of pixels ``[height, width, 3]`` to ``[height, target, 3]``."""
     height, width, _ = source.shape
@@ -141,7 +156,7 @@ def _resize_rows(source, spans, fixed, out):  # type: ignore[no-untyped-def]
         _transpose(narrow[:, :rows], out[top : top + rows])
 
 
-@njit(cache=KEPT, nogil=True)
+@compiled()
 def _resize_columns(source, spans, fixed, out, columns):  # type: ignore[no-untyped-def]
     """All columns of ``[height, columns * line]`` to tiles of ``line`` bytes a row, ``[tiles * side, line]``."""
     line = out.shape[1]

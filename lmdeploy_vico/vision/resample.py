@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 try:
     from lmdeploy_vico.vision import compiled_resize
-except (ImportError, OSError, RuntimeError) as error:  # numba is not there, misses a library, or has nowhere to write
+except (ImportError, OSError) as error:  # numba is not there, refuses this numpy, or misses a library
     compiled_resize = None  # type: ignore[assignment]
     _OBSTACLE = str(error)
 
@@ -88,7 +88,16 @@ def pass_order() -> Rule | None:
     if compiled_resize is None:
         logger.warning('Pictures are resized by Pillow, which takes twice as long as numba would (%s).', _OBSTACLE)
         return None
-    rules = _rules_of_pillow()
+    try:
+        rules = _rules_of_pillow()
+    except Exception as error:  # what numba has kept is damaged or somebody else's, or the disk is full
+        logger.warning(
+            'Pictures are resized by Pillow, which takes twice as long as numba would (%s: %s). Empty the folder that '
+            'NUMBA_CACHE_DIR names, or let it name none.',
+            type(error).__name__,
+            error,
+        )
+        return None
     if not rules:
         logger.warning('This Pillow resizes in a way of its own: pictures are left to it, which takes twice as long.')
         return None

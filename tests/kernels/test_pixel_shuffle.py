@@ -130,7 +130,6 @@ def test_a_large_mean_costs_no_accuracy(inside, norms_of, check, rng, width):
     check(x, [True, False], norms_of(width, torch.float32, rng))
 
 
-@pytest.mark.long
 @both
 def test_many_tiles(inside, norms_of, check, rng):
     kinds = (rng.random(300) < 0.4).tolist()  # more than a kernel looks at in one step when it counts them

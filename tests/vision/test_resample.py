@@ -221,10 +221,13 @@ def test_what_is_compiled_is_kept_where_a_folder_is_named_and_nowhere_else(tmp_p
     not_kept = in_a_new_process(DIGESTS.format(before=nowhere), NUMBA_CACHE_DIR='')
     assert who_resizes(not_kept) == [BY_NUMBA]
     assert not_kept['digests'] == first['digests']
-    without = in_a_new_process(DIGESTS.format(before=nowhere), **kept)
-    assert who_resizes(without) == [BY_PILLOW]
-    assert 'cannot cache' in without['said'][0]
-    assert without['digests'] == first['digests']
+    assert in_a_new_process(DIGESTS.format(before=nowhere), **kept) == not_kept
+    for path in tmp_path.rglob('*.nbi'):
+        path.write_bytes(b'')  # as after a power failure
+    damaged = in_a_new_process(DIGESTS.format(before=''), **kept)
+    assert who_resizes(damaged) == [BY_PILLOW]
+    assert 'Empty the folder' in damaged['said'][0]
+    assert damaged['digests'] == first['digests']
 
 
 COMPILED = """

@@ -1,6 +1,7 @@
 """Changes to what LMDeploy does when a process ends: its engine's, its server's."""
 
 import gc
+import os
 from typing import Any
 
 from lmdeploy_vico.adapter.patches.ranks import RANK_LOOP
@@ -109,10 +110,12 @@ def end_engine_at_once(call: Call) -> None:
     """Spare the process of a ViCO model's engine Python's last collection, when it has nothing left to do."""
     from lmdeploy_vico.adapter.hf_config import load_vico_config
 
+    # LMDeploy's server and pipeline name a folder; what another program names may be a repository, which is not asked.
+    vico = os.path.isdir(call['model_path']) and load_vico_config(call['model_path']) is not None
     try:
         call.proceed()
     finally:
-        if load_vico_config(call['model_path']) is not None:
+        if vico:
             gc.freeze()
 
 

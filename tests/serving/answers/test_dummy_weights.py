@@ -17,8 +17,7 @@ SMALL = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', ['dense', pytest.param('moe', marks=pytest.mark.long)])
 def test_images_are_answered(serve, prompts, tmp_path, name):
     model, arguments, environment = SMALL[name]
     path = make_checkpoint_without_weights(tmp_path / name, model)

@@ -33,11 +33,15 @@ class GrammarCheck:
         compile: compiles a response format; raises ValueError, KeyError or RuntimeError if it cannot be compiled. What
             it returns is kept.
         seconds: that it may take.
+        remembered: how many formats are kept, with what they compile to.
     """
 
-    def __init__(self, compile: Callable[[dict[str, Any]], Any], seconds: float = SECONDS) -> None:
+    def __init__(
+        self, compile: Callable[[dict[str, Any]], Any], seconds: float = SECONDS, remembered: int | None = None
+    ) -> None:
         self._compile = compile
         self._seconds = seconds
+        self._remembered = REMEMBERED if remembered is None else remembered
         self._good: OrderedDict[str, Any] = OrderedDict()
         self._trials: dict[str, asyncio.Task[Any]] = {}  # that are under way: the choices of a request share one
         self._threads = asyncio.Semaphore(AT_ONCE)
@@ -64,7 +68,7 @@ class GrammarCheck:
         if trial.cancelled() or trial.exception() is not None:
             return
         self._good[text] = trial.result()
-        while len(self._good) > REMEMBERED:
+        while len(self._good) > self._remembered:
             self._good.popitem(last=False)
 
     async def _try(self, response_format: dict[str, Any]) -> Any:

@@ -39,10 +39,11 @@ class Generation:
         self._vocabulary = vocabulary
         self.tokenizer = engine.tokenizer.model.model
         self._turbomind = isinstance(engine.backend_config, TurbomindEngineConfig)
-        compile = (
-            turbomind_grammar.compiler_of(engine.engine) if self._turbomind else compiler_of(self.tokenizer, vocabulary)
+        self._check_grammar = (
+            GrammarCheck(turbomind_grammar.compiler_of(engine.engine), remembered=turbomind_grammar.REMEMBERED)
+            if self._turbomind
+            else GrammarCheck(compiler_of(self.tokenizer, vocabulary))
         )
-        self._check_grammar = GrammarCheck(compile)
         if is_byte_level(self.tokenizer):
             # Take the place of methods, for this tokenizer only.
             engine.tokenizer.detokenize_incrementally = Detokenizer(self.tokenizer)

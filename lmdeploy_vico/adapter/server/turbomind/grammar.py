@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+REMEMBERED = 8  # compiled grammars: one may take many megabytes, and does not say how many
+
 
 class Guide(dict[str, Any]):
     """A response format with the grammar that TurboMind's compiler has made of it.

@@ -98,8 +98,8 @@ _disaggregated = only_if(lambda limits: limits.disaggregated, _DISAGGREGATED, an
 _TURBOMIND = "TurboMind, which runs this server's language model, does not have it."
 _ONE_LOGPROB = (
     'Log probabilities need sampling here: temperature above 0, top_k other than 1, top_p above 0, min_p below 1; in a '
-    "pipeline do_sample=True. TurboMind, which runs this server's language model, knows only those of tokens that may be "
-    'sampled. The PyTorch engine has them for greedy answers too.'
+    "pipeline do_sample=True. TurboMind, which runs this server's language model, knows only those of tokens that may "
+    'be sampled. The PyTorch engine has them for greedy answers too.'
 )
 _BANNING = ('min_new_tokens', 'bad_words', 'bad_token_ids')
 _NOTHING_LEFT = (

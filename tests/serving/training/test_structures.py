@@ -52,9 +52,10 @@ def narrow(model: Model) -> Model:
     )
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.long if name in ('38B', '241B') else ()) for name in MODELS]
-)
+IN_SHORT = ('1B', '30B-A3B')  # dense, and a mixture of experts
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.long) for name in MODELS])
 def plain(request, tmp_path):
     """The structure as a plain checkpoint, computed in float32."""
     path = make_checkpoint_with_weights(tmp_path / 'plain', narrow(MODELS[request.param]))

@@ -185,6 +185,7 @@ def serialized(value):
     return ray._private.worker.global_worker.get_serialization_context().serialize(value).total_bytes
 
 
+@pytest.mark.long
 def test_what_crosses_the_wire_is_what_docs_say(start_encoders, stage_on_ray, rng, monkeypatch):
     """A tile costs its pixels, and its tokens; besides these, less than 1 kB a tile."""
     sent, received, call, result = [], [], RayChannel.call, RayAnswer.result
@@ -216,6 +217,7 @@ def test_what_crosses_the_wire_is_what_docs_say(start_encoders, stage_on_ray, rn
     assert tokens / 4 < sum(received) < tokens / 4 + tiles * 1024
 
 
+@pytest.mark.long
 def test_an_open_cluster_is_refused(cluster_address, monkeypatch):
     require_protected(cluster_address, insecure=False)
     monkeypatch.setenv('RAY_AUTH_MODE', 'disabled')
@@ -224,6 +226,7 @@ def test_an_open_cluster_is_refused(cluster_address, monkeypatch):
     require_protected(cluster_address, insecure=True)
 
 
+@pytest.mark.long
 def test_more_encoders_than_there_is_room_for_are_refused(cluster_address, checkpoint):
     with pytest.raises(ClusterError, match='9 encoders need 9 CPUs of this machine, and Ray counts 8 on it'):
         Encoders(Plan(checkpoint, False, 9, cluster_address, False, Options()))
@@ -236,6 +239,7 @@ def test_a_cluster_that_is_not_there_is_named():
         require_listener(f'127.0.0.1:{port}')
 
 
+@pytest.mark.long
 def test_the_command_stays_until_it_is_told_to_end(cluster_address, checkpoint, tmp_path, stage_on_ray, here, rng):
     command = [sys.executable, '-m', 'lmdeploy_vico.cli', 'encoder', '--model', str(checkpoint), '--devices', 'cpu']
     log = tmp_path / 'log'

@@ -49,7 +49,7 @@ check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy proces
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 check-adapter check-plain check-interpreted check-rest lint
 
-test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (18 minutes on 2 quiet cores)
+test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (about 20 minutes on 2 quiet cores)
 	@echo '==> Four parts at a time, as servers wait a lot; each prints when it is done'
 	@$(PARTS) --jobs=4 test-servers test-adapter test-plain test-engines test-rest test-interpreted
 
@@ -83,7 +83,7 @@ test-engines: $(STAMP)
 	@echo '==> $@: other tests that start LMDeploy'
 	@$(ON_CPU) OMP_NUM_THREADS=1 $(PYTEST) -m 'server and not long and $(WANTED)' --ignore=tests/serving
 
-test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of what make test runs (15 minutes on 2 cores)
+test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of what make test runs (15 minutes on 2 quiet cores)
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 long-servers long-plain long-interpreted
 

@@ -45,7 +45,7 @@ demo: $(STAMP) ## Serve the reader, a small model that reads, and ask it about d
 reader: $(STAMP) ## Train the reader again from nothing, in build/reader (about an hour and a half on 2 quiet cores)
 	@$(BIN)/lmdeploy-vico reader --train build/reader
 
-check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (about 5 minutes on 2 cores)
+check: $(STAMP) ## Lint, and run every quick test that starts no LMDeploy process (10 minutes on 2 quiet cores)
 	@echo '==> Two parts at a time; each prints when it is done'
 	@$(PARTS) --jobs=2 check-adapter check-plain check-interpreted check-rest lint
 

@@ -59,7 +59,7 @@ test: $(STAMP) ## Run the tests that need no GPU, those that start servers too (
 test-adapter test-interpreted test-plain test-rest: MARKED := not server and not long and $(WANTED)
 check-adapter check-interpreted check-plain check-rest: MARKED := not server and not long and not slow and $(WANTED)
 
-check-interpreted test-interpreted: $(STAMP)
+check-interpreted long-interpreted test-interpreted: $(STAMP)
 	@echo "==> $@: tests in Triton's interpreter"
 	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m '$(MARKED)' $(INTERPRETED)
 
@@ -88,9 +88,7 @@ test-long: $(STAMP) ## Run the rest of them: what takes long, and variants of wh
 	@$(PARTS) --jobs=2 long-servers long-plain long-interpreted
 
 .PHONY: long-interpreted long-plain long-servers
-long-interpreted: $(STAMP)
-	@echo "==> $@: tests in Triton's interpreter"
-	@$(ON_CPU) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -m 'long and $(WANTED)' $(INTERPRETED)
+long-interpreted: MARKED := long and $(WANTED)
 
 long-servers: $(STAMP)
 	@echo '==> $@: servers and pipelines'

@@ -114,6 +114,11 @@ def image_item(url: Any, **params: Any) -> dict:
     return {'type': 'image_url', 'image_url': {'url': url, **params}}
 
 
+def message(body: Mapping[str, Any]) -> str:
+    """What an endpoint says of a request that it has refused, in either of LMDeploy's forms."""
+    return str((body.get('error') or body)['message'])
+
+
 def generate(client: Client, **body: Any) -> tuple[int, dict]:
     """Ask ``/generate``; returns the status and the decoded body."""
     return post(client, '/generate', {'max_tokens': TOKENS, 'temperature': 0, 'ignore_eos': True, **body})

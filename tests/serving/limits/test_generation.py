@@ -4,7 +4,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving.client import post
+from serving.client import message, post
 from serving.configurations import COMPRESSED
 
 pytestmark = COMPRESSED
@@ -49,10 +49,6 @@ def others_notice_nothing(client, known):
         status, body = beside.result()
     assert status == 200, body
     assert answer(client) == known[0]
-
-
-def message(body):
-    return (body.get('error') or body)['message']
 
 
 NESTED = 'x'

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from parity.conversations import data_url, on_the_wire
-from serving.client import chat, generate, image_item, post
+from serving.client import chat, generate, image_item, message, post
 from serving.configurations import ON_STAND_IN
 
 from lmdeploy_vico.adapter.server.generation.control import LIFE
@@ -15,10 +15,6 @@ pytestmark = ON_STAND_IN
 
 GREEDY = {'max_tokens': 8, 'temperature': 0, 'ignore_eos': True}
 LACKING = 'is not available: TurboMind, which runs this server'
-
-
-def message(body):
-    return (body.get('error') or body)['message']
 
 
 @pytest.mark.parametrize('n', [1, 2])

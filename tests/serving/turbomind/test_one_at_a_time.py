@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serving.client import Client, chat, generate
+from serving.client import Client, chat, generate, message
 from serving.configurations import STAND_IN
 from waiting import HANG
 
@@ -42,10 +42,6 @@ def client(make_checkpoint, tmp_path_factory):
     arguments = ('--max-batch-size', '1', '--session-len', '2048')
     with ApiServer(checkpoint, *arguments, log=folder / 'log', environment=STAND_IN, timeout=HANG) as server:
         yield Client(server)
-
-
-def message(body):
-    return (body.get('error') or body)['message']
 
 
 @pytest.mark.parametrize('top_k', [1025, VOCABULARY - 1])

@@ -155,21 +155,35 @@ def compiler_of(tokenizer: Any, vocabulary: int) -> Callable[[dict[str, Any]], N
         tokenizer: of the served model.
         vocabulary: tokens of its language model.
     """
+    compile = compiling_with(partial(_compiler, tokenizer, vocabulary))
+
+    def try_to_compile(response_format: dict[str, Any]) -> None:
+        compile(response_format)  # the engine does so again, in its process
+
+    return try_to_compile
+
+
+def compiling_with(make_compiler: Callable[[], Any]) -> Callable[[dict[str, Any]], Any]:
+    """Return what compiles response formats as LMDeploy does, in any thread; None comes of one that asks for nothing.
+
+    Args:
+        make_compiler: called once, when there is something to compile.
+    """
     lock = threading.Lock()
     compilers: list[Any] = []
 
-    def compile_as_engine(response_format: dict[str, Any]) -> None:
+    def compile(response_format: dict[str, Any]) -> Any:
         from lmdeploy._guided_decoding import compile_response_format, ensure_response_format_compilable
 
         ensure_response_format_compilable(response_format)  # LMDeploy asks this again, in the loop, and remembers it
         if response_format.get('type', 'text') == 'text':
-            return
+            return None
         with lock:
             if not compilers:
-                compilers.append(_compiler(tokenizer, vocabulary))
-        compile_response_format(compilers[0], response_format)  # the engine does so again, in its process
+                compilers.append(make_compiler())
+        return compile_response_format(compilers[0], response_format)
 
-    return compile_as_engine
+    return compile
 
 
 def _compiler(tokenizer: Any, vocabulary: int) -> Any:

@@ -5,9 +5,11 @@ that fails.
 """
 
 import copy
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from lmdeploy_vico.adapter.server.generation.grammar import compiling_with
 
 REMEMBERED = 8  # compiled grammars: one may take many megabytes, and does not say how many
 
@@ -46,21 +48,7 @@ def compiler_of(engine: Any) -> Callable[[dict[str, Any]], Any]:
     Args:
         engine: LMDeploy's TurboMind, built.
     """
-    lock = threading.Lock()
-    compilers: list[Any] = []
-
-    def compile_for_engine(response_format: dict[str, Any]) -> Any:
-        from lmdeploy._guided_decoding import compile_response_format, ensure_response_format_compilable
-
-        ensure_response_format_compilable(response_format)  # LMDeploy asks this again, in the loop, and remembers it
-        if response_format.get('type', 'text') == 'text':
-            return None
-        with lock:
-            if not compilers:
-                compilers.append(_compiler(engine))
-        return compile_response_format(compilers[0], response_format)
-
-    return compile_for_engine
+    return compiling_with(partial(_compiler, engine))
 
 
 def _compiler(engine: Any) -> Any:
